@@ -1,0 +1,1 @@
+"""Policies, the estimator and the guard; pure functions of samples."""

@@ -1,0 +1,1 @@
+"""What every part speaks: quantities, protocols and errors; pure, imports nothing of PALS."""

@@ -1,0 +1,29 @@
+"""The error classes; each answers one of: fix your input, retry, or fall back to a safe state."""
+
+
+class PalsError(Exception):
+    """Base of every error PALS raises on purpose; the message says what failed, what is in force, what to do."""
+
+
+class ConfigError(PalsError):
+    """The user's input is wrong: fix it and start again; nothing was changed."""
+
+
+class ProfileMismatchError(ConfigError):
+    """A profile belongs to another engine, model, board or parallelism; it was not used."""
+
+
+class PermissionDeniedError(PalsError):
+    """The driver refused a write for lack of privilege; the old value is still in force."""
+
+
+class NotSupportedError(PalsError):
+    """The board or driver lacks this reading or control; do without it."""
+
+
+class DeviceLostError(PalsError):
+    """A board fell off the bus; its readings are unknown until it is back."""
+
+
+class EngineGoneError(PalsError):
+    """The serving engine's process has ended; restore the boards and stop."""

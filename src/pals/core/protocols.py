@@ -1,0 +1,108 @@
+"""The few narrow promises between the parts; whoever only watches is never handed an actuator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+from pals.core.quantities import (
+    BoardInfo,
+    Budget,
+    Decision,
+    EngineInfo,
+    EngineSample,
+    OperatingPoint,
+    PowerSample,
+    Prediction,
+    Slo,
+    TelemetrySample,
+)
+
+
+State = TypeVar("State")
+
+
+class PowerMeter(Protocol):
+    """Reads one board. Needs no privilege; changes nothing."""
+
+    @property
+    def info(self) -> BoardInfo:
+        """What the board is and accepts."""
+        ...
+
+    def read(self) -> PowerSample:
+        """Return a fresh reading, or raise `DeviceLostError`."""
+        ...
+
+
+class PowerActuator(Protocol):
+    """Writes one board, and puts it back as found."""
+
+    def apply(self, wanted: OperatingPoint) -> OperatingPoint:
+        """Ask for `wanted`; return what the driver then reports in force.
+
+        Raises:
+            PermissionDeniedError: no privilege; nothing was changed.
+            ValueError: `wanted` lies outside the board's range; nothing was changed.
+            DeviceLostError: the board is gone.
+        """
+        ...
+
+    def restore(self) -> None:
+        """Write back the limit found at start and release any clock lock."""
+        ...
+
+
+class EngineMeter(Protocol):
+    """Reads one engine's telemetry."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine said of itself at start."""
+        ...
+
+    def read(self) -> EngineSample:
+        """Return the latest counters, or raise `EngineGoneError`."""
+        ...
+
+
+class EngineActuator(Protocol):
+    """Sets the engine's active-sequence limit."""
+
+    def apply(self, active_sequences: int, *, lease_s: float) -> None:
+        """Ask for a limit that the engine forgets after `lease_s` seconds."""
+        ...
+
+    def release(self) -> None:
+        """Let the engine return to its launch limit now."""
+        ...
+
+
+class PointModel(Protocol):
+    """Predicts what operating points do; the controller's view of a profile."""
+
+    @property
+    def points(self) -> Sequence[OperatingPoint]:
+        """The configurations that may be chosen."""
+        ...
+
+    def predict(self, point: OperatingPoint) -> Prediction:
+        """Throughput and power at `point` with enough work."""
+        ...
+
+
+class Controller(Protocol[State]):
+    """A policy: a pure function of what is remembered and what is now known."""
+
+    def initial(self) -> State:
+        """The state before the first tick."""
+        ...
+
+    def step(
+        self, state: State, sample: TelemetrySample, budget: Budget, slo: Slo, now_s: float
+    ) -> tuple[Decision, State]:
+        """Return the decision for this tick, and what to remember."""
+        ...
+
+
+AnyController = Controller[Any]

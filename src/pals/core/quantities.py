@@ -1,0 +1,195 @@
+"""Data that crosses a boundary: frozen, keyword-only, SI units in the names, and never NaN."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+
+
+def refuse_nan(owner: object) -> None:
+    """Raise `ValueError` if any float field of the dataclass `owner` is NaN or infinite."""
+    for f in fields(owner):  # type: ignore[arg-type]
+        value = getattr(owner, f.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{type(owner).__name__}.{f.name} is {value}; unknown values are None, never NaN")
+
+
+class Checked:
+    """Base of the quantities: refuses NaN at birth."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        refuse_nan(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperatingPoint(Checked):
+    """What PALS steers: one power limit for every board of an engine, an SM-clock ceiling, a live batch."""
+
+    power_limit_w: float  # per board
+    sm_clock_mhz: int | None = None  # None: no clock lock
+    active_sequences: int | None = None  # None: the engine's launch limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoardInfo(Checked):
+    """What a board is and what it accepts, read from the driver at start."""
+
+    index: int
+    uuid: str
+    name: str
+    driver: str
+    min_limit_w: float
+    max_limit_w: float
+    default_limit_w: float
+    found_limit_w: float  # enforced when PALS first looked; restored on exit
+    max_sm_clock_mhz: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PowerSample(Checked):
+    """One reading of one board."""
+
+    time_s: float  # monotonic clock of the reading process
+    power_w: float  # board power, averaged by the driver over its own window
+    energy_j: float  # counter since driver load: only differences mean anything
+    enforced_limit_w: float  # what the driver says is in force
+    sm_clock_mhz: int
+    temperature_c: float | None = None
+    throttled_by_power: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSample(Checked):
+    """What an engine did, as cumulative counts and present gauges; differences over a window give rates."""
+
+    time_s: float  # monotonic time of the engine's last step
+    steps: int
+    running: int
+    waiting: int
+    arrived_requests: int
+    arrived_prompt_tokens: int
+    prefill_tokens: int  # scheduled, cumulative
+    decode_tokens: int  # scheduled, cumulative
+    output_tokens: int
+    finished_requests: int
+    aborted_requests: int
+    preemptions: int
+    kv_usage: float  # 0..1
+    busy_s: float  # time spent in steps, cumulative
+    last_step_s: float
+    oldest_waiting_s: float  # 0.0 when nothing waits
+    active_limit: int  # the active-sequence limit the engine now obeys
+    launch_limit: int
+    ttft_counts: tuple[int, ...]  # of requests that got a first token, cumulative, by LATENCY_BOUNDS_S
+    tpot_counts: tuple[int, ...]  # of finished requests, cumulative, by LATENCY_BOUNDS_S
+
+
+def _latency_bounds() -> tuple[float, ...]:
+    return tuple(0.001 * 1.25**i for i in range(56))
+
+
+#: Upper bounds of the TTFT/TPOT histogram buckets, seconds: 1 ms to 214 s in 25 % steps; one more bucket lies above.
+LATENCY_BOUNDS_S: tuple[float, ...] = _latency_bounds()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget(Checked):
+    """Watts the boards of an engine may draw together; None: no budget."""
+
+    power_w: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo(Checked):
+    """Targets the operator gave; None: no target."""
+
+    throughput_tokens_s: float | None = None  # output tokens per second
+    ttft_p95_s: float | None = None
+    tpot_p95_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TelemetrySample(Checked):
+    """Everything the controller may know at one tick."""
+
+    time_s: float
+    window_s: float  # since the previous tick
+    boards: tuple[PowerSample, ...]
+    power_w: float | None  # all boards, from the energy counters over the window; None: counters stood still
+    engine: EngineSample | None  # None: no engine telemetry yet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateEstimate(Checked):
+    """Load and output of the engine, estimated from the samples of a short window."""
+
+    tokens_per_s: float
+    arrivals_per_s: float
+    prompt_tokens_per_s: float
+    power_w: float | None
+    running: int
+    waiting: int
+    idle: bool  # no unfinished request, engine alive
+    ttft_p95_s: float | None
+    tpot_p95_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction(Checked):
+    """What a profile expects of an operating point when the engine has enough work."""
+
+    point: OperatingPoint
+    tokens_per_s: float
+    power_w: float  # all boards of the engine
+
+    @property
+    def tokens_per_j(self) -> float:
+        """Output tokens per joule of GPU energy."""
+        return self.tokens_per_s / self.power_w if self.power_w > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision(Checked):
+    """The point wanted now, and why."""
+
+    point: OperatingPoint
+    reason: str  # a short word of the field, counted in the metrics
+    detail: str = ""  # one sentence for people
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """What a profile was measured on; a profile is refused where any of these differs."""
+
+    engine: str
+    engine_version: str
+    model: str
+    board: str
+    driver: str
+    boards: int
+    parallelism: str  # "tp4 pp1 dp1 ep0"
+    launch_sequences: int
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """Return "field: mine, other's" for each field that differs."""
+        return [
+            f"{f.name}: {getattr(self, f.name)!r} in the profile, {getattr(other, f.name)!r} here"
+            for f in fields(self)
+            if getattr(self, f.name) != getattr(other, f.name)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What an engine said of itself when it started."""
+
+    pid: int
+    engine: str
+    version: str
+    model: str
+    parallelism: str
+    boards: tuple[int, ...]
+    launch_sequences: int
+    capabilities: dict[str, bool] = field(default_factory=dict)

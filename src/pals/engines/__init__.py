@@ -1,0 +1,1 @@
+"""Everything that touches vLLM: the plugin, the emulated accelerator, the launcher, a client."""

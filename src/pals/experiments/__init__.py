@@ -1,0 +1,1 @@
+"""Replays, comparisons and the demo."""

@@ -1,0 +1,1 @@
+"""Boards, real or emulated, through one NVML adapter."""

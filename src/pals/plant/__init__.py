@@ -1,0 +1,1 @@
+"""The simulated world beneath NVML and vLLM; imports core alone, so it can judge the models."""

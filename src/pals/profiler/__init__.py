@@ -1,0 +1,1 @@
+"""Which operating points to visit, visiting them, and writing rows."""

@@ -1,0 +1,1 @@
+"""The running system: tick, loop, journal, config, shared-memory channel and budget sources."""

@@ -1,0 +1,199 @@
+"""The shared-memory channel between an engine and the agent: one small file, one writer per block, no lock.
+
+Block 1 (engine writes once): JSON of `EngineInfo`. Block 2 (engine writes each step): telemetry.
+Block 3 (agent writes): the setpoint with its expiry. Each changing block carries a sequence number that is odd
+while it is being written; a reader that sees it odd or changed reads again. Times are CLOCK_MONOTONIC seconds,
+which all processes of one machine share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import struct
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from pals.core.errors import EngineGoneError
+from pals.core.quantities import LATENCY_BOUNDS_S, EngineInfo, EngineSample
+
+MAGIC = b"PALSCH01"
+SUFFIX = ".channel"
+_BUCKETS = len(LATENCY_BOUNDS_S) + 1
+_GAUGES = (
+    "time_s steps running waiting arrived_requests arrived_prompt_tokens prefill_tokens decode_tokens output_tokens "
+    "finished_requests aborted_requests preemptions kv_usage busy_s last_step_s oldest_waiting_s active_limit "
+    "launch_limit"
+).split()
+_FLOATS = {"time_s", "kv_usage", "busy_s", "last_step_s", "oldest_waiting_s"}
+_INFO_OFFSET, _INFO_SIZE = 16, 4080
+_TELEMETRY_OFFSET = 4096
+_TELEMETRY = struct.Struct(f"<{len(_GAUGES) + 2 * _BUCKETS}d")
+_SETPOINT_OFFSET = 8192
+_SETPOINT = struct.Struct("<3d")  # active sequences, expires at, written at
+_SEQ = struct.Struct("<Q")
+SIZE = 12288
+
+
+def run_dir(environ: dict[str, str] | os._Environ[str]) -> Path:
+    """Where channels and agent state live: $PALS_RUN_DIR, else /run/pals for root, else /tmp/pals-UID."""
+    if given := environ.get("PALS_RUN_DIR"):
+        return Path(given)
+    return Path("/run/pals") if os.geteuid() == 0 else Path(f"/tmp/pals-{os.geteuid()}")
+
+
+class _Block:
+    """A sequence-numbered block of doubles in the mapped file."""
+
+    def __init__(self, mapped: mmap.mmap, offset: int, layout: struct.Struct) -> None:
+        self._mapped, self._offset, self._layout = mapped, offset, layout
+        self._seq: int = _SEQ.unpack_from(mapped, offset)[0]
+        self._seq += self._seq & 1  # a writer that died in the middle
+
+    def write(self, values: list[float] | tuple[float, ...]) -> None:
+        _SEQ.pack_into(self._mapped, self._offset, self._seq + 1)
+        self._layout.pack_into(self._mapped, self._offset + 8, *values)
+        self._seq += 2
+        _SEQ.pack_into(self._mapped, self._offset, self._seq)
+
+    def read(self) -> tuple[float, ...] | None:
+        """Return the values, or None when nothing was written yet or a writer never finished."""
+        for _ in range(1000):
+            before = _SEQ.unpack_from(self._mapped, self._offset)[0]
+            if before == 0:
+                return None
+            values = self._layout.unpack_from(self._mapped, self._offset + 8)
+            if before % 2 == 0 and before == _SEQ.unpack_from(self._mapped, self._offset)[0]:
+                return values
+        return None
+
+
+class EngineChannel:
+    """The engine's end: creates the file, publishes telemetry, reads the setpoint."""
+
+    def __init__(self, folder: Path, info: EngineInfo, *, name: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{name}{SUFFIX}"
+        text = json.dumps(asdict(info)).encode()
+        if len(text) > _INFO_SIZE:
+            raise ValueError(f"engine description of {len(text)} bytes exceeds {_INFO_SIZE}")
+        fresh = self.path.with_suffix(".new")
+        with fresh.open("wb") as f:
+            f.write((MAGIC + _SEQ.pack(len(text)) + text).ljust(SIZE, b"\0"))
+        fresh.chmod(0o600)
+        fresh.rename(self.path)
+        with self.path.open("r+b") as f:
+            self._mapped = mmap.mmap(f.fileno(), SIZE)
+        self._telemetry = _Block(self._mapped, _TELEMETRY_OFFSET, _TELEMETRY)
+        self._setpoint = _Block(self._mapped, _SETPOINT_OFFSET, _SETPOINT)
+
+    def publish(self, gauges: list[float], ttft_counts: list[int], tpot_counts: list[int]) -> None:
+        """Write one step's telemetry; `gauges` in the order of `GAUGES`. About 5 µs."""
+        self._telemetry.write([*gauges, *ttft_counts, *tpot_counts])
+
+    def setpoint(self, now_s: float) -> int | None:
+        """Return the wanted active-sequence limit, or None when there is none or it has expired."""
+        values = self._setpoint.read()
+        if values is None or now_s >= values[1]:
+            return None
+        return int(values[0])
+
+    def close(self) -> None:
+        """Remove the file; the agent reads that as an orderly end."""
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
+        self._mapped.close()
+
+
+#: Order of the gauges in `EngineChannel.publish`.
+GAUGES: tuple[str, ...] = tuple(_GAUGES)
+
+
+class AgentChannel:
+    """The agent's end of one engine's channel: an `EngineMeter` and an `EngineActuator`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("r+b") as f:
+            self._mapped = mmap.mmap(f.fileno(), SIZE)
+        if self._mapped[: len(MAGIC)] != MAGIC:
+            raise ValueError(f"{path} is not a PALS channel (or of another version)")
+        size = _SEQ.unpack_from(self._mapped, len(MAGIC))[0]
+        raw = json.loads(self._mapped[_INFO_OFFSET : _INFO_OFFSET + size])
+        self._info = EngineInfo(**{**raw, "boards": tuple(raw["boards"])})
+        self._telemetry = _Block(self._mapped, _TELEMETRY_OFFSET, _TELEMETRY)
+        self._setpoint = _Block(self._mapped, _SETPOINT_OFFSET, _SETPOINT)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine said of itself at start."""
+        return self._info
+
+    def alive(self) -> bool:
+        """Whether the engine's process exists and is not a zombie."""
+        return process_alive(self._info.pid)
+
+    def read(self) -> EngineSample:
+        """Return the latest telemetry.
+
+        Raises:
+            EngineGoneError: the engine's process has ended.
+        """
+        if not self.alive():
+            raise EngineGoneError(f"the engine (process {self._info.pid}, {self._info.model}) has ended")
+        values = self._telemetry.read()
+        if values is None:
+            values = self._before_first_step()
+        gauges = {k: v if k in _FLOATS else int(v) for k, v in zip(_GAUGES, values, strict=False)}
+        counts = tuple(int(v) for v in values[len(_GAUGES) :])
+        return EngineSample(**gauges, ttft_counts=counts[:_BUCKETS], tpot_counts=counts[_BUCKETS:])  # type: ignore[arg-type]
+
+    def _before_first_step(self) -> tuple[float, ...]:
+        values = [0.0] * (len(_GAUGES) + 2 * _BUCKETS)
+        for name in ("active_limit", "launch_limit"):
+            values[_GAUGES.index(name)] = float(self._info.launch_sequences)
+        return tuple(values)
+
+    def apply(self, active_sequences: int, *, lease_s: float) -> None:
+        """Ask the engine for a limit that it forgets after `lease_s` seconds.
+
+        Raises:
+            ValueError: the limit is below 1 or above the launch limit; nothing was changed.
+        """
+        if not 1 <= active_sequences <= self._info.launch_sequences:
+            raise ValueError(
+                f"active-sequence limit {active_sequences} lies outside 1..{self._info.launch_sequences} "
+                "(the engine's launch limit); the last setpoint stays in force"
+            )
+        now_s = time.monotonic()
+        self._setpoint.write((float(active_sequences), now_s + lease_s, now_s))
+
+    def release(self) -> None:
+        """Let the engine return to its launch limit at its next step."""
+        self._setpoint.write((float(self._info.launch_sequences), 0.0, time.monotonic()))
+
+
+def process_alive(pid: int) -> bool:
+    """Whether process `pid` exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def find_engines(folder: Path) -> list[AgentChannel]:
+    """Open the channels of all living engines in `folder`, oldest first; remove those of dead ones."""
+    found = []
+    for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime):
+        try:
+            channel = AgentChannel(path)
+        except (ValueError, OSError):
+            continue
+        if channel.alive():
+            found.append(channel)
+        else:
+            path.unlink(missing_ok=True)
+    return found
