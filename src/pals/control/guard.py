@@ -1,0 +1,60 @@
+"""The guard has the last word: whatever a policy wants leaves here inside the boards' range, the launch batch and the budget.
+
+The sum of the power limits never exceeds the budget less `margin`, so the budget rests on the board's own firmware
+and not on a prediction. Where the boards' minimum limit stands above the budget, the guard says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pals.core.quantities import BoardInfo, Budget, Decision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guard:
+    """What may be asked of these boards and this engine."""
+
+    min_limit_w: float
+    max_limit_w: float
+    boards: int
+    launch_sequences: int
+    margin: float = 0.02  # a mean may exceed a limit near natural draw by up to 3 %, measured; the clamp is soft
+
+    @staticmethod
+    def of(boards: Sequence[BoardInfo], launch_sequences: int) -> Guard:
+        """The guard of a group of boards that move together."""
+        return Guard(
+            min_limit_w=max(b.min_limit_w for b in boards),
+            max_limit_w=min(b.max_limit_w for b in boards),
+            boards=len(boards),
+            launch_sequences=launch_sequences,
+        )
+
+    def check(self, wanted: Decision, budget: Budget) -> Decision:
+        """Return `wanted`, or the nearest decision that is allowed, with the reason changed to say so."""
+        limit_w, reason, detail = wanted.point.power_limit_w, wanted.reason, wanted.detail
+        ceiling_w = self.max_limit_w
+        if budget.power_w is not None:
+            ceiling_w = min(ceiling_w, float(int(budget.power_w * (1 - self.margin) / self.boards)))
+        if ceiling_w < self.min_limit_w:
+            detail = (
+                f"the budget of {budget.power_w or 0:.0f} W lies below {self.boards} boards' least limits "
+                f"({self.min_limit_w:.0f} W each): limits stand at their minimum"
+            )
+            reason, ceiling_w = "guard-budget-below-minimum", self.min_limit_w
+        if limit_w > ceiling_w:
+            if not reason.startswith("guard"):
+                reason = "guard-budget" if ceiling_w < self.max_limit_w else "guard-range"
+                detail = f"{limit_w:.0f} W wanted, {ceiling_w:.0f} W allowed"
+            limit_w = ceiling_w
+        elif limit_w < self.min_limit_w:
+            reason, detail = "guard-range", f"{limit_w:.0f} W wanted, {self.min_limit_w:.0f} W is the board's minimum"
+            limit_w = self.min_limit_w
+        sequences = wanted.point.active_sequences
+        if sequences is not None and not 1 <= sequences <= self.launch_sequences:
+            detail = f"{sequences} active sequences wanted, 1..{self.launch_sequences} possible"
+            reason, sequences = "guard-sequences", max(1, min(self.launch_sequences, sequences))
+        point = replace(wanted.point, power_limit_w=limit_w, active_sequences=sequences)
+        return replace(wanted, point=point, reason=reason, detail=detail)

@@ -1,0 +1,128 @@
+"""Configuration, parsed once at the edge into one frozen tree; unknown keys are errors that name the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pals.core.errors import ConfigError
+from pals.core.quantities import Slo
+from pals.runtime.budgets import BudgetSchedule, parse_budget
+
+POLICIES = ("static", "pals-paper")
+MODES = ("auto", "advise")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlConfig:
+    """The policy and its period."""
+
+    policy: str = "static"
+    mode: str | None = None  # None: auto on emulated boards, advise on real ones
+    period_s: float = 0.5
+    profile: str | None = None
+    power_limit_w: float | None = None  # static only; None: the board's default
+    active_sequences: int | None = None  # static only; None: the launch limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputConfig:
+    """Where the agent's record goes."""
+
+    journal: str | None = None  # None: in the run directory
+    metrics_port: int = 9477
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything an agent needs to know."""
+
+    control: ControlConfig = field(default_factory=ControlConfig)
+    slo: Slo = field(default_factory=Slo)
+    budget: BudgetSchedule = field(default_factory=BudgetSchedule)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+_SECTIONS: dict[str, type] = {"control": ControlConfig, "slo": Slo, "output": OutputConfig}
+_NUMBER_TYPES = {"float": (int, float), "int": (int,), "str": (str,)}
+
+
+def load_config(path: Path | None, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Config:
+    """Read a TOML file (None: defaults) and lay the command line's `overrides` (section → key → value) over it.
+
+    Raises:
+        ConfigError: unreadable file, unknown section or key, value of a wrong type or out of range.
+    """
+    data: dict[str, dict[str, Any]] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+            raise ConfigError(f"cannot read the configuration {path}: {e}") from e
+    source = str(path) if path is not None else "command line"
+    check_keys(data, [*_SECTIONS, "budget"], f"{source}: section")
+    merged = {name: dict(_table(data, name, source)) for name in (*_SECTIONS, "budget")}
+    for section, values in (overrides or {}).items():
+        merged[section].update({k: v for k, v in values.items() if v is not None})
+    check_keys(merged["budget"], ["power_w"], f"{source}: [budget]")
+    parts = {name: _build(kind, merged[name], f"{source}: [{name}]") for name, kind in _SECTIONS.items()}
+    budget = parse_budget(str(merged["budget"]["power_w"])) if "power_w" in merged["budget"] else BudgetSchedule()
+    return _validated(replace(Config(budget=budget), **parts))
+
+
+def _table(data: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
+    table = data.get(name, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{source}: [{name}] must be a table of keys, not {table!r}")
+    return table
+
+
+def check_keys(given: Mapping[str, Any], known: list[str], where: str) -> None:
+    """Raise `ConfigError` for the first key of `given` that is not `known`, naming the nearest."""
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint} Nothing was started.")
+
+
+def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    known = {f.name: str(f.type) for f in fields(kind)}
+    check_keys(values, list(known), where)
+    for key, value in values.items():
+        allowed = tuple(t for word, types in _NUMBER_TYPES.items() if word in known[key] for t in types)
+        if isinstance(value, bool) or not isinstance(value, allowed):
+            raise ConfigError(f"{where}: {key} = {value!r} is not a {known[key].replace(' | None', '')}. Nothing was started.")
+        if isinstance(value, float | int) and not math.isfinite(value):
+            raise ConfigError(f"{where}: {key} = {value!r} is not a finite number. Nothing was started.")
+    as_float = {k: float(v) if "float" in known[k] else v for k, v in values.items()}
+    return kind(**as_float)
+
+
+def _validated(config: Config) -> Config:
+    c, slo, out = config.control, config.slo, config.output
+    if c.policy not in POLICIES:
+        check_keys({c.policy: None}, list(POLICIES), "[control] policy")
+    if c.mode is not None and c.mode not in MODES:
+        check_keys({c.mode: None}, list(MODES), "[control] mode")
+    rules = [
+        (0.05 <= c.period_s <= 60, f"[control] period_s = {c.period_s} must lie in 0.05..60"),
+        (0 <= out.metrics_port <= 65535, f"[output] metrics_port = {out.metrics_port} must lie in 0..65535 (0: off)"),
+        (c.active_sequences is None or c.active_sequences >= 1, "[control] active_sequences must be at least 1"),
+        *(
+            (value is None or value > 0, f"[slo] {f.name} = {value} must be positive")
+            for f in fields(slo)
+            for value in [getattr(slo, f.name)]
+        ),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise ConfigError(f"{message}. Nothing was started.")
+    if c.policy == "pals-paper" and slo.throughput_tokens_s is None:
+        raise ConfigError("policy pals-paper steers by a throughput target: give --target-tokens-s (or [slo] throughput_tokens_s)")
+    return config

@@ -1,0 +1,113 @@
+"""The loop: calls `tick` on a drift-free grid until told to stop, and leaves every board as found.
+
+What was found is first written to a small file beside the channels, so that after a crash the next agent, or
+`pals restore`, can put the boards back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pals.core.errors import ConfigError, PalsError
+from pals.core.protocols import PowerActuator, PowerMeter
+from pals.core.quantities import Slo
+from pals.runtime.budgets import BudgetSchedule
+from pals.runtime.channel import process_alive
+from pals.runtime.tick import Rig, TickRecord, TickState, tick
+
+log = logging.getLogger("pals")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridClock:
+    """A monotonic clock and a way to wait; tests give their own."""
+
+    now_s: Callable[[], float]
+    wait: Callable[[float], bool]  # wait so many seconds, return True when told to stop
+
+
+def wall_clock(stop: threading.Event) -> GridClock:
+    """The real clock; waiting ends early when `stop` is set."""
+    return GridClock(now_s=time.monotonic, wait=lambda seconds: stop.wait(max(0.0, seconds)))
+
+
+def run(rig: Rig, *, budget: BudgetSchedule, slo: Slo, clock: GridClock, sink: Callable[[TickRecord], None]) -> int:
+    """Tick until the clock says stop; return the number of ticks. A late tick skips grid points, never drifts.
+
+    Raises:
+        EngineGoneError: the engine ended.
+    """
+    start_s = clock.now_s()
+    state = TickState(controller=rig.controller.initial())
+    slot = 0
+    while True:
+        now_s = clock.now_s()
+        record, state = tick(rig, state, budget.at(now_s - start_s), slo, now_s)
+        sink(record)
+        elapsed_s = clock.now_s() - start_s
+        slot = max(slot + 1, int(elapsed_s / rig.period_s) + 1)
+        if clock.wait(start_s + slot * rig.period_s - clock.now_s()):
+            return state.index
+
+
+@contextmanager
+def boards_as_found(
+    meters: Sequence[PowerMeter], actuators: Sequence[PowerActuator], record: Path
+) -> Iterator[None]:
+    """Write down the limits found, and on the way out put them back, whatever happened inside."""
+    if not actuators:
+        yield
+        return
+    write_found(record, meters)
+    try:
+        yield
+    finally:
+        failed = 0
+        for actuator in actuators:
+            try:
+                actuator.restore()
+            except PalsError as e:
+                failed += 1
+                log.error("%s", e)
+        if failed:
+            log.error("%d boards could not be put back; %s keeps what was found: run `pals restore`", failed, record)
+        else:
+            record.unlink(missing_ok=True)
+            log.info("boards put back as found: %s", ", ".join(f"{m.info.found_limit_w:.0f} W" for m in meters))
+
+
+def write_found(record: Path, meters: Sequence[PowerMeter]) -> None:
+    """Write the limits found to `record`, atomically."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    fresh = record.with_suffix(".tmp")
+    found = {m.info.uuid: m.info.found_limit_w for m in meters}
+    fresh.write_text(json.dumps({"pid": os.getpid(), "limits_w": found}))
+    fresh.replace(record)
+
+
+def left_by_dead_agent(record: Path) -> dict[str, float]:
+    """Limits by board UUID that an agent found and, killed, never put back; empty where there is nothing to mend.
+
+    Raises:
+        ConfigError: a living agent owns the boards.
+    """
+    try:
+        data = json.loads(record.read_text())
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError as e:
+        raise ConfigError(f"{record} is damaged ({e}); check the limits with nvidia-smi, then remove it") from e
+    pid = int(data["pid"])
+    if pid != os.getpid() and process_alive(pid):
+        raise ConfigError(
+            f"another PALS agent (process {pid}) steers these boards; two would fight. Nothing was changed: stop it first"
+        )
+    return {str(k): float(v) for k, v in data["limits_w"].items()}
