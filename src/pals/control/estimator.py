@@ -84,4 +84,3 @@ def violations(window: Sequence[TelemetrySample], slo: Slo) -> dict[str, int]:
     if slo.tpot_p95_s is not None:
         found["tpot"] = count_above(before.tpot_counts, now.tpot_counts, slo.tpot_p95_s)
     return found
-

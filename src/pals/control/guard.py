@@ -24,10 +24,13 @@ class Guard:
 
     @staticmethod
     def of(boards: Sequence[BoardInfo], launch_sequences: int) -> Guard:
-        """The guard of a group of boards that move together."""
+        """The guard of a group of boards that move together; the ceiling is the lowest limit *found*, not the maximum.
+
+        Whoever set a limit before PALS came had a reason; PALS goes down from there and back, never above.
+        """
         return Guard(
             min_limit_w=max(b.min_limit_w for b in boards),
-            max_limit_w=min(b.max_limit_w for b in boards),
+            max_limit_w=min(min(b.max_limit_w, b.found_limit_w) for b in boards),
             boards=len(boards),
             launch_sequences=launch_sequences,
         )

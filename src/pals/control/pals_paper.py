@@ -57,7 +57,9 @@ class PaperPolicy:
     ) -> None:
         self._settings = settings or PaperSettings()
         self._range_w = (min_limit_w, max_limit_w)
-        self._predictions = tuple(model.predict(p) for p in model.points if min_limit_w <= p.power_limit_w <= max_limit_w)
+        self._predictions = tuple(
+            model.predict(p) for p in model.points if min_limit_w <= p.power_limit_w <= max_limit_w
+        )
         if not self._predictions:
             raise ValueError(f"no profiled power limit lies within this board's {min_limit_w:.0f}..{max_limit_w:.0f} W")
 

@@ -18,7 +18,6 @@ from pals.core.quantities import (
     TelemetrySample,
 )
 
-
 State = TypeVar("State")
 
 

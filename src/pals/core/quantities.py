@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 
@@ -193,3 +194,18 @@ class EngineInfo:
     boards: tuple[int, ...]
     launch_sequences: int
     capabilities: dict[str, bool] = field(default_factory=dict)
+
+
+def fingerprint_of(engine: EngineInfo, boards: Sequence[BoardInfo]) -> Fingerprint:
+    """What a profile made now, here, would carry."""
+    first = boards[0]
+    return Fingerprint(
+        engine=engine.engine,
+        engine_version=engine.version,
+        model=engine.model,
+        board=first.name,
+        driver=first.driver,
+        boards=len(boards),
+        parallelism=engine.parallelism,
+        launch_sequences=engine.launch_sequences,
+    )

@@ -76,14 +76,18 @@ class Profile:
         try:
             data = json.loads(text)
             if data.get("format") != FORMAT:
-                raise ConfigError(f"{name}: format {data.get('format')!r}, expected {FORMAT!r}; make it anew with `pals profile`")
+                raise ConfigError(
+                    f"{name}: format {data.get('format')!r}, expected {FORMAT!r}; make it anew with `pals profile`"
+                )
             return Profile(
                 fingerprint=Fingerprint(**data["fingerprint"]),
                 rows=tuple(ProfileRow(**r) for r in data["rows"]),
                 **{f.name: data[f.name] for f in fields(Profile) if f.name not in ("fingerprint", "rows")},
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as e:
-            raise ConfigError(f"{name} is not a readable profile ({type(e).__name__}: {e}); make it anew with `pals profile`") from e
+            raise ConfigError(
+                f"{name} is not a readable profile ({type(e).__name__}: {e}); make it anew with `pals profile`"
+            ) from e
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,5 +41,7 @@ def parse_budget(text: str) -> BudgetSchedule:
     times = [t for t, _ in steps]
     bad_watts = [w for _, w in steps if w is not None and not 0 < w < 1e7]
     if times != sorted(set(times)) or times[0] < 0 or bad_watts:
-        raise ConfigError(f"budget {text!r}: times must rise from 0 or later and watts be positive; nothing was changed")
+        raise ConfigError(
+            f"budget {text!r}: times must rise from 0 or later and watts be positive; nothing was changed"
+        )
     return BudgetSchedule(tuple(times), tuple(w for _, w in steps))

@@ -23,11 +23,26 @@ from pals.core.quantities import LATENCY_BOUNDS_S, EngineInfo, EngineSample
 MAGIC = b"PALSCH01"
 SUFFIX = ".channel"
 _BUCKETS = len(LATENCY_BOUNDS_S) + 1
-_GAUGES = (
-    "time_s steps running waiting arrived_requests arrived_prompt_tokens prefill_tokens decode_tokens output_tokens "
-    "finished_requests aborted_requests preemptions kv_usage busy_s last_step_s oldest_waiting_s active_limit "
-    "launch_limit"
-).split()
+_GAUGES = [
+    "time_s",
+    "steps",
+    "running",
+    "waiting",
+    "arrived_requests",
+    "arrived_prompt_tokens",
+    "prefill_tokens",
+    "decode_tokens",
+    "output_tokens",
+    "finished_requests",
+    "aborted_requests",
+    "preemptions",
+    "kv_usage",
+    "busy_s",
+    "last_step_s",
+    "oldest_waiting_s",
+    "active_limit",
+    "launch_limit",
+]
 _FLOATS = {"time_s", "kv_usage", "busy_s", "last_step_s", "oldest_waiting_s"}
 _INFO_OFFSET, _INFO_SIZE = 16, 4080
 _TELEMETRY_OFFSET = 4096

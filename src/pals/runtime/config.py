@@ -97,7 +97,9 @@ def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
     for key, value in values.items():
         allowed = tuple(t for word, types in _NUMBER_TYPES.items() if word in known[key] for t in types)
         if isinstance(value, bool) or not isinstance(value, allowed):
-            raise ConfigError(f"{where}: {key} = {value!r} is not a {known[key].replace(' | None', '')}. Nothing was started.")
+            raise ConfigError(
+                f"{where}: {key} = {value!r} is not a {known[key].replace(' | None', '')}. Nothing was started."
+            )
         if isinstance(value, float | int) and not math.isfinite(value):
             raise ConfigError(f"{where}: {key} = {value!r} is not a finite number. Nothing was started.")
     as_float = {k: float(v) if "float" in known[k] else v for k, v in values.items()}
@@ -124,5 +126,7 @@ def _validated(config: Config) -> Config:
         if not holds:
             raise ConfigError(f"{message}. Nothing was started.")
     if c.policy == "pals-paper" and slo.throughput_tokens_s is None:
-        raise ConfigError("policy pals-paper steers by a throughput target: give --target-tokens-s (or [slo] throughput_tokens_s)")
+        raise ConfigError(
+            "policy pals-paper steers by a throughput target: give --target-tokens-s (or [slo] throughput_tokens_s)"
+        )
     return config

@@ -59,9 +59,7 @@ def run(rig: Rig, *, budget: BudgetSchedule, slo: Slo, clock: GridClock, sink: C
 
 
 @contextmanager
-def boards_as_found(
-    meters: Sequence[PowerMeter], actuators: Sequence[PowerActuator], record: Path
-) -> Iterator[None]:
+def boards_as_found(meters: Sequence[PowerMeter], actuators: Sequence[PowerActuator], record: Path) -> Iterator[None]:
     """Write down the limits found, and on the way out put them back, whatever happened inside."""
     if not actuators:
         yield

@@ -60,7 +60,7 @@ class Rig:
 
     @property
     def mode(self) -> str:
-        """"auto" while something may be written, else "advise"."""
+        """ "auto" while something may be written, else "advise"."""
         return "auto" if self.actuators or self.setter else "advise"
 
 
