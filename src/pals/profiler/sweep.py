@@ -71,7 +71,7 @@ class PartialRows:
 
     def __init__(self, path: Path, fingerprint: Fingerprint, load: str) -> None:
         self._path = path
-        head = {"fingerprint": asdict(fingerprint), "load": load}
+        head: dict[str, object] = {"fingerprint": asdict(fingerprint), "load": load}
         self.rows: list[ProfileRow] = []
         if path.exists():
             self._read(head, fingerprint)

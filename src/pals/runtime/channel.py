@@ -23,7 +23,7 @@ from pals.core.quantities import LATENCY_BOUNDS_S, EngineInfo, EngineSample
 MAGIC = b"PALSCH01"
 SUFFIX = ".channel"
 _BUCKETS = len(LATENCY_BOUNDS_S) + 1
-_GAUGES = [
+_GAUGES = (
     "time_s",
     "steps",
     "running",
@@ -42,7 +42,7 @@ _GAUGES = [
     "oldest_waiting_s",
     "active_limit",
     "launch_limit",
-]
+)
 _FLOATS = {"time_s", "kv_usage", "busy_s", "last_step_s", "oldest_waiting_s"}
 _INFO_OFFSET, _INFO_SIZE = 16, 4080
 _TELEMETRY_OFFSET = 4096
@@ -124,7 +124,7 @@ class EngineChannel:
 
 
 #: Order of the gauges in `EngineChannel.publish`.
-GAUGES: tuple[str, ...] = tuple(_GAUGES)
+GAUGES: tuple[str, ...] = _GAUGES
 
 
 class AgentChannel:

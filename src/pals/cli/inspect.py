@@ -1,0 +1,74 @@
+"""`pals replay`, `pals status`, `pals restore` and `pals models`: look, compare, mend."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from pals.cli.agent import emulated_bank, mend
+from pals.cli.main import say
+from pals.control.guard import Guard
+from pals.control.policies import build_policy
+from pals.core.errors import ConfigError
+from pals.hardware.nvml import open_boards
+from pals.models.profile import Profile
+from pals.runtime.agent import STATUS_FILE
+from pals.runtime.channel import find_engines, run_dir
+from pals.runtime.journal import read_journal
+from pals.runtime.replay import replay as replay_records
+from pals.views.status import print_status
+
+
+def replay(args: argparse.Namespace) -> int:
+    """Recompute every decision; 0 when all agree, 1 when one differs."""
+    header, records = read_journal(Path(args.journal))
+    profile = Profile.from_json(header.profile_json, name=args.journal) if header.profile_json else None
+    guard = Guard.of(header.boards, header.engine.launch_sequences)
+    policy = build_policy(header.policy, header.policy_settings, profile, guard)
+    result = replay_records(policy, guard, records)
+    for difference in result.differences[:5]:
+        print(difference)
+    print(f"{args.journal}: {result.same} of {result.total} decisions identical ({header.policy})")
+    if result.total == 0:
+        raise ConfigError(f"{args.journal} holds no decision")
+    return 0 if result.same == result.total else 1
+
+
+def status(args: argparse.Namespace) -> int:
+    """Print engines, boards and the agent's newest record."""
+    folder = run_dir(os.environ)
+    engines = [(e.info, e.read()) for e in find_engines(folder)]
+    try:
+        agent = json.loads((folder / STATUS_FILE).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        agent = None
+    bank = emulated_bank(folder)
+    try:
+        with open_boards(emulated=bank) as nvml:
+            boards = [(b.info, b.read()) for b in nvml.boards]
+    except ConfigError as e:
+        boards = []
+        say(str(e))
+    print_status(folder, engines, boards, agent, emulated=bank is not None)
+    return 0
+
+
+def restore(args: argparse.Namespace) -> int:
+    """Put boards back that a killed agent left limited."""
+    folder = run_dir(os.environ)
+    if mend(folder, emulated_bank(folder)) == 0:
+        say(f"nothing to put back: no dead agent's record in {folder}")
+    return 0
+
+
+def models(args: argparse.Namespace) -> int:
+    """List the models whose shapes are shipped."""
+    from pals.engines.model_zoo import model_names
+
+    for name in model_names():
+        print(name)
+    return 0
+
+

@@ -1,0 +1,151 @@
+"""Arguments and dispatch; errors become one message on stderr and an exit code, never a traceback.
+
+Exit codes: 0 done, 1 a check found a difference, 2 bad input or no permission, 3 the engine ended by itself,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from pals import __version__
+from pals.core.errors import EngineGoneError, PalsError
+from pals.runtime.agent import EXIT_ENGINE_GONE
+from pals.runtime.config import MODES, POLICIES
+
+
+class Parser(argparse.ArgumentParser):
+    """Names the nearest command on a typing error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error, with the nearest command where one was mistyped, and exit with 2."""
+        if "invalid choice" in message:
+            given = message.split("invalid choice: ")[1].split("'")[1]
+            known = [c for c in message.replace("'", "").split("choose from ")[-1].rstrip(")").split(", ")]
+            near = difflib.get_close_matches(given, known, n=1)
+            message += f"; did you mean {near[0]!r}?" if near else ""
+        super().error(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    p = Parser(prog="pals", description="Power-aware runtime for LLM serving.")
+    p.add_argument("--version", action="version", version=f"pals {__version__}")
+    commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    serve = commands.add_parser(
+        "serve",
+        help="start vLLM's OpenAI server with PALS beside it",
+        description="Start the real, unmodified vLLM OpenAI server with PALS beside it. Options not listed here go to `vllm serve`.",
+        allow_abbrev=False,
+    )
+    serve.add_argument("model", metavar="MODEL", help="model name or folder, as for `vllm serve`")
+    serve.add_argument("--emulate", metavar="BOARDS", help="emulated boards, e.g. 4xa100-sxm4-80gb or h100-sxm5-80gb")
+    serve.add_argument("--no-agent", action="store_true", help="serve only; start `pals agent` apart")
+    serve.add_argument("--seed-boards", type=int, default=0, help="seed of the emulated boards' variation (default 0)")
+    serve.add_argument("--log", metavar="FILE", help="vLLM's log (default: in the run directory)")
+    add_agent_options(serve)
+    agent = commands.add_parser("agent", help="steer an engine that already runs with PALS installed")
+    agent.add_argument("--engine", type=int, metavar="PID", help="which engine, where several run")
+    add_agent_options(agent)
+    add_profile(commands)
+    replay = commands.add_parser("replay", help="recompute every decision of a journal and compare")
+    replay.add_argument("journal", metavar="JOURNAL")
+    commands.add_parser("status", help="what runs here, and what is in force")
+    commands.add_parser("restore", help="put boards back that a killed agent left limited")
+    commands.add_parser("models", help="models that can be served emulated")
+    demo = commands.add_parser("demo", help="Mixtral-8x7B on 4 emulated A100s under three policies, in about five minutes")
+    demo.add_argument("--seconds", type=float, default=70.0, help="length of the trace slice (default 70)")
+    demo.add_argument("--out", default="out/demo", metavar="FOLDER", help="journals, table and figure (default out/demo)")
+    return p
+
+
+def add_agent_options(p: argparse.ArgumentParser) -> None:
+    """Options of whatever runs an agent."""
+    p.add_argument("--config", metavar="FILE", help="TOML configuration; the options below override it")
+    p.add_argument("--policy", help=f"one of {', '.join(POLICIES)} (default static)")
+    p.add_argument("--mode", help=f"one of {', '.join(MODES)} (default: auto on emulated boards, advise on real ones)")
+    p.add_argument("--profile", metavar="FILE", help="profile for pals-paper, from `pals profile`")
+    p.add_argument("--power-limit-w", type=float, metavar="W", help="static: power limit per board (default: as found)")
+    p.add_argument("--active-sequences", type=int, metavar="N", help="static: active-sequence limit (default: launch)")
+    p.add_argument("--target-tokens-s", type=float, metavar="X", help="throughput target, output tokens per second")
+    p.add_argument("--ttft-p95-s", type=float, metavar="S", help="TTFT target")
+    p.add_argument("--tpot-p95-s", type=float, metavar="S", help="TPOT target")
+    p.add_argument("--budget-w", metavar="W|STEPS", help="budget of all boards: 1200, or steps 0:none,30:1000,60:1600")
+    p.add_argument("--period-s", type=float, metavar="S", help="control period (default 0.5)")
+    p.add_argument("--journal", metavar="FILE", help="journal file (default: in the run directory)")
+    p.add_argument("--metrics-port", type=int, metavar="PORT", help="Prometheus port on 127.0.0.1 (default 9477; 0: off)")
+
+
+def add_profile(commands: argparse._SubParsersAction[Parser]) -> None:
+    """The `profile` command."""
+    p = commands.add_parser("profile", help="sweep power limit × active sequences on a running engine, write a profile")
+    p.add_argument("--out", default="profile.json", metavar="FILE", help="the profile (default profile.json)")
+    p.add_argument("--base-url", default="http://127.0.0.1:8000", help="the engine's API (default http://127.0.0.1:8000)")
+    p.add_argument("--engine", type=int, metavar="PID", help="which engine, where several run")
+    p.add_argument("--limits-w", metavar="W,W,…", help="power limits per board (default: six, 37.5..100 %% of the limit)")
+    p.add_argument("--sequences", metavar="N,N,…", help="active sequences (default: powers of two to the launch limit)")
+    p.add_argument("--settle-s", type=float, default=3.0, metavar="S", help="wait before each window (default 3)")
+    p.add_argument("--window-s", type=float, default=8.0, metavar="S", help="measuring window of a point (default 8)")
+    p.add_argument("--mode", choices=MODES, help="auto is needed on real boards: the sweep writes power limits")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="pals: %(message)s", stream=sys.stderr)
+    logging.getLogger("pals").setLevel(logging.INFO)
+    args, rest = parser().parse_known_args(argv)
+    if rest and args.command != "serve":
+        parser().error(f"unknown arguments for `pals {args.command}`: {' '.join(rest)}")
+    try:
+        return dispatch(args, rest)
+    except EngineGoneError as e:
+        say(str(e))
+        return EXIT_ENGINE_GONE
+    except PalsError as e:
+        say(str(e))
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
+    """Call the command; each is imported only when asked for, so that `pals --help` needs nothing."""
+    if args.command == "serve":
+        from pals.cli.serve import serve
+
+        return serve(args, rest)
+    if args.command == "agent":
+        from pals.cli.agent import agent
+
+        return agent(args)
+    if args.command == "profile":
+        from pals.cli.profile import profile
+
+        return profile(args)
+    if args.command == "demo":
+        from pals.experiments.demo import demo
+
+        return demo(seconds=args.seconds, out=args.out)
+    from pals.cli import inspect
+
+    return {
+        "replay": inspect.replay,
+        "status": inspect.status,
+        "restore": inspect.restore,
+        "models": inspect.models,
+    }[args.command](args)
+
+
+def say(text: str) -> None:
+    """One line for people, on stderr."""
+    print(f"pals: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,156 @@
+"""`pals profile`: load a running engine, sweep limit × active sequences, write a profile."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import threading
+import urllib.error
+import urllib.request
+from datetime import date
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pals.cli.agent import boards_of, emulated_bank, pick_engine, stopping
+from pals.cli.main import say
+from pals.control.guard import Guard
+from pals.control.static import StaticPolicy
+from pals.core.errors import ConfigError
+from pals.core.quantities import Fingerprint, OperatingPoint, fingerprint_of
+from pals.engines.openai_client import ClosedLoop
+from pals.experiments.trace import describe, load_slice
+from pals.models.profile import Profile, ProfileRow
+from pals.profiler.sweep import (
+    Interrupted,
+    PartialRows,
+    SweepPlan,
+    default_limits_w,
+    default_sequences,
+    sweep,
+)
+from pals.runtime.agent import FOUND_RECORD
+from pals.runtime.channel import run_dir
+from pals.runtime.loop import boards_as_found, wall_clock
+from pals.runtime.tick import Rig
+
+
+def profile(args: argparse.Namespace) -> int:
+    """Sweep and write; 130 and a partial file on Ctrl-C."""
+    folder = run_dir(os.environ)
+    channel = pick_engine(folder, args.engine)
+    emulated = emulated_bank(folder) is not None
+    if not emulated and args.mode != "auto":
+        raise ConfigError("the sweep writes power limits of real boards: say --mode auto to allow it. Nothing was changed")
+    served = served_model(args.base_url)
+    stop = threading.Event()
+    with stopping(stop), boards_of(folder, channel, write=True) as nvml:
+        if not all(b.can_write() for b in nvml.boards):
+            raise ConfigError("this process may not write power limits (needs root); nothing was changed")
+        infos = [b.info for b in nvml.boards]
+        guard = Guard.of(infos, channel.info.launch_sequences)
+        plan = plan_of(args, guard)
+        specs = load_slice(600.0)
+        load = describe(specs)
+        out = Path(args.out)
+        partial = PartialRows(out.with_suffix(".partial.jsonl"), fingerprint_of(channel.info, infos), load)
+        rig = Rig(
+            meters=nvml.boards, actuators=nvml.boards, engine=channel, setter=channel,
+            controller=StaticPolicy(OperatingPoint(power_limit_w=guard.max_limit_w)), guard=guard, period_s=0.5,
+        )  # fmt: skip
+        driver = ClosedLoop(specs, base_url=args.base_url, model=served, seed=1)
+        driver.start_in_thread()
+        try:
+            with boards_as_found(nvml.boards, nvml.boards, folder / FOUND_RECORD):
+                rows = run_sweep(rig, plan, driver, partial, stop)
+        except Interrupted:
+            say(f"interrupted: {len(partial.rows)} of {len(plan.points)} points are kept; run the same command to go on")
+            return 130
+        finally:
+            driver.stop()
+            channel.release()
+        write_profile(out, rows, fingerprint_of(channel.info, infos), load, emulated=emulated)
+        partial.discard()
+    return 0
+
+
+def run_sweep(
+    rig: Rig, plan: SweepPlan, driver: ClosedLoop, partial: PartialRows, stop: threading.Event
+) -> list[ProfileRow]:
+    """The sweep with a progress bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("profiling", total=len(plan.points))
+
+        def progress(point: OperatingPoint, row: ProfileRow | None) -> None:
+            bar.advance(task)
+            if row is not None:
+                bar.console.print(
+                    f"{row.power_limit_w:5.0f} W × {row.active_sequences:3d} sequences: {row.tokens_per_s:7.0f} tokens/s, "
+                    f"{row.power_w:6.0f} W, {row.tokens_per_s / row.power_w:.3f} tokens/J, {row.sm_clock_mhz} MHz"
+                )
+
+        return sweep(rig, plan, load=driver, partial=partial, clock=wall_clock(stop), progress=progress)
+
+
+def write_profile(out: Path, rows: list[ProfileRow], fingerprint: Fingerprint, load: str, *, emulated: bool) -> None:
+    """Write the profile and say what the fit makes of it."""
+    made = Profile(
+        fingerprint=fingerprint,
+        rows=tuple(rows),
+        source="emulated" if emulated else "measured",
+        load=load,
+        made_at=date.today().isoformat(),
+        command=shlex.join(["pals", *sys.argv[1:]]),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(made.to_json(), encoding="utf-8")
+    fit = made.model().residuals
+    say(
+        f"{out}: {len(rows)} rows, {out.stat().st_size / 1024:.1f} KiB; the fit is within {fit.power_mape:.1%} of the measured "
+        f"power and {fit.throughput_mape:.1%} of the throughput (mean, in sample)"
+    )
+
+
+def plan_of(args: argparse.Namespace, guard: Guard) -> SweepPlan:
+    """The points asked for, or the default grid.
+
+    Raises:
+        ConfigError: outside what boards and engine accept; nothing was written.
+    """
+    try:
+        limits_w = tuple(float(w) for w in args.limits_w.split(",")) if args.limits_w else None
+        sequences = tuple(int(n) for n in args.sequences.split(",")) if args.sequences else None
+    except ValueError as e:
+        raise ConfigError(f"--limits-w and --sequences take numbers separated by commas ({e}); nothing was changed") from e
+    plan = SweepPlan(
+        limits_w=limits_w or default_limits_w(guard.min_limit_w, guard.max_limit_w),
+        sequences=sequences or default_sequences(guard.launch_sequences),
+        settle_s=args.settle_s,
+        window_s=args.window_s,
+    )
+    bad_w = [w for w in plan.limits_w if not guard.min_limit_w <= w <= guard.max_limit_w]
+    bad_n = [n for n in plan.sequences if not 1 <= n <= guard.launch_sequences]
+    if bad_w or bad_n or plan.window_s < 0.5 or plan.settle_s < 0:
+        raise ConfigError(
+            f"the plan leaves what is possible: limits {guard.min_limit_w:.0f}..{guard.max_limit_w:.0f} W (given {bad_w}), "
+            f"sequences 1..{guard.launch_sequences} (given {bad_n}), window >= 0.5 s. Nothing was written"
+        )
+    return plan
+
+
+def served_model(base_url: str) -> str:
+    """The name the engine serves its model under.
+
+    Raises:
+        ConfigError: no answer there.
+    """
+    url = f"{base_url.rstrip('/')}/v1/models"
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return str(json.load(answer)["data"][0]["id"])
+    except (OSError, ValueError, KeyError, IndexError, urllib.error.URLError) as e:
+        raise ConfigError(f"no OpenAI API answers at {url} ({e}); give --base-url. Nothing was changed") from e

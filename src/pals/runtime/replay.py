@@ -1,0 +1,35 @@
+"""Replay: feed a journal's samples to the same policy and compare every decision, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pals.control.guard import Guard
+from pals.core.protocols import AnyController
+from pals.runtime.tick import TickRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayResult:
+    """How many decisions agree, and a line for each that does not."""
+
+    total: int
+    same: int
+    differences: tuple[str, ...]
+
+
+def replay(policy: AnyController, guard: Guard, records: Iterable[TickRecord]) -> ReplayResult:
+    """Step `policy` through the recorded samples and compare its decisions, and the guard's, with the recorded ones."""
+    state = policy.initial()
+    total = same = 0
+    differences: list[str] = []
+    for record in records:
+        decision, state = policy.step(state, record.sample, record.budget, record.slo, record.sample.time_s)
+        guarded = guard.check(decision, record.budget)
+        total += 1
+        if (decision, guarded) == (record.decision, record.guarded):
+            same += 1
+        else:
+            differences.append(f"tick {record.index}: recorded {record.guarded}, now {guarded}")
+    return ReplayResult(total=total, same=same, differences=tuple(differences))
