@@ -1,0 +1,236 @@
+"""`pals demo`: Mixtral-8x7B on 4 emulated A100s serves one trace slice under three policies; table and figure.
+
+It is made of the commands a user has: one `pals serve --no-agent`, then one `pals agent` per policy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from rich.console import Console
+
+from pals.core.errors import EngineGoneError
+from pals.core.quantities import Slo
+from pals.engines.openai_client import RequestSpec, replay
+from pals.experiments.outcome import Outcome, outcome
+from pals.experiments.trace import describe, load_slice
+from pals.models.profile import Profile
+from pals.runtime.journal import read_journal
+from pals.runtime.tick import TickRecord
+from pals.views.figure import RunSeries, draw_runs
+from pals.views.report import outcome_table
+
+MODEL, BOARDS, LAUNCH_SEQUENCES = "mistralai/Mixtral-8x7B-v0.1", "4xa100-sxm4-80gb", 64
+PROFILE = Path(str(files("pals.experiments") / "data" / "profile-mixtral-8x7b-4xa100-sxm4-80gb.json"))
+TRACE_START_S = 0.0
+TTFT_TARGET_S, TPOT_TARGET_S = 2.0, 0.1
+HEADROOM = 1.15  # throughput target over what the slice asks for on average
+SEED = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One policy of the comparison."""
+
+    name: str
+    policy: str
+    budget: str | None
+
+
+def runs_of(seconds: float) -> tuple[Run, ...]:
+    """The three runs; the budget steps down after 30 % of the slice and up again after 65 %."""
+    steps = f"0:1600,{0.3 * seconds:.0f}:900,{0.65 * seconds:.0f}:1600"
+    return (
+        Run(name="static", policy="static", budget=None),
+        Run(name="pals-paper", policy="pals-paper", budget=None),
+        Run(name="pals-paper, budget steps", policy="pals-paper", budget=steps),
+    )
+
+
+def demo(*, seconds: float, out: str) -> int:
+    """Run all, print the table and the figure's path; 0 when every request was answered and every replay agreed."""
+    console = Console(highlight=False, width=max(100, min(160, shutil.get_terminal_size((120, 40)).columns)))
+    folder = Path(out).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    specs = load_slice(seconds, start_s=TRACE_START_S)
+    slo = slo_of(specs, seconds)
+    profile = Profile.from_json(PROFILE.read_text(), name=str(PROFILE))
+    console.print(
+        f"EMULATED: real vLLM serves {MODEL} on {BOARDS}; no GPU is used, watts and step times come from a simulated board.\n"
+        f"Load: {describe(specs)}, seed {SEED}.\n"
+        f"Profile: committed, {profile.source}, {len(profile.rows)} rows of {profile.made_at}; make it anew with `{profile.command}`.\n"
+        f"Targets: {slo.throughput_tokens_s:.0f} tokens/s ({HEADROOM} × what the slice asks for), TTFT p95 {TTFT_TARGET_S:g} s, "
+        f"TPOT p95 {TPOT_TARGET_S * 1e3:g} ms."
+    )
+    outcomes: list[Outcome] = []
+    series: list[RunSeries] = []
+    journals: list[Path] = []
+    with tempfile.TemporaryDirectory(prefix="pals-demo-") as run_folder, serving(Path(run_folder), folder, console) as url:
+        for run in runs_of(seconds):
+            console.print(f"[bold]{run.name}[/bold]: replaying {seconds:.0f} s of trace …")
+            journal = folder / f"{run.name.replace(', ', '-').replace(' ', '-')}.jsonl"
+            with steering(run, journal, slo, Path(run_folder), folder):
+                results = asyncio.run(replay(specs, base_url=url, model=MODEL, seed=SEED))
+            records = list(read_journal(journal)[1])
+            outcomes.append(outcome(run.name, results, records, slo))
+            series.append(series_of(run, records, min(r.sent_s for r in results), slo))
+            journals.append(journal)
+    return conclude(console, folder, outcomes, series, journals)
+
+
+def conclude(
+    console: Console, folder: Path, outcomes: Sequence[Outcome], series: Sequence[RunSeries], journals: Sequence[Path]
+) -> int:
+    """Replay the journals, print the table, draw the figure."""
+    agree = [subprocess.run([sys.executable, "-m", "pals.cli", "replay", str(j)]).returncode == 0 for j in journals]
+    figure = folder / "demo.png"
+    draw_runs(
+        series,
+        figure,
+        title="One trace slice, three policies: Mixtral-8x7B on 4 × A100",
+        subtitle="EMULATED: real vLLM, simulated boards · Azure 2023 conversation trace",
+    )
+    (folder / "outcomes.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+    console.print(outcome_table(outcomes, title="Emulated: real vLLM 4 × A100 SXM4 80 GB, simulated boards"))
+    unanswered = sum(o.failed + o.wrong_length for o in outcomes)
+    if unanswered:
+        console.print(f"[bold red]{unanswered} requests were not answered with exactly the tokens asked for[/bold red]")
+    console.print(f"journals and figures of this run: {folder}\nfigure: {figure}", soft_wrap=True)
+    return 0 if all(agree) and not unanswered else 1
+
+
+def slo_of(specs: Sequence[RequestSpec], seconds: float) -> Slo:
+    """The demo's targets for this slice."""
+    asked = sum(s.output_tokens for s in specs) / seconds
+    return Slo(throughput_tokens_s=round(HEADROOM * asked), ttft_p95_s=TTFT_TARGET_S, tpot_p95_s=TPOT_TARGET_S)
+
+
+@contextmanager
+def serving(run_folder: Path, out: Path, console: Console) -> Iterator[str]:
+    """`pals serve --no-agent` for the duration; yields the base URL."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        "serve", MODEL, "--emulate", BOARDS, "--no-agent", "--port", str(port), "--log", str(out / "vllm.log"),
+        "--max-num-seqs", str(LAUNCH_SEQUENCES),
+    ]  # fmt: skip
+    console.print("starting vLLM …")
+    started_s = time.monotonic()
+    with pals(command, run_folder, out / "serve.log") as process:
+        while not healthy(url):
+            if process.poll() is not None:
+                raise EngineGoneError(f"the server ended while starting:\n{tail(out / 'serve.log')}")
+            time.sleep(0.25)
+        console.print(f"vLLM answers after {time.monotonic() - started_s:.0f} s")
+        wait_for_engine(run_folder, process, out)
+        yield url
+
+
+@contextmanager
+def steering(run: Run, journal: Path, slo: Slo, run_folder: Path, out: Path) -> Iterator[None]:
+    """`pals agent` for the duration; its first tick has been written when the body starts."""
+    journal.unlink(missing_ok=True)
+    command = [
+        "agent", "--policy", run.policy, "--journal", str(journal), "--metrics-port", "0",
+        "--target-tokens-s", str(slo.throughput_tokens_s), "--ttft-p95-s", str(slo.ttft_p95_s),
+        "--tpot-p95-s", str(slo.tpot_p95_s),
+        *(["--profile", str(PROFILE)] if run.policy == "pals-paper" else []),
+        *(["--budget-w", run.budget] if run.budget else []),
+    ]  # fmt: skip
+    log = out / f"agent-{journal.stem}.log"
+    with pals(command, run_folder, log) as process:
+        while not journal.exists() or journal.read_text().count("\n") < 2:
+            if process.poll() is not None:
+                raise EngineGoneError(f"the agent ended at once:\n{tail(log)}")
+            time.sleep(0.05)
+        yield
+        time.sleep(1.0)  # two more ticks, so that the journal covers the last token
+
+
+@contextmanager
+def pals(command: Sequence[str], run_folder: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a `pals` command in the background; ended by SIGTERM, in order."""
+    environ = {**os.environ, "PALS_RUN_DIR": str(run_folder)}
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pals.cli", *command], stdout=sink, stderr=subprocess.STDOUT, env=environ,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=90)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def wait_for_engine(run_folder: Path, process: subprocess.Popen[bytes], out: Path) -> None:
+    """Wait for the engine's channel, which `pals serve` checks too."""
+    while not list(run_folder.glob("*.channel")):
+        if process.poll() is not None:
+            raise EngineGoneError(f"the server ended while starting:\n{tail(out / 'serve.log')}")
+        time.sleep(0.1)
+
+
+def healthy(url: str) -> bool:
+    """Whether the server answers."""
+    with contextlib.suppress(OSError, urllib.error.URLError), urllib.request.urlopen(f"{url}/health", timeout=2):
+        return True
+    return False
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def tail(path: Path, lines: int = 15) -> str:
+    """The last lines of a log."""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def series_of(run: Run, records: Sequence[TickRecord], start_s: float, slo: Slo) -> RunSeries:
+    """A run's records as the columns of a figure; throughput over four periods."""
+    kept = [r for r in records if r.sample.engine is not None and r.sample.time_s >= start_s - 1.0]
+    span = 4
+    rates = []
+    for i, now in enumerate(kept):
+        before = kept[max(0, i - span)]
+        seconds = now.sample.time_s - before.sample.time_s
+        tokens = now.sample.engine.output_tokens - before.sample.engine.output_tokens  # type: ignore[union-attr]
+        rates.append(tokens / seconds if seconds > 0 else 0.0)
+    engines = [r.sample.engine for r in kept if r.sample.engine is not None]
+    return RunSeries(
+        name=run.name,
+        time_s=[r.sample.time_s - start_s for r in kept],
+        power_w=[r.sample.power_w if r.sample.power_w is not None else sum(b.power_w for b in r.sample.boards) for r in kept],
+        limit_w=[sum(r.enforced_limits_w) for r in kept],
+        budget_w=[r.budget.power_w for r in kept],
+        active_limit=[e.active_limit for e in engines],
+        running=[e.running for e in engines],
+        waiting=[e.waiting for e in engines],
+        tokens_per_s=rates,
+        target_tokens_per_s=slo.throughput_tokens_s,
+    )
