@@ -104,10 +104,9 @@ def mend(folder: Path, bank: Path | None) -> int:
     with open_boards(emulated=bank, indices=None) as nvml:
         for board in nvml.boards:
             found_w = left_w.get(board.info.uuid)
-            if found_w is not None:
-                if board.info.found_limit_w != found_w:
-                    board.apply(OperatingPoint(power_limit_w=found_w))
-                    mended += 1
+            if found_w is not None and board.info.found_limit_w != found_w:
+                board.apply(OperatingPoint(power_limit_w=found_w))
+                mended += 1
     (folder / FOUND_RECORD).unlink(missing_ok=True)
     if mended:
         say(f"an earlier agent ended without putting {mended} boards back; they are at the limits it had found again")

@@ -70,5 +70,3 @@ def models(args: argparse.Namespace) -> int:
     for name in model_names():
         print(name)
     return 0
-
-

@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         """Print the error, with the nearest command where one was mistyped, and exit with 2."""
         if "invalid choice" in message:
             given = message.split("invalid choice: ")[1].split("'")[1]
-            known = [c for c in message.replace("'", "").split("choose from ")[-1].rstrip(")").split(", ")]
+            known = message.replace("'", "").split("choose from ")[-1].rstrip(")").split(", ")
             near = difflib.get_close_matches(given, known, n=1)
             message += f"; did you mean {near[0]!r}?" if near else ""
         super().error(message)
@@ -59,9 +59,13 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("status", help="what runs here, and what is in force")
     commands.add_parser("restore", help="put boards back that a killed agent left limited")
     commands.add_parser("models", help="models that can be served emulated")
-    demo = commands.add_parser("demo", help="Mixtral-8x7B on 4 emulated A100s under three policies, in about five minutes")
+    demo = commands.add_parser(
+        "demo", help="Mixtral-8x7B on 4 emulated A100s under three policies, in about five minutes"
+    )
     demo.add_argument("--seconds", type=float, default=70.0, help="length of the trace slice (default 70)")
-    demo.add_argument("--out", default="out/demo", metavar="FOLDER", help="journals, table and figure (default out/demo)")
+    demo.add_argument(
+        "--out", default="out/demo", metavar="FOLDER", help="journals, table and figure (default out/demo)"
+    )
     return p
 
 
@@ -79,16 +83,22 @@ def add_agent_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--budget-w", metavar="W|STEPS", help="budget of all boards: 1200, or steps 0:none,30:1000,60:1600")
     p.add_argument("--period-s", type=float, metavar="S", help="control period (default 0.5)")
     p.add_argument("--journal", metavar="FILE", help="journal file (default: in the run directory)")
-    p.add_argument("--metrics-port", type=int, metavar="PORT", help="Prometheus port on 127.0.0.1 (default 9477; 0: off)")
+    p.add_argument(
+        "--metrics-port", type=int, metavar="PORT", help="Prometheus port on 127.0.0.1 (default 9477; 0: off)"
+    )
 
 
 def add_profile(commands: argparse._SubParsersAction[Parser]) -> None:
     """The `profile` command."""
     p = commands.add_parser("profile", help="sweep power limit × active sequences on a running engine, write a profile")
     p.add_argument("--out", default="profile.json", metavar="FILE", help="the profile (default profile.json)")
-    p.add_argument("--base-url", default="http://127.0.0.1:8000", help="the engine's API (default http://127.0.0.1:8000)")
+    p.add_argument(
+        "--base-url", default="http://127.0.0.1:8000", help="the engine's API (default http://127.0.0.1:8000)"
+    )
     p.add_argument("--engine", type=int, metavar="PID", help="which engine, where several run")
-    p.add_argument("--limits-w", metavar="W,W,…", help="power limits per board (default: six, 37.5..100 %% of the limit)")
+    p.add_argument(
+        "--limits-w", metavar="W,W,…", help="power limits per board (default: six, 37.5..100 %% of the limit)"
+    )
     p.add_argument("--sequences", metavar="N,N,…", help="active sequences (default: powers of two to the launch limit)")
     p.add_argument("--settle-s", type=float, default=3.0, metavar="S", help="wait before each window (default 3)")
     p.add_argument("--window-s", type=float, default=8.0, metavar="S", help="measuring window of a point (default 8)")

@@ -44,7 +44,9 @@ def profile(args: argparse.Namespace) -> int:
     channel = pick_engine(folder, args.engine)
     emulated = emulated_bank(folder) is not None
     if not emulated and args.mode != "auto":
-        raise ConfigError("the sweep writes power limits of real boards: say --mode auto to allow it. Nothing was changed")
+        raise ConfigError(
+            "the sweep writes power limits of real boards: say --mode auto to allow it. Nothing was changed"
+        )
     served = served_model(args.base_url)
     stop = threading.Event()
     with stopping(stop), boards_of(folder, channel, write=True) as nvml:
@@ -67,7 +69,9 @@ def profile(args: argparse.Namespace) -> int:
             with boards_as_found(nvml.boards, nvml.boards, folder / FOUND_RECORD):
                 rows = run_sweep(rig, plan, driver, partial, stop)
         except Interrupted:
-            say(f"interrupted: {len(partial.rows)} of {len(plan.points)} points are kept; run the same command to go on")
+            say(
+                f"interrupted: {len(partial.rows)} of {len(plan.points)} points are kept; run the same command to go on"
+            )
             return 130
         finally:
             driver.stop()
@@ -125,7 +129,9 @@ def plan_of(args: argparse.Namespace, guard: Guard) -> SweepPlan:
         limits_w = tuple(float(w) for w in args.limits_w.split(",")) if args.limits_w else None
         sequences = tuple(int(n) for n in args.sequences.split(",")) if args.sequences else None
     except ValueError as e:
-        raise ConfigError(f"--limits-w and --sequences take numbers separated by commas ({e}); nothing was changed") from e
+        raise ConfigError(
+            f"--limits-w and --sequences take numbers separated by commas ({e}); nothing was changed"
+        ) from e
     plan = SweepPlan(
         limits_w=limits_w or default_limits_w(guard.min_limit_w, guard.max_limit_w),
         sequences=sequences or default_sequences(guard.launch_sequences),

@@ -143,7 +143,9 @@ def check_port(host: str, port: int, what: str, flag: str) -> None:
         try:
             s.bind((host, port))
         except (OSError, OverflowError) as e:
-            raise ConfigError(f"{what} {port} on {host} cannot be used ({e}); choose another with {flag}. Nothing was started") from e
+            raise ConfigError(
+                f"{what} {port} on {host} cannot be used ({e}); choose another with {flag}. Nothing was started"
+            ) from e
 
 
 def watch(process: subprocess.Popen[bytes], ended: threading.Event) -> threading.Event:

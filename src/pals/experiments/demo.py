@@ -82,7 +82,10 @@ def demo(*, seconds: float, out: str) -> int:
     outcomes: list[Outcome] = []
     series: list[RunSeries] = []
     journals: list[Path] = []
-    with tempfile.TemporaryDirectory(prefix="pals-demo-") as run_folder, serving(Path(run_folder), folder, console) as url:
+    with (
+        tempfile.TemporaryDirectory(prefix="pals-demo-") as run_folder,
+        serving(Path(run_folder), folder, console) as url,
+    ):
         for run in runs_of(seconds):
             console.print(f"[bold]{run.name}[/bold]: replaying {seconds:.0f} s of trace …")
             journal = folder / f"{run.name.replace(', ', '-').replace(' ', '-')}.jsonl"
@@ -225,7 +228,9 @@ def series_of(run: Run, records: Sequence[TickRecord], start_s: float, slo: Slo)
     return RunSeries(
         name=run.name,
         time_s=[r.sample.time_s - start_s for r in kept],
-        power_w=[r.sample.power_w if r.sample.power_w is not None else sum(b.power_w for b in r.sample.boards) for r in kept],
+        power_w=[
+            r.sample.power_w if r.sample.power_w is not None else sum(b.power_w for b in r.sample.boards) for r in kept
+        ],
         limit_w=[sum(r.enforced_limits_w) for r in kept],
         budget_w=[r.budget.power_w for r in kept],
         active_limit=[e.active_limit for e in engines],

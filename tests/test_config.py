@@ -1,0 +1,71 @@
+"""Configuration: unknown keys name the nearest, wrong values say what is allowed, nothing is dropped in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pals.core.errors import ConfigError
+from pals.runtime.budgets import parse_budget
+from pals.runtime.config import Config, load_config
+
+
+def load(tmp_path: Path, text: str) -> Config:
+    path = tmp_path / "pals.toml"
+    path.write_text(text)
+    return load_config(path)
+
+
+def test_a_full_file_is_read_and_the_command_line_wins(tmp_path: Path) -> None:
+    path = tmp_path / "pals.toml"
+    path.write_text(
+        '[control]\npolicy = "pals-paper"\nperiod_s = 1\n[slo]\nthroughput_tokens_s = 900\n[budget]\npower_w = "0:1600,30:900"\n'
+    )
+
+    config = load_config(path, {"slo": {"throughput_tokens_s": 1000.0, "ttft_p95_s": None}})
+
+    assert config.control.policy == "pals-paper"
+    assert config.control.period_s == 1.0
+    assert config.slo.throughput_tokens_s == 1000.0
+    assert config.budget.at(31.0).power_w == 900.0
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("[contrl]\n", "did you mean 'control'"),
+        ('[control]\npolcy = "static"\n', "did you mean 'policy'"),
+        ('[control]\npolicy = "pals"\n', "did you mean 'pals-paper'"),
+        ('[control]\nmode = "canary"\n', "unknown key 'canary'"),
+        ('[control]\nperiod_s = "fast"\n', "not a float"),
+        ("[control]\nperiod_s = 0.001\n", r"0\.05\.\.60"),
+        ("[slo]\nttft_p95_s = -1\n", "must be positive"),
+        ("[slo]\nttft_p95_s = nan\n", "not a finite number"),
+        ("[budget]\nwatts = 3\n", r"\[budget\]"),
+        ("control = 3\n", "must be a table"),
+        ("[control\n", "cannot read the configuration"),
+        ('[control]\npolicy = "pals-paper"\n', "--target-tokens-s"),
+    ],
+)
+def test_bad_input_says_what_and_what_to_do(tmp_path: Path, text: str, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        load(tmp_path, text)
+
+
+def test_a_missing_file_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(Path("/nonexistent/pals.toml"))
+
+
+def test_budgets_step_at_their_times() -> None:
+    schedule = parse_budget("0:none,30:1000,60:1600")
+
+    assert [schedule.at(t).power_w for t in (0.0, 29.9, 30.0, 60.0, 1e6)] == [None, None, 1000.0, 1600.0, 1600.0]
+    assert parse_budget("1200").at(0.0).power_w == 1200.0
+
+
+@pytest.mark.parametrize("text", ["", "lots", "0:5:6", "30:1000,10:900", "0:-5", "nan", "0:inf"])
+def test_a_bad_budget_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="budget"):
+        parse_budget(text)

@@ -1,0 +1,65 @@
+"""Metrics: base units, right values, one table in the docs, a port in use is named."""
+
+from __future__ import annotations
+
+import socket
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from pals.core.errors import ConfigError
+from pals.core.quantities import Slo
+from pals.runtime.budgets import parse_budget
+from pals.views.metrics import AgentMetrics, metrics_table, serve_metrics
+from tests.test_tick import go, rig
+from tests.worlds import Board, Clock, Engine
+
+DOCS = Path(__file__).parent.parent / "docs" / "metrics.md"
+
+
+def observed() -> AgentMetrics:
+    clock = Clock(until_s=110.0)
+    boards = [Board(clock, i) for i in range(2)]
+    metrics = AgentMetrics()
+    for record in go(
+        rig(clock, boards, Engine(clock, per_sequence=10.0)), clock, parse_budget("600"), Slo(throughput_tokens_s=1e5)
+    ):
+        metrics.observe(record)
+    return metrics
+
+
+def value(metrics: AgentMetrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(name, labels)
+
+
+def test_values_follow_the_records() -> None:
+    metrics = observed()
+
+    assert value(metrics, "pals_power_watts") == pytest.approx(2 * 294.0)
+    assert value(metrics, "pals_power_limit_enforced_watts", board="1") == 294.0
+    assert value(metrics, "pals_sm_clock_hertz", board="0") == 1410e6
+    assert value(metrics, "pals_tokens_per_second") == pytest.approx(640.0)
+    assert value(metrics, "pals_joules_per_token") == pytest.approx(588.0 / 640.0)
+    assert value(metrics, "pals_active_sequence_limit") == 64.0
+    assert value(metrics, "pals_decisions_total", reason="guard-budget") == 20.0
+    assert (value(metrics, "pals_violations_total", slo="throughput") or 0) > 15
+    assert value(metrics, "pals_energy_joules_total") == pytest.approx(588.0 * 9.5)
+
+
+def test_the_endpoint_answers_and_a_taken_port_is_named() -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = int(s.getsockname()[1])
+    stop = serve_metrics(observed(), port)
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            assert b"pals_power_watts" in answer.read()
+        with pytest.raises(ConfigError, match=f"metrics port {port} is in use"):
+            serve_metrics(AgentMetrics(), port)
+    finally:
+        stop()
+
+
+def test_the_docs_hold_the_table_as_the_code_has_it() -> None:
+    assert metrics_table() in DOCS.read_text()

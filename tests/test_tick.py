@@ -1,0 +1,160 @@
+"""The tick and the loop: energy-counter power, order of writing, drift-free grid, boards put back whatever happens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from pals.control.guard import Guard
+from pals.control.static import StaticPolicy
+from pals.core.errors import ConfigError, EngineGoneError
+from pals.core.quantities import OperatingPoint, Slo
+from pals.runtime.budgets import BudgetSchedule, parse_budget
+from pals.runtime.loop import GridClock, boards_as_found, left_by_dead_agent, run
+from pals.runtime.tick import Rig, TickRecord
+from tests.worlds import Board, Clock, Engine
+
+
+def rig(clock: Clock, boards: Sequence[Board], engine: Engine, *, limit_w: float = 400.0, n: int = 64) -> Rig:
+    return Rig(
+        meters=boards,
+        actuators=boards,
+        engine=engine,
+        setter=engine,
+        controller=StaticPolicy(OperatingPoint(power_limit_w=limit_w, active_sequences=n)),
+        guard=Guard.of([b.info for b in boards], launch_sequences=64),
+        period_s=0.5,
+    )
+
+
+def go(r: Rig, clock: Clock, budget: BudgetSchedule = BudgetSchedule(), slo: Slo = Slo()) -> list[TickRecord]:  # noqa: B008
+    records: list[TickRecord] = []
+    run(r, budget=budget, slo=slo, clock=GridClock(now_s=clock.now_s, wait=clock.wait), sink=records.append)
+    return records
+
+
+def test_power_comes_from_the_energy_counters() -> None:
+    clock = Clock(until_s=105.0)
+    boards = [Board(clock, i) for i in range(4)]
+
+    records = go(rig(clock, boards, Engine(clock)), clock)
+
+    assert records[0].sample.power_w is None
+    assert [r.sample.power_w for r in records[1:]] == pytest.approx([4 * 320.0] * (len(records) - 1))
+
+
+def test_a_budget_step_bites_at_the_next_tick_and_is_kept() -> None:
+    clock = Clock(until_s=110.0)
+    boards = [Board(clock, i) for i in range(4)]
+
+    records = go(rig(clock, boards, Engine(clock)), clock, parse_budget("0:1600,5:800,8:1600"))
+
+    low = [r for r in records if r.budget.power_w == 800.0]
+    assert low[0].guarded.reason == "guard-budget"
+    assert all(r.sample.power_w is not None and r.sample.power_w <= 800.0 for r in low[1:])
+    assert records[-1].guarded.point.power_limit_w > 300.0
+
+
+def test_the_grid_does_not_drift_and_a_late_tick_skips_grid_points() -> None:
+    clock = Clock(until_s=110.0)
+    board, engine = Board(clock), Engine(clock)
+    late: list[float] = []
+    times: list[float] = []
+
+    def slow_sink(record: TickRecord) -> None:
+        times.append(record.sample.time_s)
+        clock.now += 0.013 if len(times) != 5 else 1.3
+        late.append(clock.now)
+
+    run(
+        rig(clock, [board], engine), budget=BudgetSchedule(), slo=Slo(),
+        clock=GridClock(now_s=clock.now_s, wait=clock.wait), sink=slow_sink,
+    )  # fmt: skip
+
+    offsets = [(t - 100.0) / 0.5 for t in times]
+    assert offsets == pytest.approx([round(o) for o in offsets], abs=1e-6)
+    assert 4.0 in [round(o) for o in offsets]
+    assert 5.0 not in [round(o) for o in offsets]
+    assert 7.0 in [round(o) for o in offsets]
+
+
+def test_a_refused_write_turns_to_advice_with_one_clear_line() -> None:
+    clock = Clock(until_s=103.0)
+    board = Board(clock, denied=True)
+
+    records = go(rig(clock, [board], Engine(clock), limit_w=200.0), clock)
+
+    assert [r.notes != () for r in records] == [True] + [False] * (len(records) - 1)
+    assert "only advises" in records[0].notes[0]
+    assert board.written_w == []
+    assert records[-1].enforced_limits_w == (400.0,)
+    assert records[-1].guarded.point.power_limit_w == 200.0
+
+
+def test_a_limit_lowered_by_another_is_read_back_and_told() -> None:
+    clock = Clock(until_s=101.0)
+    board = Board(clock, external_w=250.0)
+
+    record = go(rig(clock, [board], Engine(clock), limit_w=400.0), clock)[0]
+
+    assert record.enforced_limits_w == (250.0,)
+    assert "something else holds the limit lower" in record.notes[0]
+
+
+def test_a_lost_board_is_told_and_nothing_is_written_to_the_group() -> None:
+    clock = Clock(until_s=101.0)
+    boards = [Board(clock, 0), Board(clock, 1, lost=True)]
+
+    record = go(rig(clock, boards, Engine(clock), limit_w=200.0), clock)[0]
+
+    assert "lost" in record.notes[0]
+    assert boards[0].written_w == []
+    assert record.sample.power_w is None
+
+
+@pytest.mark.parametrize("gone_at_s", [1e9, 104.2])
+def test_boards_are_put_back_as_found_on_stop_and_when_the_engine_goes(tmp_path: Path, gone_at_s: float) -> None:
+    clock = Clock(until_s=108.0)
+    boards = [Board(clock, i, limit_w=350.0) for i in range(2)]
+    engine = Engine(clock, gone_at_s=gone_at_s)
+    record = tmp_path / "found.json"
+
+    def steer() -> None:
+        with boards_as_found(boards, boards, record):
+            go(rig(clock, boards, engine, limit_w=200.0), clock)
+
+    if gone_at_s < 200:
+        with pytest.raises(EngineGoneError):
+            steer()
+    else:
+        steer()
+
+    assert boards[0].written_w
+    assert [b.limit_w for b in boards] == [350.0, 350.0]
+    assert not record.exists()
+
+
+def test_what_a_killed_agent_left_is_known_and_a_living_one_is_respected(tmp_path: Path) -> None:
+    record = tmp_path / "found.json"
+    assert left_by_dead_agent(record) == {}
+
+    record.write_text(json.dumps({"pid": 2**22 + 1, "limits_w": {"GPU-0": 400.0}}))
+    assert left_by_dead_agent(record) == {"GPU-0": 400.0}
+
+    record.write_text(json.dumps({"pid": 1, "limits_w": {"GPU-0": 400.0}}))
+    with pytest.raises(ConfigError, match="another PALS agent"):
+        left_by_dead_agent(record)
+
+
+def test_the_engines_lease_outlives_a_few_missed_ticks_and_then_ends() -> None:
+    clock = Clock(until_s=102.0)
+    engine = Engine(clock)
+
+    go(rig(clock, [Board(clock)], engine, n=8), clock)
+
+    assert engine.in_force == 8
+    clock.now += 3.1
+    assert engine.in_force == 64
