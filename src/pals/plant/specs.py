@@ -1,0 +1,72 @@
+"""Which boards can be emulated, and their constants; read from `board_specs.json`, nothing is computed here."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from pals.core.errors import ConfigError
+
+CLOCK_STEP_MHZ = 15
+DRIVER = "580.95.05"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoardSpec:
+    """Constants of one board type; sources in docs/plant.md."""
+
+    name: str
+    nvml_name: str
+    memory_gb: float
+    hbm_bytes_s: float  # achievable, not nominal
+    peak_flops_bf16: float  # dense tensor peak at the top clock
+    nvlink_bytes_s: float
+    min_limit_w: float
+    default_limit_w: float
+    max_limit_w: float
+    min_sm_clock_mhz: int
+    max_sm_clock_mhz: int
+    memory_clock_mhz: int
+    idle_w: float
+    awake_w: float  # clocks up, nothing issued
+    core_memory_w_per_ghz: float  # SM domain while HBM is saturated, at floor voltage
+    core_compute_w_per_ghz: float  # SM domain while tensor cores are saturated, at floor voltage
+    hbm_pj_per_byte: float
+    voltage_mhz: tuple[float, ...]
+    voltage: tuple[float, ...]  # relative to the floor
+    power_window_s: float  # what nvmlDeviceGetPowerUsage averages over
+    capability: tuple[int, int]
+
+
+@cache
+def board_specs() -> dict[str, BoardSpec]:
+    """All board types by name."""
+    data = json.loads((files("pals.plant") / "board_specs.json").read_text())
+    specs = {}
+    for name, values in data.items():
+        if not name.startswith("_"):
+            lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+            specs[name] = BoardSpec(name=name, **{**values, **lists})
+    return specs
+
+
+def parse_boards(text: str) -> tuple[BoardSpec, int]:
+    """Parse "4xa100-sxm4-80gb" or "h100-sxm5-80gb" into a board type and a count.
+
+    Raises:
+        ConfigError: unknown board or a count outside 1..64.
+    """
+    match = re.fullmatch(r"(?:(\d+)x)?(.+)", text.strip().lower())
+    count, name = (int(match[1] or 1), match[2]) if match else (1, text)
+    specs = board_specs()
+    if name not in specs:
+        near = difflib.get_close_matches(name, specs, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"unknown board {name!r}; {hint}Known: {', '.join(specs)} (write 4x… for four). Nothing was started")
+    if not 1 <= count <= 64:
+        raise ConfigError(f"{count} boards cannot be emulated; 1 to 64 can. Nothing was started")
+    return specs[name], count
