@@ -38,7 +38,9 @@ _BOARD = np.dtype(
     ]
 )
 _SEGMENT = np.dtype([("start_s", "f8"), ("end_s", "f8"), ("compute", "f8"), ("memory", "f8"), ("boards", "u8")])
-_CLOCKWORK = np.dtype([("time_s", "f8"), ("published_s", "f8"), ("busy_until_s", "f8"), ("ticks", "i8"), ("next", "i8")])
+_CLOCKWORK = np.dtype(
+    [("time_s", "f8"), ("published_s", "f8"), ("busy_until_s", "f8"), ("ticks", "i8"), ("next", "i8")]
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +139,9 @@ class BoardBank:
             idle = now_s > float(self._clockwork["busy_until_s"][0])
             clocks = self._boards["clock_mhz"][list(boards)]
             if idle:  # the first step after idling runs at what the boards rise to within a few ticks
-                clocks = np.maximum(clocks, np.minimum(self.spec.max_sm_clock_mhz, self._boards["lock_hi_mhz"][list(boards)]))
+                clocks = np.maximum(
+                    clocks, np.minimum(self.spec.max_sm_clock_mhz, self._boards["lock_hi_mhz"][list(boards)])
+                )
             return float(clocks.min())
 
     def reading(self, i: int, now_s: float) -> BoardReading:
@@ -263,7 +267,9 @@ class BoardBank:
         s = self._segments
         s = s[(s["end_s"] > start_s) & (s["start_s"] < start_s + ticks * TICK_S)]
         edges = start_s + TICK_S * np.arange(ticks)[:, None]
-        overlap = np.clip(np.minimum(s["end_s"], edges + TICK_S) - np.maximum(s["start_s"], edges), 0.0, TICK_S) / TICK_S
+        overlap = (
+            np.clip(np.minimum(s["end_s"], edges + TICK_S) - np.maximum(s["start_s"], edges), 0.0, TICK_S) / TICK_S
+        )
         member = (s["boards"][:, None] >> np.arange(self.count, dtype=np.uint64)) & 1
         compute = np.minimum(1.0, (overlap * s["compute"]) @ member)
         memory = np.minimum(1.0, (overlap * s["memory"]) @ member)

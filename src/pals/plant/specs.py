@@ -66,7 +66,9 @@ def parse_boards(text: str) -> tuple[BoardSpec, int]:
     if name not in specs:
         near = difflib.get_close_matches(name, specs, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"unknown board {name!r}; {hint}Known: {', '.join(specs)} (write 4x… for four). Nothing was started")
+        raise ConfigError(
+            f"unknown board {name!r}; {hint}Known: {', '.join(specs)} (write 4x… for four). Nothing was started"
+        )
     if not 1 <= count <= 64:
         raise ConfigError(f"{count} boards cannot be emulated; 1 to 64 can. Nothing was started")
     return specs[name], count

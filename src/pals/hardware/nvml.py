@@ -1,0 +1,264 @@
+"""The one NVML adapter: boards as meters and actuators, real or emulated; milliwatts become watts here and nowhere else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, NoReturn
+
+from pals.core.errors import (
+    ConfigError,
+    DeviceLostError,
+    NotSupportedError,
+    PalsError,
+    PermissionDeniedError,
+)
+from pals.core.quantities import BoardInfo, OperatingPoint, PowerSample
+from pals.hardware.emulated_nvml import EmulatedNvml
+from pals.plant.boards import BoardBank
+
+log = logging.getLogger("pals")
+THROTTLE_POWER_CAP = 0x4
+MIN_LOCK_MHZ = 210
+
+
+def _pynvml() -> ModuleType:
+    try:
+        import pynvml
+    except ImportError as e:
+        raise ConfigError("nvidia-ml-py is not installed; install it with `pip install 'pals-llm[nvml]'`") from e
+    return pynvml
+
+
+class NvmlBoard:
+    """One board: a `PowerMeter` and a `PowerActuator`."""
+
+    def __init__(self, nvml: ModuleType, index: int, *, clock: Callable[[], float], may_write: bool) -> None:
+        self._nvml, self._clock, self._may_write = nvml, clock, may_write
+        self._label = f"board {index}"
+        self._handle = self._call("open it", nvml.nvmlDeviceGetHandleByIndex, index)
+        low, high = self._get("read its limit range", nvml.nvmlDeviceGetPowerManagementLimitConstraints)
+        self._info = BoardInfo(
+            index=index,
+            uuid=str(self._get("read its UUID", nvml.nvmlDeviceGetUUID)),
+            name=str(self._get("read its name", nvml.nvmlDeviceGetName)),
+            driver=str(self._call("read the driver's version", nvml.nvmlSystemGetDriverVersion)),
+            min_limit_w=low / 1000.0,
+            max_limit_w=high / 1000.0,
+            default_limit_w=self._watts("read its default limit", nvml.nvmlDeviceGetPowerManagementDefaultLimit),
+            found_limit_w=self._watts("read its limit", nvml.nvmlDeviceGetPowerManagementLimit),
+            max_sm_clock_mhz=int(
+                self._call("read its top clock", nvml.nvmlDeviceGetMaxClockInfo, self._handle, nvml.NVML_CLOCK_SM)
+            ),
+        )
+        self._label = f"board {index} ({self._info.name})"
+        self._limit_written = self._locked_by_us = False
+
+    @property
+    def info(self) -> BoardInfo:
+        """What the board is and accepts, and the limit found when it was opened."""
+        return self._info
+
+    def can_write(self) -> bool:
+        """Whether this process should be able to write; nothing is written to find out."""
+        return self._may_write
+
+    def read(self) -> PowerSample:
+        """Return a fresh reading.
+
+        Raises:
+            DeviceLostError: the board is gone.
+        """
+        n = self._nvml
+        energy_j = self._get("read its energy counter", n.nvmlDeviceGetTotalEnergyConsumption) / 1000.0
+        return PowerSample(
+            time_s=self._clock(),
+            power_w=self._watts("read its power", n.nvmlDeviceGetPowerUsage),
+            energy_j=energy_j,
+            enforced_limit_w=self._watts("read its enforced limit", n.nvmlDeviceGetEnforcedPowerLimit),
+            sm_clock_mhz=int(self._call("read its clock", n.nvmlDeviceGetClockInfo, self._handle, n.NVML_CLOCK_SM)),
+            temperature_c=self._optional(n.nvmlDeviceGetTemperature, n.NVML_TEMPERATURE_GPU),
+            throttled_by_power=bool(
+                int(self._optional(n.nvmlDeviceGetCurrentClocksThrottleReasons) or 0) & THROTTLE_POWER_CAP
+            ),
+        )
+
+    def apply(self, wanted: OperatingPoint) -> OperatingPoint:
+        """Ask for `wanted`; return the limit then in force and the clock ceiling asked for.
+
+        Raises:
+            ValueError: outside the board's range; nothing was changed.
+            PermissionDeniedError, NotSupportedError, DeviceLostError: as the driver says.
+        """
+        info, n = self._info, self._nvml
+        if not info.min_limit_w <= wanted.power_limit_w <= info.max_limit_w:
+            raise ValueError(
+                f"{self._label}: {wanted.power_limit_w:.0f} W lies outside {info.min_limit_w:.0f}..{info.max_limit_w:.0f} W; "
+                f"nothing was written, {self._enforced_w():.0f} W is in force"
+            )
+        clock_mhz = wanted.sm_clock_mhz
+        if clock_mhz is not None and not MIN_LOCK_MHZ <= clock_mhz <= info.max_sm_clock_mhz:
+            raise ValueError(
+                f"{self._label}: an SM clock of {clock_mhz} MHz lies outside {MIN_LOCK_MHZ}..{info.max_sm_clock_mhz} MHz; "
+                "nothing was written"
+            )
+        set_w = self._watts("read its limit", n.nvmlDeviceGetPowerManagementLimit)
+        if abs(set_w - wanted.power_limit_w) >= 0.5:
+            self._call(
+                f"set its power limit to {wanted.power_limit_w:.0f} W",
+                n.nvmlDeviceSetPowerManagementLimit,
+                self._handle,
+                round(wanted.power_limit_w * 1000),
+            )
+            self._limit_written = True
+        if clock_mhz is not None:
+            doing = f"lock its SM clock at {clock_mhz} MHz"
+            self._call(doing, n.nvmlDeviceSetGpuLockedClocks, self._handle, MIN_LOCK_MHZ, clock_mhz)
+            self._locked_by_us = True
+        else:
+            self._release_clock()
+        return OperatingPoint(power_limit_w=self._enforced_w(), sm_clock_mhz=clock_mhz)
+
+    def restore(self) -> None:
+        """Write the found limit back, where we wrote one, and release our clock lock.
+
+        Raises:
+            PalsError: the driver refused; the message says what is in force.
+        """
+        if self._limit_written:
+            found_w = self._info.found_limit_w
+            self._call(
+                f"put its power limit back to {found_w:.0f} W",
+                self._nvml.nvmlDeviceSetPowerManagementLimit,
+                self._handle,
+                round(found_w * 1000),
+            )
+            self._limit_written = False
+        self._release_clock()
+
+    def _release_clock(self) -> None:
+        if self._locked_by_us:
+            self._get("release its clock lock", self._nvml.nvmlDeviceResetGpuLockedClocks)
+            self._locked_by_us = False
+
+    def _enforced_w(self) -> float:
+        return self._watts("read its enforced limit", self._nvml.nvmlDeviceGetEnforcedPowerLimit)
+
+    def _watts(self, doing: str, function: Callable[..., Any]) -> float:
+        return float(self._get(doing, function)) / 1000.0
+
+    def _get(self, doing: str, function: Callable[..., Any]) -> Any:
+        return self._call(doing, function, self._handle)
+
+    def _optional(self, function: Callable[..., Any], *args: Any) -> float | None:
+        try:
+            return float(self._call("read it", function, self._handle, *args))
+        except NotSupportedError:
+            return None
+
+    def _call(self, doing: str, function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return function(*args)
+        except self._nvml.NVMLError as e:
+            self._refused(doing, e)
+
+    def _refused(self, doing: str, error: Any) -> NoReturn:
+        n = self._nvml
+        told = f"{self._label}: the driver would not {doing}"
+        if error.value == n.NVML_ERROR_NO_PERMISSION:
+            raise PermissionDeniedError(
+                f"{told} (no permission); {self._limit_text()} Run as root, or in advise mode (--mode advise)."
+            ) from error
+        if error.value in (n.NVML_ERROR_NOT_SUPPORTED, n.NVML_ERROR_FUNCTION_NOT_FOUND):
+            raise NotSupportedError(f"{told} (not supported here); {self._limit_text()}") from error
+        if error.value in (n.NVML_ERROR_GPU_IS_LOST, n.NVML_ERROR_RESET_REQUIRED):
+            raise DeviceLostError(
+                f"{told}: the board is lost. Its limit is unknown; reset the board or restart the node"
+            ) from error
+        if error.value == n.NVML_ERROR_INVALID_ARGUMENT:
+            raise ValueError(f"{told} (invalid argument); {self._limit_text()}") from error
+        raise PalsError(f"{told} ({error}); {self._limit_text()}") from error
+
+    def _limit_text(self) -> str:
+        try:
+            in_force_w = self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle) / 1000.0
+        except (self._nvml.NVMLError, AttributeError):
+            return "what is in force could not be read."
+        return f"{in_force_w:.0f} W is still in force."
+
+
+class Nvml:
+    """An open NVML with its boards; a context manager."""
+
+    def __init__(self, boards: tuple[NvmlBoard, ...], close: Callable[[], None]) -> None:
+        self.boards = boards
+        self._close = close
+
+    def close(self) -> None:
+        """Shut NVML down; limits stay as they are (see `NvmlBoard.restore`)."""
+        self._close()
+
+    def __enter__(self) -> Nvml:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_boards(
+    *,
+    emulated: Path | None = None,
+    indices: Sequence[int] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Nvml:
+    """Open NVML and its boards (`indices`, or all); `emulated` names a bank file to put beneath NVML.
+
+    Raises:
+        ConfigError: no driver, no board, or an index that does not exist.
+    """
+    nvml = _pynvml()
+    close, may_write = _begin(nvml, emulated, clock, sleep)
+    try:
+        count = nvml.nvmlDeviceGetCount()
+        wanted = range(count) if indices is None else indices
+        missing = [i for i in wanted if not 0 <= i < count]
+        if missing or not count:
+            raise ConfigError(f"boards {missing or 'none'} not found: NVML lists {count} boards; nothing was changed")
+        return Nvml(tuple(NvmlBoard(nvml, i, clock=clock, may_write=may_write) for i in wanted), close)
+    except BaseException:
+        close()
+        raise
+
+
+def _begin(
+    nvml: Any, emulated: Path | None, clock: Callable[[], float], sleep: Callable[[float], None]
+) -> tuple[Callable[[], None], bool]:
+    """Initialise; return how to end, and whether this process may write."""
+    if emulated is None:
+        try:
+            nvml.nvmlInit()
+        except nvml.NVMLError as e:
+            raise ConfigError(
+                f"no NVIDIA driver found ({e}); to run without a GPU use --emulate, e.g. --emulate 4xa100-sxm4-80gb"
+            ) from e
+        return nvml.nvmlShutdown, os.geteuid() == 0
+    bank = BoardBank.open(emulated)
+    before = nvml.nvmlLib
+    nvml._nvmlGetFunctionPointer_cache.clear()
+    nvml.nvmlLib = EmulatedNvml(bank, clock, sleep)
+    nvml.nvmlInit()
+
+    def end() -> None:
+        nvml.nvmlShutdown()
+        nvml._nvmlGetFunctionPointer_cache.clear()
+        nvml.nvmlLib = before
+        bank.close()
+
+    return end, bank.writable
