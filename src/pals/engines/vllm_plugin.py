@@ -1,0 +1,213 @@
+"""The plugin inside vLLM: composes with whatever scheduler vLLM picked, obeys a fresh setpoint, publishes telemetry.
+
+It starts no thread and never raises inside a step: if its own part fails, it logs once, returns to the launch limits
+and stays silent. Without an agent the engine behaves as if PALS were not installed. `PALS_PLUGIN=0` switches it off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import time
+from typing import Any
+
+from pals.core.quantities import EngineInfo
+from pals.engines.step_telemetry import StepTelemetry
+from pals.runtime.channel import EngineChannel, run_dir
+
+log = logging.getLogger("vllm.pals")
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`; idempotent, cheap, called in every vLLM process."""
+    if os.environ.get("PALS_PLUGIN", "1") == "0":
+        return
+    try:
+        from vllm.config import SchedulerConfig
+
+        pick = SchedulerConfig.get_scheduler_cls
+    except (ImportError, AttributeError) as e:
+        log.warning("PALS: this vLLM has no scheduler seam (%s); the engine runs without PALS", e)
+        return
+    if getattr(pick, "composed_by_pals", False):
+        return
+
+    def get_scheduler_cls(self: Any) -> Any:
+        return compose(pick(self))
+
+    get_scheduler_cls.composed_by_pals = True  # type: ignore[attr-defined]
+    SchedulerConfig.get_scheduler_cls = get_scheduler_cls
+
+
+def compose(scheduler: type) -> type:
+    """`scheduler` with PALS on top; itself if it has it already."""
+    if issubclass(scheduler, PalsMixin):
+        return scheduler
+    return type(f"Pals{scheduler.__name__}", (PalsMixin, scheduler), {})
+
+
+class EngineLink:
+    """PALS's side of one scheduler: the channel, the counters, and the limit in force."""
+
+    def __init__(self, scheduler: Any, channel: EngineChannel | None = None) -> None:
+        self.capabilities = probe(scheduler)
+        self.launch_limit = int(
+            scheduler.max_num_active_reqs if self.capabilities["active_limit"] else scheduler.max_num_running_reqs
+        )
+        self.telemetry = StepTelemetry(self.launch_limit)
+        self.limit = self.launch_limit
+        self.channel = channel or EngineChannel(
+            run_dir(os.environ), engine_info(scheduler, self.launch_limit, self.capabilities), name=f"vllm-{os.getpid()}"
+        )
+        log.info("PALS plugin: launch limit %d, capabilities %s", self.launch_limit, self.capabilities)
+
+    def obey(self, scheduler: Any) -> None:
+        """Apply the setpoint while it is fresh; the launch limit otherwise. Lowering drains: nothing is preempted."""
+        wanted = self.channel.setpoint(time.monotonic())
+        limit = self.launch_limit if wanted is None else max(1, min(self.launch_limit, wanted))
+        self.limit = limit
+        self._set(scheduler, limit)
+
+    def release(self, scheduler: Any) -> None:
+        """Back to the launch limit, and no more telemetry."""
+        self._set(scheduler, self.launch_limit)
+        self.channel.close()
+
+    def publish(self, scheduler: Any) -> None:
+        """Write the counters."""
+        running, waiting = scheduler.get_request_counts()
+        self.telemetry.publish(
+            self.channel,
+            running=running,
+            waiting=waiting,
+            kv_usage=scheduler.kv_cache_manager.usage,
+            limit=self.limit,
+            now_s=time.monotonic(),
+        )
+
+    def _set(self, scheduler: Any, limit: int) -> None:
+        if self.capabilities["active_limit"]:  # admission alone; the runner's slots stay as they are
+            scheduler.max_num_active_reqs = limit
+        elif self.capabilities["running_limit"]:  # below what runs, vLLM's own assertion would kill the engine
+            scheduler.max_num_running_reqs = max(limit, len(scheduler.running))
+
+
+def probe(scheduler: Any) -> dict[str, bool]:
+    """What this scheduler offers; asked of the object, not of a version number."""
+    return {
+        "active_limit": hasattr(scheduler, "max_num_active_reqs"),
+        "running_limit": hasattr(scheduler, "max_num_running_reqs") and hasattr(scheduler, "running"),
+        "throttle_prefills": "throttle_prefills" in inspect.signature(scheduler.schedule).parameters
+        or "throttle_prefills" in inspect.signature(type(scheduler).__mro__[2].schedule).parameters,
+        "async_scheduling": bool(getattr(scheduler.scheduler_config, "async_scheduling", False)),
+    }
+
+
+def engine_info(scheduler: Any, launch_limit: int, capabilities: dict[str, bool]) -> EngineInfo:
+    """What the engine says of itself."""
+    import vllm
+
+    config = scheduler.vllm_config
+    p = config.parallel_config
+    parallelism = (
+        f"tp{p.tensor_parallel_size} pp{p.pipeline_parallel_size} dp{p.data_parallel_size} "
+        f"ep{int(bool(getattr(p, 'enable_expert_parallel', False)))}"
+    )
+    return EngineInfo(
+        pid=os.getpid(),
+        engine="vllm",
+        version=vllm.__version__,
+        model=os.environ.get("PALS_MODEL_NAME") or str(config.model_config.model),
+        parallelism=parallelism,
+        boards=boards_of(p, os.environ.get("CUDA_VISIBLE_DEVICES", "")),
+        launch_sequences=launch_limit,
+        capabilities=capabilities,
+    )
+
+
+def boards_of(parallel: Any, visible: str) -> tuple[int, ...]:
+    """Board indices of this data-parallel rank, through CUDA_VISIBLE_DEVICES where that lists numbers."""
+    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    first = (getattr(parallel, "data_parallel_rank_local", 0) or 0) * ranks
+    local = range(first, first + ranks)
+    listed = [v.strip() for v in visible.split(",")] if visible else []
+    if len(listed) >= first + ranks and all(v.isdigit() for v in listed):
+        return tuple(int(listed[i]) for i in local)
+    return tuple(local)
+
+
+class PalsMixin:
+    """Laid over vLLM's scheduler; each method does vLLM's work first-hand and PALS's beside it."""
+
+    _pals: EngineLink | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        with self._pals_safely():
+            self._pals = self._pals_link()
+
+    def _pals_link(self) -> EngineLink:
+        """Make the link; tests give a scheduler another one here."""
+        return EngineLink(self)
+
+    def add_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """A request arrives."""
+        result = super().add_request(request, *args, **kwargs)  # type: ignore[misc]
+        if self._pals is not None:
+            with self._pals_safely():
+                self._pals.telemetry.arrived(request, time.monotonic())
+        return result
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Plan a step under the limit now in force."""
+        if self._pals is not None:
+            with self._pals_safely():
+                self._pals.obey(self)
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        if self._pals is not None:
+            with self._pals_safely():
+                self._pals.telemetry.scheduled(output)
+        return output
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Take a step's tokens, then publish."""
+        result = super().update_from_output(scheduler_output, model_runner_output, *args, **kwargs)  # type: ignore[misc]
+        if self._pals is not None:
+            with self._pals_safely():
+                self._pals.telemetry.updated(model_runner_output.sampled_token_ids, time.monotonic())
+                self._pals.publish(self)
+        return result
+
+    def shutdown(self, *args: Any, **kwargs: Any) -> Any:
+        """The engine stops: remove the channel."""
+        if self._pals is not None:
+            with self._pals_safely():
+                self._pals.channel.close()
+            self._pals = None
+        return super().shutdown(*args, **kwargs)  # type: ignore[misc]
+
+    def _pals_safely(self) -> _Safely:
+        return _Safely(self)
+
+
+class _Safely(contextlib.AbstractContextManager[None]):
+    """Swallows what PALS's own part raises: an exception in a step would kill the engine and every request in it."""
+
+    __slots__ = ("_scheduler",)
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if error is None:
+            return False
+        if not isinstance(error, Exception):
+            return False
+        link, self._scheduler._pals = self._scheduler._pals, None
+        log.error("PALS plugin failed (%s: %s); the engine goes on at its launch limits without PALS", kind.__name__, error)
+        if link is not None:
+            with contextlib.suppress(Exception):  # the channel may be what failed; the limit is set first
+                link.release(self._scheduler)
+        return True
