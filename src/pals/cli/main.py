@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", help="Mixtral-8x7B on 4 emulated A100s under three policies, in about five minutes"
     )
-    demo.add_argument("--seconds", type=float, default=70.0, help="length of the trace slice (default 70)")
+    demo.add_argument("--seconds", type=float, default=60.0, help="length of the trace slice (default 60)")
     demo.add_argument(
         "--out", default="out/demo", metavar="FOLDER", help="journals, table and figure (default out/demo)"
     )

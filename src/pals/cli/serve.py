@@ -16,7 +16,7 @@ from pathlib import Path
 from pals.cli.agent import BANK_FILE, config_of, steer, stopping, wait_for_channel
 from pals.cli.main import say
 from pals.core.errors import ConfigError
-from pals.engines.model_zoo import local_folder
+from pals.engines.model_zoo import full_name, local_folder
 from pals.engines.vllm_launcher import launch_vllm, stop, wait_ready
 from pals.hardware.nvml import open_boards
 from pals.plant.boards import BoardBank
@@ -35,7 +35,7 @@ class Target:
     """What vLLM is asked to serve."""
 
     model: str
-    served_name: str
+    served_names: tuple[str, ...]  # the first is what PALS calls it
     extra: list[str]
     environ: dict[str, str]
 
@@ -55,15 +55,15 @@ def serve(args: argparse.Namespace, rest: list[str]) -> int:
         target = exits.enter_context(target_of(args, rest, folder))
         known = {e.info.pid for e in find_engines(folder)}
         log = Path(args.log) if args.log else folder / f"vllm-{os.getpid()}.log"
-        say(f"starting vLLM for {target.served_name}; its log: {log}")
+        say(f"starting vLLM for {target.served_names[0]}; its log: {log}")
         process = launch_vllm(
-            target.model, served_name=target.served_name, port=port, extra_args=target.extra,
+            target.model, served_names=target.served_names, port=port, extra_args=target.extra,
             environ=target.environ, log_path=log,
         )  # fmt: skip
         exits.callback(shut_down, process)
-        wait_ready(process, port, READY_TIMEOUT_S)
+        wait_ready(process, f"http://127.0.0.1:{port}", READY_TIMEOUT_S, log)
         channel = wait_for_channel(folder, known, 10.0, lambda: process.poll() is None)
-        say(f"serving {target.served_name} at http://127.0.0.1:{port}/v1")
+        say(f"serving {target.served_names[0]} at http://127.0.0.1:{port}/v1")
         ended = threading.Event()
         exits.enter_context(stopping(ended))
         gone = watch(process, ended)
@@ -82,17 +82,20 @@ def serve(args: argparse.Namespace, rest: list[str]) -> int:
 def target_of(args: argparse.Namespace, rest: list[str], folder: Path) -> Iterator[Target]:
     """Resolve model and boards; emulated boards exist as long as the context."""
     environ = {**os.environ, "PALS_RUN_DIR": str(folder), "PALS_MODEL_NAME": args.model}
+    names: tuple[str, ...] = (args.model,)
     if not args.emulate:
         if environ.get("PALS_EMU"):
             raise ConfigError("PALS_EMU is set but --emulate is not given; unset it, or say which boards to emulate")
         with open_boards():
             pass  # no driver: says so, and names --emulate
-        yield Target(model=args.model, served_name=args.model, extra=rest, environ=environ)
+        yield Target(model=args.model, served_names=names, extra=rest, environ=environ)
         return
     spec, count = parse_boards(args.emulate)
     refuse_second_owner(folder)
     model = args.model
     if not Path(model).is_dir():
+        names = tuple(dict.fromkeys((full_name(args.model), args.model)))
+        environ["PALS_MODEL_NAME"] = names[0]
         model = str(local_folder(args.model, cache_folder()))
     extra = rest if any(a.split("=")[0] in _PARALLEL for a in rest) else [*rest, "--tensor-parallel-size", str(count)]
     bank = folder / BANK_FILE
@@ -101,7 +104,7 @@ def target_of(args: argparse.Namespace, rest: list[str], folder: Path) -> Iterat
     say(f"EMULATED: {count} × {spec.nvml_name}; no GPU is used, every watt and second below is simulated")
     environ |= {"PALS_EMU": "1", "PALS_EMU_BOARDS": str(bank), "HF_HUB_OFFLINE": "1"}
     try:
-        yield Target(model=model, served_name=args.model, extra=extra, environ=environ)
+        yield Target(model=model, served_names=names, extra=extra, environ=environ)
     finally:
         bank.unlink(missing_ok=True)
         (folder / OWNER_FILE).unlink(missing_ok=True)

@@ -81,7 +81,9 @@ class StepTelemetry:
         self._last_update_s = now_s
         now["steps"] += 1
 
-    def publish(self, channel: Publisher, *, running: int, waiting: int, kv_usage: float, limit: int, now_s: float) -> None:
+    def publish(
+        self, channel: Publisher, *, running: int, waiting: int, kv_usage: float, limit: int, now_s: float
+    ) -> None:
         """Write the counters out."""
         now = self._now
         now["time_s"], now["running"], now["waiting"] = now_s, running, waiting

@@ -59,7 +59,9 @@ class EngineLink:
         self.telemetry = StepTelemetry(self.launch_limit)
         self.limit = self.launch_limit
         self.channel = channel or EngineChannel(
-            run_dir(os.environ), engine_info(scheduler, self.launch_limit, self.capabilities), name=f"vllm-{os.getpid()}"
+            run_dir(os.environ),
+            engine_info(scheduler, self.launch_limit, self.capabilities),
+            name=f"vllm-{os.getpid()}",
         )
         log.info("PALS plugin: launch limit %d, capabilities %s", self.launch_limit, self.capabilities)
 
@@ -206,7 +208,9 @@ class _Safely(contextlib.AbstractContextManager[None]):
         if not isinstance(error, Exception):
             return False
         link, self._scheduler._pals = self._scheduler._pals, None
-        log.error("PALS plugin failed (%s: %s); the engine goes on at its launch limits without PALS", kind.__name__, error)
+        log.error(
+            "PALS plugin failed (%s: %s); the engine goes on at its launch limits without PALS", kind.__name__, error
+        )
         if link is not None:
             with contextlib.suppress(Exception):  # the channel may be what failed; the limit is set first
                 link.release(self._scheduler)

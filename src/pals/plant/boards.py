@@ -31,9 +31,12 @@ NO_LIMIT_W = 1e9
 _HEAD = 1024
 _BOARD = np.dtype(
     [
-        *((name, "f8") for name in "limit_w external_w lock_lo_mhz lock_hi_mhz clock_mhz filtered_w power_w".split()),
-        *((name, "f8") for name in "energy_j published_j temperature_c core_factor idle_factor".split()),
-        *((name, "i8") for name in "throttle lost not_supported denied".split()),
+        *(
+            (name, "f8")
+            for name in ["limit_w", "external_w", "lock_lo_mhz", "lock_hi_mhz", "clock_mhz", "filtered_w", "power_w"]
+        ),
+        *((name, "f8") for name in ["energy_j", "published_j", "temperature_c", "core_factor", "idle_factor"]),
+        *((name, "i8") for name in ["throttle", "lost", "not_supported", "denied"]),
         ("ring_w", "f8", RING),
     ]
 )
