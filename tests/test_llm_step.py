@@ -90,5 +90,5 @@ def test_what_does_not_fit_is_refused_with_the_way_out() -> None:
 
 
 def test_a_config_without_sizes_is_refused() -> None:
-    with pytest.raises(ConfigError, match="config.json lacks"):
+    with pytest.raises(ConfigError, match=r"config\.json lacks"):
         ModelShape.from_config({"model_type": "mystery"})

@@ -33,7 +33,7 @@ def keep_busy(bank: BoardBank, until_s: float, load: Load = FULL, start_s: float
 
 def power_trace_w(bank: BoardBank, start_s: float, end_s: float) -> np.ndarray:
     times = np.arange(start_s, end_s, 0.01)
-    return np.array([[bank.reading(i, t).power_instant_w for i in range(bank.count)] for t in times])
+    return np.array([[bank.reading(i, float(t)).power_instant_w for i in range(bank.count)] for t in times])
 
 
 def test_memory_bound_draw_matches_the_measured_a100_at_two_clocks() -> None:

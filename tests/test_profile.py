@@ -23,7 +23,7 @@ FINGERPRINT = Fingerprint(
 
 
 def natural_w(n: int) -> float:
-    return 90.0 * n**0.3
+    return float(90.0 * n**0.3)
 
 
 def rows() -> tuple[ProfileRow, ...]:

@@ -100,6 +100,10 @@ def add_profile(commands: argparse._SubParsersAction[Parser]) -> None:
         "--limits-w", metavar="W,W,…", help="power limits per board (default: six, 37.5..100 %% of the limit)"
     )
     p.add_argument("--sequences", metavar="N,N,…", help="active sequences (default: powers of two to the launch limit)")
+    p.add_argument(
+        "--prompt-tokens", type=int, default=1200, metavar="N", help="mean prompt of the load (default 1200)"
+    )
+    p.add_argument("--output-tokens", type=int, default=225, metavar="N", help="mean output of the load (default 225)")
     p.add_argument("--settle-s", type=float, default=3.0, metavar="S", help="wait before each window (default 3)")
     p.add_argument("--window-s", type=float, default=8.0, metavar="S", help="measuring window of a point (default 8)")
     p.add_argument("--mode", choices=MODES, help="auto is needed on real boards: the sweep writes power limits")

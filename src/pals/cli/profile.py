@@ -21,8 +21,7 @@ from pals.control.guard import Guard
 from pals.control.static import StaticPolicy
 from pals.core.errors import ConfigError
 from pals.core.quantities import Fingerprint, OperatingPoint, fingerprint_of
-from pals.engines.openai_client import ClosedLoop
-from pals.experiments.trace import describe, load_slice
+from pals.engines.openai_client import ClosedLoop, RequestSpec
 from pals.models.profile import Profile, ProfileRow
 from pals.profiler.sweep import (
     Interrupted,
@@ -55,8 +54,7 @@ def profile(args: argparse.Namespace) -> int:
         infos = [b.info for b in nvml.boards]
         guard = Guard.of(infos, channel.info.launch_sequences)
         plan = plan_of(args, guard)
-        specs = load_slice(600.0)
-        load = describe(specs)
+        specs, load = load_of(args.prompt_tokens, args.output_tokens)
         out = Path(args.out)
         partial = PartialRows(out.with_suffix(".partial.jsonl"), fingerprint_of(channel.info, infos), load)
         rig = Rig(
@@ -79,6 +77,27 @@ def profile(args: argparse.Namespace) -> int:
         write_profile(out, rows, fingerprint_of(channel.info, infos), load, emulated=emulated)
         partial.discard()
     return 0
+
+
+def load_of(prompt_tokens: int, output_tokens: int) -> tuple[list[RequestSpec], str]:
+    """A closed-loop load: lengths spread evenly over 0.5..1.5 of their means, in an order that mixes short and long.
+
+    Raises:
+        ConfigError: a mean below 2 tokens.
+    """
+    if min(prompt_tokens, output_tokens) < 2:
+        raise ConfigError("--prompt-tokens and --output-tokens must be at least 2; nothing was changed")
+    shares = [0.5 + (i + 0.5) / 64 for i in range(64)]
+    specs = [
+        RequestSpec(
+            at_s=0.0,
+            prompt_tokens=round(prompt_tokens * shares[37 * i % 64]),
+            output_tokens=max(2, round(output_tokens * shares[29 * i % 64])),
+        )
+        for i in range(64)
+    ]
+    told = f"closed loop, prompts {prompt_tokens} ± 50 %, outputs {output_tokens} ± 50 % tokens, evenly spread"
+    return specs, told
 
 
 def run_sweep(

@@ -36,7 +36,7 @@ class StepTelemetry:
     def __init__(self, launch_limit: int) -> None:
         self._requests: dict[str, _Request] = {}
         self._waiting: dict[str, float] = {}  # by arrival
-        self._prefilling: dict[str, None] = {}
+        self._prefilling: dict[str, int] = {}  # tokens to prefill, by request
         self._ttft = [0] * (len(LATENCY_BOUNDS_S) + 1)
         self._tpot = [0] * (len(LATENCY_BOUNDS_S) + 1)
         self._now = dict.fromkeys(GAUGES, 0.0)
@@ -59,12 +59,13 @@ class StepTelemetry:
             self._finished(rid)
         for new in output.scheduled_new_reqs:
             self._waiting.pop(new.req_id, None)
-            self._prefilling[new.req_id] = None
+            known = self._requests.get(new.req_id)
+            self._prefilling[new.req_id] = known.request.num_prompt_tokens if known is not None else 0
         for rid in output.scheduled_cached_reqs.resumed_req_ids:
-            self._prefilling[rid] = None
+            known = self._requests.get(rid)
+            self._prefilling[rid] = known.request.num_tokens if known is not None else 0
             self._now["preemptions"] += 1
-        tokens = output.num_scheduled_tokens
-        prefill = sum(tokens.get(rid, 0) for rid in self._prefilling)
+        prefill = sum(self._prefilled(rid, output.num_scheduled_tokens.get(rid, 0)) for rid in self._prefilling)
         self._now["prefill_tokens"] += prefill
         self._now["decode_tokens"] += output.total_num_scheduled_tokens - prefill
 
@@ -93,6 +94,14 @@ class StepTelemetry:
         if running + waiting == 0:
             self._busy_since_s = None
         channel.publish(list(now.values()), self._ttft, self._tpot)
+
+    def _prefilled(self, rid: str, scheduled: int) -> int:
+        """How many of the tokens just scheduled for `rid` are prefill; its computed count includes them already."""
+        known = self._requests.get(rid)
+        if known is None or scheduled == 0:
+            return 0
+        before = known.request.num_computed_tokens - scheduled
+        return int(max(0, min(scheduled, self._prefilling[rid] - before)))
 
     def _first_tokens(self, now_s: float) -> None:
         done = []

@@ -101,8 +101,11 @@ def probe(scheduler: Any) -> dict[str, bool]:
     return {
         "active_limit": hasattr(scheduler, "max_num_active_reqs"),
         "running_limit": hasattr(scheduler, "max_num_running_reqs") and hasattr(scheduler, "running"),
-        "throttle_prefills": "throttle_prefills" in inspect.signature(scheduler.schedule).parameters
-        or "throttle_prefills" in inspect.signature(type(scheduler).__mro__[2].schedule).parameters,
+        "throttle_prefills": any(
+            "throttle_prefills" in inspect.signature(vars(c)["schedule"]).parameters
+            for c in type(scheduler).__mro__
+            if "schedule" in vars(c)
+        ),
         "async_scheduling": bool(getattr(scheduler.scheduler_config, "async_scheduling", False)),
     }
 

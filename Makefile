@@ -1,0 +1,33 @@
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow check bench clean
+BIN := .venv/bin
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: ## make .venv from the committed locks (about two minutes, once)
+	@bash scripts/install.sh
+
+demo: install ## real vLLM on four emulated A100s under three policies: a table and a figure, about five minutes
+	@$(BIN)/pals demo
+
+test: install ## the tests
+	$(BIN)/python -m pytest
+
+test-slow: install ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+check: install ## lint, format, types, import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install ## overhead of the plugin and the controller, pacing of the emulated device
+	$(BIN)/python -m benchmarks.plugin_overhead
+	$(BIN)/python -m benchmarks.controller_step
+	$(BIN)/python -m benchmarks.throughput_ratio
+	$(BIN)/python -m benchmarks.pacing
+
+clean: ## remove .venv and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache out build

@@ -1,0 +1,26 @@
+"""The tests' environment: vLLM on the emulated accelerator, its channels in a folder of their own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+_RUN_DIR = tempfile.mkdtemp(prefix="pals-tests-")
+os.environ.update(
+    PALS_EMU="1", PALS_RUN_DIR=_RUN_DIR, VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1",
+    VLLM_LOGGING_LEVEL="WARNING",
+)  # fmt: skip
+for _name in ("PALS_EMU_BOARDS", "PALS_EMU_STEP_S", "PALS_PLUGIN", "VLLM_PLUGINS"):
+    os.environ.pop(_name, None)
+
+
+@pytest.fixture(scope="session")
+def olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small MoE, built here."""
+    pytest.importorskip("tokenizers")
+    from pals.engines.model_zoo import local_folder
+
+    return local_folder("OLMoE-1B-7B", tmp_path_factory.mktemp("models"))

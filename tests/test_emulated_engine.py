@@ -1,0 +1,222 @@
+"""A real vLLM server on emulated boards, through `pals serve`: API, streaming, metrics, bad days, orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pals.engines.openai_client import RequestSpec, replay
+from pals.runtime.channel import find_engines, process_alive
+from pals.runtime.journal import read_journal
+
+pytest.importorskip("vllm")
+MODEL = "allenai/OLMoE-1B-7B-0924"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@dataclass
+class Server:
+    """A running `pals serve`."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    metrics_port: int
+    folder: Path
+    environ: dict[str, str]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def log(self) -> str:
+        return (self.folder / "serve.log").read_text()
+
+    def wait_for(self, words: str, timeout_s: float = 120.0) -> None:
+        end_s = time.monotonic() + timeout_s
+        while words not in self.log():
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < end_s, self.log()
+            time.sleep(0.1)
+
+    def pals(self, *args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "pals.cli", *args], capture_output=True, text=True, env=self.environ, timeout=60
+        )
+
+
+def start(folder: Path, *extra: str) -> Server:
+    folder.mkdir(exist_ok=True)
+    port, metrics_port = free_port(), free_port()
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("PALS_")}
+    environ |= {"PALS_RUN_DIR": str(folder), "XDG_CACHE_HOME": str(folder.parent / "cache"), "COLUMNS": "140"}
+    with (folder / "serve.log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                sys.executable, "-m", "pals.cli", "serve", MODEL, "--emulate", "2xa100-sxm4-80gb", "--port", str(port),
+                "--metrics-port", str(metrics_port), "--max-num-seqs", "32", "--journal", str(folder / "j.jsonl"), *extra,
+            ],
+            stdout=log, stderr=subprocess.STDOUT, env=environ, start_new_session=True,
+        )  # fmt: skip
+    return Server(process, port, metrics_port, folder, environ)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for the tests below; its policy holds 8 active sequences at 250 W."""
+    made = start(tmp_path_factory.mktemp("serve") / "run", "--power-limit-w", "250", "--active-sequences", "8")
+    try:
+        made.wait_for("policy static")
+        yield made
+    finally:
+        made.process.send_signal(signal.SIGTERM)
+        made.process.wait(timeout=90)
+
+
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def test_it_says_that_boards_are_emulated_in_one_line(server: Server) -> None:
+    assert server.log().count("EMULATED") == 1
+
+
+def test_the_model_is_listed_and_stock_metrics_are_there(server: Server) -> None:
+    assert [m["id"] for m in json.loads(get(f"{server.url}/v1/models"))["data"]] == [MODEL]
+    stock = get(f"{server.url}/metrics")
+    assert "vllm:num_requests_running" in stock
+    assert "pals_" not in stock
+
+
+def test_streams_deliver_exactly_the_tokens_asked_for_under_the_lowered_limit(server: Server) -> None:
+    specs = [RequestSpec(at_s=0.01 * i, prompt_tokens=50 + i, output_tokens=20 + i % 5) for i in range(60)]
+
+    results = asyncio.run(replay(specs, base_url=server.url, model=MODEL, seed=1))
+
+    assert [r.error for r in results] == [None] * 60
+    assert [r.output_tokens for r in results] == [s.output_tokens for s in specs]
+    assert all(r.ttft_s is not None and r.tpot_s is not None and r.tpot_s > 0 for r in results)
+    records = list(read_journal(server.folder / "j.jsonl")[1])
+    busiest = [r.sample.engine.running for r in records if r.sample.engine is not None]
+    assert max(busiest, default=0) <= 8
+
+
+def test_the_openai_client_chats_and_gets_canned_prose(server: Server) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+
+    answer = client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "hello"}], max_tokens=60)
+
+    assert answer.usage.completion_tokens <= 60
+    assert any(word in answer.choices[0].message.content for word in (" the ", " and ", " of "))
+    client.close()
+
+
+def test_a_json_schema_is_obeyed(server: Server) -> None:
+    body = {
+        "model": MODEL,
+        "prompt": "x",
+        "max_tokens": 200,
+        "structured_outputs": {"choice": ["watt", "joule"]},
+    }
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        assert json.load(answer)["choices"][0]["text"] in ("watt", "joule")
+
+
+def test_the_agents_metrics_and_status_tell_what_is_in_force(server: Server) -> None:
+    metrics = get(f"http://127.0.0.1:{server.metrics_port}/metrics")
+    assert 'pals_power_limit_enforced_watts{board="1"} 250.0' in metrics
+    assert "pals_active_sequence_limit 8.0" in metrics
+
+    told = server.pals("status").stdout
+    assert "8 of 32" in told
+    assert "250 W" in told
+    assert "Boards (emulated)" in told
+
+
+def test_a_second_agent_and_a_second_server_are_refused(server: Server) -> None:
+    agent = server.pals("agent", "--metrics-port", "0")
+    assert agent.returncode == 2
+    assert "another PALS agent" in agent.stderr
+
+    taken = server.pals("serve", MODEL, "--emulate", "h100-sxm5-80gb", "--port", str(server.port))
+    assert taken.returncode == 2
+    assert f"API port {server.port}" in taken.stderr
+
+    other = server.pals(
+        "serve", MODEL, "--emulate", "h100-sxm5-80gb", "--port", str(free_port()), "--metrics-port", "0"
+    )
+    assert other.returncode == 2
+    assert "another emulated server" in other.stderr
+
+
+def test_ctrl_c_answers_what_was_accepted_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    made = start(tmp_path / "run", "--power-limit-w", "200")
+    made.wait_for("policy static")
+    time.sleep(1.2)
+    engine = find_engines(made.folder)[0]
+    pids = [engine.info.pid, made.process.pid]
+
+    async def load() -> list[str | None]:
+        specs = [RequestSpec(at_s=0.0, prompt_tokens=20, output_tokens=400) for _ in range(8)]
+        task = asyncio.create_task(replay(specs, base_url=made.url, model=MODEL, seed=2))
+        await asyncio.sleep(1.5)
+        os.kill(made.process.pid, signal.SIGINT)
+        return [r.error for r in await task]
+
+    errors = asyncio.run(load())
+    code = made.process.wait(timeout=90)
+
+    assert errors == [None] * 8
+    assert code == 0
+    assert "boards put back as found: 400 W, 400 W" in made.log()
+    assert [p for p in pids if process_alive(p)] == []
+    assert sorted(p.suffix for p in made.folder.iterdir()) == [".jsonl", ".log", ".log"]
+
+
+def test_a_killed_engine_ends_the_agent_with_boards_restored_and_a_killed_parent_leaves_no_orphan(
+    tmp_path: Path,
+) -> None:
+    made = start(tmp_path / "run", "--power-limit-w", "200")
+    made.wait_for("policy static")
+    time.sleep(0.7)
+    os.kill(find_engines(made.folder)[0].info.pid, signal.SIGKILL)
+    assert made.process.wait(timeout=60) == 3
+    assert "boards put back as found" in made.log()
+    assert "ended" in made.log()
+
+    made = start(tmp_path / "run", "--power-limit-w", "200")
+    made.wait_for("policy static")
+    time.sleep(0.7)
+    engine_pid = find_engines(made.folder)[0].info.pid
+    made.process.kill()
+    made.process.wait()
+    end_s = time.monotonic() + 30
+    while process_alive(engine_pid) and time.monotonic() < end_s:
+        time.sleep(0.1)
+    assert not process_alive(engine_pid)
+    assert (made.folder / "limits-found.json").exists()
+    mended = made.pals("restore")
+    assert "back" in mended.stderr
+    assert not (made.folder / "limits-found.json").exists()
