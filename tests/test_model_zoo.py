@@ -23,7 +23,7 @@ def test_every_promised_model_is_known_by_its_short_name(name: str) -> None:
 
 
 def test_a_mistyped_or_ambiguous_name_gets_help() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'mistralai/Mixtral-8x7B-v0.1'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'mistralai/Mixtral-8x7B-v0\.1'"):
         full_name("Mixtrel-8x7B-v0.1")
     with pytest.raises(ConfigError, match="may mean"):
         full_name("mixtral")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def config(olmoe: Path) -> Any:
 
 
 @pytest.fixture
-def composed(config: Any, tmp_path: Path) -> Iterator[tuple[Driver, AgentChannel]]:
+def composed(config: Any, tmp_path: Path) -> tuple[Driver, AgentChannel]:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
     from pals.engines.vllm_plugin import EngineLink, compose
@@ -38,7 +37,7 @@ def composed(config: Any, tmp_path: Path) -> Iterator[tuple[Driver, AgentChannel
         def _pals_link(self) -> EngineLink:
             return EngineLink(self, channel)
 
-    yield Driver(make_scheduler(Linked, config)), AgentChannel(channel.path)
+    return Driver(make_scheduler(Linked, config)), AgentChannel(channel.path)
 
 
 def read(agent: AgentChannel) -> EngineSample:
@@ -203,4 +202,4 @@ def test_telemetry_forgets_requests_that_end_before_they_ran() -> None:
     telemetry.scheduled(idle)
     telemetry.updated([], 2.0)
 
-    assert telemetry._waiting == telemetry._requests == telemetry._prefilling == {}
+    assert not telemetry._waiting and not telemetry._requests and not telemetry._prefilling

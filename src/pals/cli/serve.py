@@ -44,7 +44,7 @@ def serve(args: argparse.Namespace, rest: list[str]) -> int:
     """Serve until SIGINT or SIGTERM; 0 then, 3 when vLLM ended by itself."""
     config = config_of(args)
     rest = [a for a in rest if a != "--"]
-    port = int(option(rest, "--port") or 8000)
+    port = port_of(option(rest, "--port") or "8000")
     check_port(option(rest, "--host") or "127.0.0.1", port, "API port", "--port")
     if config.output.metrics_port and not args.no_agent:
         check_port("127.0.0.1", config.output.metrics_port, "metrics port", "--metrics-port")
@@ -127,6 +127,17 @@ def cache_folder() -> Path:
     """Where built model folders are kept: $XDG_CACHE_HOME/pals, else ~/.cache/pals."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "pals" / "models"
+
+
+def port_of(text: str) -> int:
+    """A port number.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not text.isdigit() or not 0 < int(text) < 65536:
+        raise ConfigError(f"{text!r} is not a port (1..65535). Nothing was started")
+    return int(text)
 
 
 def option(rest: list[str], name: str) -> str | None:

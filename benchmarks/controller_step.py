@@ -1,0 +1,46 @@
+"""Time of one `Controller.step` of the pals-paper policy over a 30-point profile.
+
+Command: `python -m benchmarks.controller_step`. Target: p99 below 1 ms.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+from tests.worlds import telemetry
+
+from pals.control.pals_paper import PaperPolicy
+from pals.core.quantities import Budget, Slo
+from pals.experiments.demo import PROFILE
+from pals.models.profile import Profile
+
+TARGET_S, STEPS = 1e-3, 20000
+
+
+def main() -> int:
+    """Measure and print; 1 where the target is missed."""
+    profile = Profile.from_json(PROFILE.read_text())
+    policy = PaperPolicy(profile.model(), min_limit_w=100.0, max_limit_w=400.0)
+    state = policy.initial()
+    rng = np.random.default_rng(0)
+    tokens, took = 0, []
+    for i in range(STEPS):
+        tokens += int(rng.integers(200, 1200))
+        sample = telemetry(0.5 * i, tokens=tokens, running=40, waiting=int(rng.integers(0, 4)))
+        budget = Budget(power_w=1000.0 if i % 200 < 100 else None)
+        began = time.perf_counter()
+        _, state = policy.step(state, sample, budget, Slo(throughput_tokens_s=1300.0), 0.5 * i)
+        took.append(time.perf_counter() - began)
+    p50, p99 = np.percentile(took, [50, 99])
+    verdict = "pass" if p99 < TARGET_S else "FAIL"
+    print(
+        f"Controller.step, pals-paper, {len(profile.rows)} points: p50 {p50 * 1e6:.0f} µs, p99 {p99 * 1e6:.0f} µs, "
+        f"target p99 < {TARGET_S * 1e6:.0f} µs: {verdict}"
+    )
+    return int(p99 >= TARGET_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
