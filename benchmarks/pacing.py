@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from pals.experiments.demo import free_port, healthy, tail
+from pals.engines.vllm_launcher import tail
+from pals.experiments.demo import free_port, healthy
 
 SEQUENCES, STEP_S, MODEL = 64, 0.010, "allenai/OLMoE-1B-7B-0924"
 TOLERANCE, IDLE_MOST = 0.01, 0.02

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-TARGET, REQUESTS, OUTPUT = 0.99, 1024, 200
+TARGET, REQUESTS, OUTPUT = 0.99, 4096, 200
 
 
 def one_run(folder: Path) -> float:

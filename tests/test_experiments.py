@@ -65,7 +65,7 @@ def test_a_runs_figures_are_counted_not_estimated() -> None:
     assert o.tokens_per_j_node < o.tokens_per_j_gpu
     assert o.ttft_missed == pytest.approx(1 / 3)
     assert o.tpot_missed == pytest.approx(1 / 3)
-    assert o.over_budget_s == pytest.approx(0.5)
+    assert o.over_budget_s == 0.0  # the step came after what was drawn before it
 
 
 def test_a_run_without_answers_is_an_error_that_says_why() -> None:

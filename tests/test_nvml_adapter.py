@@ -66,7 +66,7 @@ def test_boards_say_what_they_are(world: World) -> None:
 
 def test_energy_differences_give_the_power_that_the_mean_shows_late(world: World) -> None:
     with world.open() as nvml:
-        world.bank.book([0, 1], 10.0, 20.0, Load(compute=0.4, memory=0.6), world.now)
+        world.bank.book([0, 1], 10.0, 20.0, Load(compute=0.1, memory=0.6), world.now)
         world.now = 12.0
         before = nvml.boards[0].read()
         world.now = 14.0
@@ -107,6 +107,8 @@ def test_a_clock_lock_holds_and_is_released(world: World) -> None:
     with world.open() as nvml:
         world.bank.book([0], 10.0, 30.0, Load(compute=0.1, memory=0.5), world.now)
         nvml.boards[0].apply(point(700.0, 1200))
+        nvml.boards[0].apply(point(700.0, 1200))
+        assert len(world.slept) == 1
         world.now += 1.0
         assert nvml.boards[0].read().sm_clock_mhz == 1200
         nvml.boards[0].restore()
@@ -141,6 +143,8 @@ def test_faults_arrive_as_the_errors_they_are(world: World) -> None:
 def test_an_unknown_board_and_a_missing_driver_say_what_to_do(world: World) -> None:
     with pytest.raises(ConfigError, match="NVML lists 2 boards"):
         open_boards(emulated=world.path, indices=[2], clock=world.clock)
+    with pytest.raises(ConfigError, match="are gone"):
+        open_boards(emulated=world.path.with_name("nothing"), clock=world.clock)
     with pytest.raises(ConfigError, match="--emulate"):
         open_boards()
 

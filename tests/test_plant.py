@@ -153,3 +153,18 @@ def test_boards_are_named_with_a_count_and_the_nearest_is_suggested() -> None:
         parse_boards("4xa100-sxm-80gb")
     with pytest.raises(ConfigError, match="0 boards"):
         parse_boards("0xa100-sxm4-80gb")
+
+
+@pytest.mark.parametrize(
+    ("name", "limit_w", "low_mhz", "high_mhz"),
+    [("h100-sxm5-80gb", 700, 1300, 1430), ("h200-sxm5-141gb", 700, 1410, 1500), ("b200-sxm-180gb", 1000, 1060, 1235)],
+)
+def test_a_saturated_matrix_product_settles_at_the_measured_clock(
+    name: str, limit_w: float, low_mhz: int, high_mhz: int, tmp_path: Path
+) -> None:
+    bank = BoardBank.create(tmp_path / "bank", board_specs()[name], 1, seed=0, now_s=0.0)
+    keep_busy(bank, 20.0, Load(compute=1.0, memory=0.2))
+
+    assert low_mhz <= bank.reading(0, 10.0).sm_clock_mhz <= high_mhz
+    assert bank.reading(0, 10.0).enforced_limit_w == limit_w
+    bank.close()

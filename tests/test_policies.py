@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pals.control.estimator import over_budget_s
 from pals.control.guard import Guard
 from pals.control.pals_paper import PaperPolicy, PaperSettings, PaperState
 from pals.control.policies import build_policy
 from pals.core.errors import ConfigError
-from pals.core.quantities import Budget, Decision, OperatingPoint, Slo
+from pals.core.quantities import Budget, Decision, OperatingPoint, Slo, TelemetrySample
 from pals.models.profile import fit
 from tests.test_profile import rows
 from tests.worlds import board_info, telemetry
@@ -115,3 +116,15 @@ def test_a_static_limit_outside_the_range_is_refused_before_anything_is_written(
         build_policy("static", {"active_sequences": 65}, None, guard)
     with pytest.raises(ConfigError, match="pals profile"):
         build_policy("pals-paper", {}, None, guard)
+
+
+def test_over_budget_is_judged_by_a_mean_and_not_by_the_counters_jitter() -> None:
+    def sample(power_w: float | None) -> TelemetrySample:
+        return TelemetrySample(time_s=0.0, window_s=0.5, boards=(), power_w=power_w, engine=None)
+
+    jitter = [sample(w) for w in (930.0, 1050.0, 930.0, 1050.0)]
+
+    assert over_budget_s(jitter, Budget(power_w=1000.0)) == 0.0
+    assert over_budget_s(jitter, Budget(power_w=980.0)) == 0.5
+    assert over_budget_s([*jitter, sample(None)], Budget(power_w=500.0)) == 0.0
+    assert over_budget_s(jitter, Budget()) == over_budget_s([], Budget(power_w=1.0)) == 0.0

@@ -158,3 +158,20 @@ def test_the_engines_lease_outlives_a_few_missed_ticks_and_then_ends() -> None:
     assert engine.in_force == 8
     clock.now += 3.1
     assert engine.in_force == 64
+
+
+def test_one_board_that_refuses_does_not_keep_the_others_limited(tmp_path: Path) -> None:
+    class Stubborn(Board):
+        def restore(self) -> None:
+            raise ValueError("invalid argument")
+
+    clock = Clock()
+    boards = [Stubborn(clock, 0), Board(clock, 1)]
+    record = tmp_path / "found.json"
+
+    with boards_as_found(boards, boards, record):
+        for board in boards:
+            board.apply(OperatingPoint(power_limit_w=200.0))
+
+    assert boards[1].limit_w == 400.0
+    assert record.exists()  # what was found stays known for `pals restore`

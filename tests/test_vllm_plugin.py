@@ -202,4 +202,6 @@ def test_telemetry_forgets_requests_that_end_before_they_ran() -> None:
     telemetry.scheduled(idle)
     telemetry.updated([], 2.0)
 
-    assert not telemetry._waiting and not telemetry._requests and not telemetry._prefilling
+    assert not telemetry._waiting
+    assert not telemetry._requests
+    assert not telemetry._prefilling

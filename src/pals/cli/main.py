@@ -10,6 +10,7 @@ import argparse
 import difflib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -48,6 +49,9 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--emulate", metavar="BOARDS", help="emulated boards, e.g. 4xa100-sxm4-80gb or h100-sxm5-80gb")
     serve.add_argument("--no-agent", action="store_true", help="serve only; start `pals agent` apart")
     serve.add_argument("--seed-boards", type=int, default=0, help="seed of the emulated boards' variation (default 0)")
+    serve.add_argument(
+        "--unprivileged", action="store_true", help="emulated boards refuse writes, as real ones without root"
+    )
     serve.add_argument("--log", metavar="FILE", help="vLLM's log (default: in the run directory)")
     add_agent_options(serve)
     agent = commands.add_parser("agent", help="steer an engine that already runs with PALS installed")
@@ -113,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
     logging.basicConfig(level=logging.WARNING, format="pals: %(message)s", stream=sys.stderr)
     logging.getLogger("pals").setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # every way of stopping runs the same orderly end
     args, rest = parser().parse_known_args(argv)
     if rest and args.command != "serve":
         parser().error(f"unknown arguments for `pals {args.command}`: {' '.join(rest)}")

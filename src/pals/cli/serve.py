@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import socket
 import subprocess
 import threading
@@ -50,7 +49,6 @@ def serve(args: argparse.Namespace, rest: list[str]) -> int:
         check_port("127.0.0.1", config.output.metrics_port, "metrics port", "--metrics-port")
     folder = run_dir(os.environ)
     folder.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as exits:
         target = exits.enter_context(target_of(args, rest, folder))
         known = {e.info.pid for e in find_engines(folder)}
@@ -100,7 +98,7 @@ def target_of(args: argparse.Namespace, rest: list[str], folder: Path) -> Iterat
     extra = rest if any(a.split("=")[0] in _PARALLEL for a in rest) else [*rest, "--tensor-parallel-size", str(count)]
     bank = folder / BANK_FILE
     (folder / OWNER_FILE).write_text(str(os.getpid()))
-    BoardBank.create(bank, spec, count, seed=args.seed_boards).close()
+    BoardBank.create(bank, spec, count, seed=args.seed_boards, writable=not args.unprivileged).close()
     say(f"EMULATED: {count} × {spec.nvml_name}; no GPU is used, every watt and second below is simulated")
     environ |= {"PALS_EMU": "1", "PALS_EMU_BOARDS": str(bank), "HF_HUB_OFFLINE": "1"}
     try:

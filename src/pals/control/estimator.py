@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pals.core.quantities import LATENCY_BOUNDS_S, Slo, StateEstimate, TelemetrySample
+from pals.core.quantities import LATENCY_BOUNDS_S, Budget, Slo, StateEstimate, TelemetrySample
 
 
 def remember(window: tuple[TelemetrySample, ...], sample: TelemetrySample, length: int) -> tuple[TelemetrySample, ...]:
@@ -84,3 +84,16 @@ def violations(window: Sequence[TelemetrySample], slo: Slo) -> dict[str, int]:
     if slo.tpot_p95_s is not None:
         found["tpot"] = count_above(before.tpot_counts, now.tpot_counts, slo.tpot_p95_s)
     return found
+
+
+def over_budget_s(since_change: Sequence[TelemetrySample], budget: Budget) -> float:
+    """The newest period's length, if the mean power of these samples exceeds the budget; else 0.
+
+    A mean over several periods, because an energy counter that refreshes each 50..100 ms moves the power of a single
+    half-second by up to 10..20 %. Just after a change the window is short and errs towards counting too much.
+    """
+    known = [(s.power_w * s.window_s, s.window_s) for s in since_change if s.power_w is not None]
+    if budget.power_w is None or not known or since_change[-1].power_w is None:
+        return 0.0
+    mean_w = sum(e for e, _ in known) / sum(t for _, t in known)
+    return since_change[-1].window_s if mean_w > budget.power_w else 0.0

@@ -6,6 +6,7 @@ Touches only requests that arrive, prefill or finish, so its cost does not grow 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Collection
 from typing import Any, Protocol
 
 from pals.core.quantities import LATENCY_BOUNDS_S
@@ -15,8 +16,10 @@ from pals.runtime.channel import GAUGES
 class Publisher(Protocol):
     """Where telemetry goes; `EngineChannel`."""
 
-    def publish(self, gauges: list[float], ttft_counts: list[int], tpot_counts: list[int]) -> None:
-        """Write one step."""
+    def publish(
+        self, gauges: Collection[float], ttft_counts: list[int] | None = None, tpot_counts: list[int] | None = None
+    ) -> None:
+        """Write one step; counts only where they changed."""
         ...
 
 
@@ -39,6 +42,7 @@ class StepTelemetry:
         self._prefilling: dict[str, int] = {}  # tokens to prefill, by request
         self._ttft = [0] * (len(LATENCY_BOUNDS_S) + 1)
         self._tpot = [0] * (len(LATENCY_BOUNDS_S) + 1)
+        self._ttft_new = self._tpot_new = False
         self._now = dict.fromkeys(GAUGES, 0.0)
         self._now["launch_limit"] = self._now["active_limit"] = float(launch_limit)
         self._last_update_s: float | None = None
@@ -93,7 +97,8 @@ class StepTelemetry:
         now["oldest_waiting_s"] = now_s - oldest_s if oldest_s is not None and waiting else 0.0
         if running + waiting == 0:
             self._busy_since_s = None
-        channel.publish(list(now.values()), self._ttft, self._tpot)
+        channel.publish(now.values(), self._ttft if self._ttft_new else None, self._tpot if self._tpot_new else None)
+        self._ttft_new = self._tpot_new = False
 
     def _prefilled(self, rid: str, scheduled: int) -> int:
         """How many of the tokens just scheduled for `rid` are prefill; its computed count includes them already."""
@@ -114,6 +119,7 @@ class StepTelemetry:
                 if known.first_token_s is None:
                     known.first_token_s = now_s
                     self._ttft[bisect_left(LATENCY_BOUNDS_S, now_s - known.arrived_s)] += 1
+                    self._ttft_new = True
         for rid in done:
             del self._prefilling[rid]
 
@@ -129,6 +135,7 @@ class StepTelemetry:
         if known.first_token_s is not None and tokens > 1 and self._last_update_s is not None:
             tpot_s = max(0.0, self._last_update_s - known.first_token_s) / (tokens - 1)
             self._tpot[bisect_left(LATENCY_BOUNDS_S, tpot_s)] += 1
+            self._tpot_new = True
 
 
 def _prefill_again(known: _Request) -> bool:

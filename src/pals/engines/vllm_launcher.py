@@ -21,7 +21,7 @@ DRAIN_S = 60
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the child, before exec: SIGTERM when the parent dies, however it dies."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -56,7 +56,7 @@ def launch_vllm(
             stderr=subprocess.STDOUT,
             env={"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **environ},
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
 
 
@@ -90,12 +90,14 @@ def tail(path: Path, lines: int = 12) -> str:
 
 
 def stop(process: subprocess.Popen[bytes], timeout_s: float) -> None:
-    """SIGTERM, wait for the drain, and SIGKILL to whatever is left of the group."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
+    """SIGTERM, wait for the drain, and SIGKILL to whatever is left of the group; a second Ctrl-C skips the wait."""
+    try:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=timeout_s)
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=timeout_s)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=10)
+            process.wait(timeout=10)

@@ -77,8 +77,10 @@ class EngineLink:
         self._set(scheduler, self.launch_limit)
         self.channel.close()
 
-    def publish(self, scheduler: Any) -> None:
-        """Write the counters."""
+    def publish(self, scheduler: Any, sampled_token_ids: Any) -> None:
+        """Count a step's tokens and write the counters."""
+        now_s = time.monotonic()
+        self.telemetry.updated(sampled_token_ids, now_s)
         running, waiting = scheduler.get_request_counts()
         self.telemetry.publish(
             self.channel,
@@ -86,7 +88,7 @@ class EngineLink:
             waiting=waiting,
             kv_usage=scheduler.kv_cache_manager.usage,
             limit=self.limit,
-            now_s=time.monotonic(),
+            now_s=now_s,
         )
 
     def _set(self, scheduler: Any, limit: int) -> None:
@@ -144,14 +146,19 @@ def boards_of(parallel: Any, visible: str) -> tuple[int, ...]:
 
 
 class PalsMixin:
-    """Laid over vLLM's scheduler; each method does vLLM's work first-hand and PALS's beside it."""
+    """Laid over vLLM's scheduler; each method does vLLM's work first-hand and PALS's beside it.
+
+    Whatever PALS's own part raises is caught: an exception in a step would kill the engine and every request in it.
+    """
 
     _pals: EngineLink | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        with self._pals_safely():
+        try:
             self._pals = self._pals_link()
+        except Exception as e:  # noqa: BLE001 - see the class
+            self._pals_failed(e)
 
     def _pals_link(self) -> EngineLink:
         """Make the link; tests give a scheduler another one here."""
@@ -161,60 +168,53 @@ class PalsMixin:
         """A request arrives."""
         result = super().add_request(request, *args, **kwargs)  # type: ignore[misc]
         if self._pals is not None:
-            with self._pals_safely():
+            try:
                 self._pals.telemetry.arrived(request, time.monotonic())
+            except Exception as e:  # noqa: BLE001 - see the class
+                self._pals_failed(e)
         return result
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Plan a step under the limit now in force."""
         if self._pals is not None:
-            with self._pals_safely():
+            try:
                 self._pals.obey(self)
+            except Exception as e:  # noqa: BLE001 - see the class
+                self._pals_failed(e)
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if self._pals is not None:
-            with self._pals_safely():
+            try:
                 self._pals.telemetry.scheduled(output)
+            except Exception as e:  # noqa: BLE001 - see the class
+                self._pals_failed(e)
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Take a step's tokens, then publish."""
         result = super().update_from_output(scheduler_output, model_runner_output, *args, **kwargs)  # type: ignore[misc]
         if self._pals is not None:
-            with self._pals_safely():
-                self._pals.telemetry.updated(model_runner_output.sampled_token_ids, time.monotonic())
-                self._pals.publish(self)
+            try:
+                self._pals.publish(self, model_runner_output.sampled_token_ids)
+            except Exception as e:  # noqa: BLE001 - see the class
+                self._pals_failed(e)
         return result
 
     def shutdown(self, *args: Any, **kwargs: Any) -> Any:
         """The engine stops: remove the channel."""
-        if self._pals is not None:
-            with self._pals_safely():
-                self._pals.channel.close()
-            self._pals = None
+        link, self._pals = self._pals, None
+        if link is not None:
+            with contextlib.suppress(OSError):
+                link.channel.close()
         return super().shutdown(*args, **kwargs)  # type: ignore[misc]
 
-    def _pals_safely(self) -> _Safely:
-        return _Safely(self)
-
-
-class _Safely(contextlib.AbstractContextManager[None]):
-    """Swallows what PALS's own part raises: an exception in a step would kill the engine and every request in it."""
-
-    __slots__ = ("_scheduler",)
-
-    def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if error is None:
-            return False
-        if not isinstance(error, Exception):
-            return False
-        link, self._scheduler._pals = self._scheduler._pals, None
+    def _pals_failed(self, error: Exception) -> None:
+        """Log once, go back to the launch limits and stay silent from now on."""
+        link, self._pals = self._pals, None
         log.error(
-            "PALS plugin failed (%s: %s); the engine goes on at its launch limits without PALS", kind.__name__, error
+            "PALS plugin failed (%s: %s); the engine goes on at its launch limits without PALS",
+            type(error).__name__,
+            error,
         )
         if link is not None:
             with contextlib.suppress(Exception):  # the channel may be what failed; the limit is set first
-                link.release(self._scheduler)
-        return True
+                link.release(self)

@@ -1,6 +1,7 @@
 """`pals demo`: Mixtral-8x7B on 4 emulated A100s serves one trace slice under three policies; table and figure.
 
-It is made of the commands a user has: one `pals serve --no-agent`, then one `pals agent` per policy.
+It is made of the commands a user has: one `pals serve --no-agent`, then one `pals agent` per policy. The runs send the
+same prompts, so prefix caching is off: otherwise the first would fill the cache for the others.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from rich.console import Console
 from pals.core.errors import EngineGoneError
 from pals.core.quantities import Slo
 from pals.engines.openai_client import RequestSpec, replay
+from pals.engines.vllm_launcher import die_with_parent, tail
 from pals.experiments.outcome import Outcome, outcome
 from pals.experiments.trace import describe, load_slice
 from pals.models.profile import Profile
@@ -43,6 +45,7 @@ TRACE_START_S = 0.0
 TTFT_TARGET_S, TPOT_TARGET_S = 2.0, 0.1
 HEADROOM = 1.15  # throughput target over what the slice asks for on average
 SEED = 7
+LOW_BUDGET_W = 650.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +59,7 @@ class Run:
 
 def runs_of(seconds: float) -> tuple[Run, ...]:
     """The three runs; the budget steps down after 30 % of the slice and up again after 65 %."""
-    steps = f"0:1600,{0.3 * seconds:.0f}:900,{0.65 * seconds:.0f}:1600"
+    steps = f"0:1600,{0.3 * seconds:.0f}:{LOW_BUDGET_W:.0f},{0.65 * seconds:.0f}:1600"
     return (
         Run(name="static", policy="static", budget=None),
         Run(name="pals-paper", policy="pals-paper", budget=None),
@@ -132,7 +135,7 @@ def serving(run_folder: Path, out: Path, console: Console) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     command = [
         "serve", MODEL, "--emulate", BOARDS, "--no-agent", "--port", str(port), "--log", str(out / "vllm.log"),
-        "--max-num-seqs", str(LAUNCH_SEQUENCES),
+        "--max-num-seqs", str(LAUNCH_SEQUENCES), "--no-enable-prefix-caching",
     ]  # fmt: skip
     console.print("starting vLLM …")
     started_s = time.monotonic()
@@ -174,7 +177,7 @@ def pals(command: Sequence[str], run_folder: Path, log: Path) -> Iterator[subpro
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [sys.executable, "-m", "pals.cli", *command], stdout=sink, stderr=subprocess.STDOUT, env=environ,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=die_with_parent,
         )  # fmt: skip
         try:
             yield process
@@ -207,11 +210,6 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
-
-
-def tail(path: Path, lines: int = 15) -> str:
-    """The last lines of a log."""
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
 
 
 def series_of(run: Run, records: Sequence[TickRecord], start_s: float, slo: Slo) -> RunSeries:

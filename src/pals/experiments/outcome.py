@@ -79,11 +79,7 @@ def outcome(name: str, results: Sequence[RequestResult], records: Sequence[TickR
         ttft_missed=float(np.mean(ttft > slo.ttft_p95_s)) if slo.ttft_p95_s is not None else 0.0,
         tpot_missed=float(np.mean(tpot > slo.tpot_p95_s)) if slo.tpot_p95_s is not None and len(tpot) else 0.0,
         throughput_missed=sum(periods) / len(periods) if periods else 0.0,
-        over_budget_s=sum(
-            r.sample.window_s
-            for r in during
-            if r.budget.power_w is not None and r.sample.power_w is not None and r.sample.power_w > r.budget.power_w
-        ),
+        over_budget_s=sum(r.over_budget_s for r in during),
     )
 
 

@@ -39,9 +39,6 @@ class EmulatedNvml:
     def nvmlShutdown(self) -> int:
         return SUCCESS
 
-    def nvmlErrorString(self, code: Any) -> bytes:
-        return f"emulated NVML error {_number(code)}".encode()
-
     def nvmlSystemGetDriverVersion(self, text: Any, size: Any) -> int:
         return _text(text, DRIVER)
 
@@ -79,6 +76,8 @@ class EmulatedNvml:
         return _put(minor, self._bank.spec.capability[1])
 
     def nvmlDeviceGetMemoryInfo(self, handle: Any, info: Any) -> int:
+        if self._bank.faults(_board(handle))[0]:
+            return GPU_IS_LOST
         total = int(self._bank.spec.memory_gb * 1e9)
         info._obj.total, info._obj.free, info._obj.used = total, total // 10, total - total // 10
         return SUCCESS

@@ -56,7 +56,8 @@ class NvmlBoard:
             ),
         )
         self._label = f"board {index} ({self._info.name})"
-        self._limit_written = self._locked_by_us = False
+        self._limit_written = False
+        self._locked_at_mhz: int | None = None
 
     @property
     def info(self) -> BoardInfo:
@@ -115,12 +116,12 @@ class NvmlBoard:
                 round(wanted.power_limit_w * 1000),
             )
             self._limit_written = True
-        if clock_mhz is not None:
+        if clock_mhz is None:
+            self._release_clock()
+        elif clock_mhz != self._locked_at_mhz:  # there is no getter: what we asked last is all that can be known
             doing = f"lock its SM clock at {clock_mhz} MHz"
             self._call(doing, n.nvmlDeviceSetGpuLockedClocks, self._handle, MIN_LOCK_MHZ, clock_mhz)
-            self._locked_by_us = True
-        else:
-            self._release_clock()
+            self._locked_at_mhz = clock_mhz
         return OperatingPoint(power_limit_w=self._enforced_w(), sm_clock_mhz=clock_mhz)
 
     def restore(self) -> None:
@@ -141,9 +142,9 @@ class NvmlBoard:
         self._release_clock()
 
     def _release_clock(self) -> None:
-        if self._locked_by_us:
+        if self._locked_at_mhz is not None:
             self._get("release its clock lock", self._nvml.nvmlDeviceResetGpuLockedClocks)
-            self._locked_by_us = False
+            self._locked_at_mhz = None
 
     def _enforced_w(self) -> float:
         return self._watts("read its enforced limit", self._nvml.nvmlDeviceGetEnforcedPowerLimit)
@@ -249,7 +250,10 @@ def _begin(
                 f"no NVIDIA driver found ({e}); to run without a GPU use --emulate, e.g. --emulate 4xa100-sxm4-80gb"
             ) from e
         return nvml.nvmlShutdown, os.geteuid() == 0
-    bank = BoardBank.open(emulated)
+    try:
+        bank = BoardBank.open(emulated)
+    except FileNotFoundError as e:
+        raise ConfigError(f"the emulated boards {emulated} are gone: has the server that emulated them ended?") from e
     before = nvml.nvmlLib
     nvml._nvmlGetFunctionPointer_cache.clear()
     nvml.nvmlLib = EmulatedNvml(bank, clock, sleep)

@@ -1,4 +1,4 @@
-"""Emulated boards in one mapped file that several processes share; physics is integrated lazily, in 10 ms ticks.
+"""Emulated boards in one mapped file that several processes share (each opens it; a bank must not cross a fork); physics is integrated lazily, in 10 ms ticks.
 
 Every public call takes `now_s` (CLOCK_MONOTONIC, or a test's own time), locks the file, integrates up to now, then
 reads or writes. The energy counter is the integral of power over every tick, published each 50 ms as boards do.

@@ -14,6 +14,7 @@ import mmap
 import os
 import struct
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,6 +48,8 @@ _FLOATS = {"time_s", "kv_usage", "busy_s", "last_step_s", "oldest_waiting_s"}
 _INFO_OFFSET, _INFO_SIZE = 16, 4080
 _TELEMETRY_OFFSET = 4096
 _TELEMETRY = struct.Struct(f"<{len(_GAUGES) + 2 * _BUCKETS}d")
+_GAUGE_PART = struct.Struct(f"<{len(_GAUGES)}d")
+_COUNT_PART = struct.Struct(f"<{_BUCKETS}d")
 _SETPOINT_OFFSET = 8192
 _SETPOINT = struct.Struct("<3d")  # active sequences, expires at, written at
 _SEQ = struct.Struct("<Q")
@@ -71,6 +74,14 @@ class _Block:
     def write(self, values: list[float] | tuple[float, ...]) -> None:
         _SEQ.pack_into(self._mapped, self._offset, self._seq + 1)
         self._layout.pack_into(self._mapped, self._offset + 8, *values)
+        self._seq += 2
+        _SEQ.pack_into(self._mapped, self._offset, self._seq)
+
+    def write_parts(self, parts: Sequence[tuple[int, struct.Struct, Collection[float]]]) -> None:
+        """Write only some of the block: (offset in bytes, layout, values) each; the rest keeps its values."""
+        _SEQ.pack_into(self._mapped, self._offset, self._seq + 1)
+        for at, layout, values in parts:
+            layout.pack_into(self._mapped, self._offset + 8 + at, *values)
         self._seq += 2
         _SEQ.pack_into(self._mapped, self._offset, self._seq)
 
@@ -105,9 +116,16 @@ class EngineChannel:
         self._telemetry = _Block(self._mapped, _TELEMETRY_OFFSET, _TELEMETRY)
         self._setpoint = _Block(self._mapped, _SETPOINT_OFFSET, _SETPOINT)
 
-    def publish(self, gauges: list[float], ttft_counts: list[int], tpot_counts: list[int]) -> None:
-        """Write one step's telemetry; `gauges` in the order of `GAUGES`. About 5 µs."""
-        self._telemetry.write([*gauges, *ttft_counts, *tpot_counts])
+    def publish(
+        self, gauges: Collection[float], ttft_counts: list[int] | None = None, tpot_counts: list[int] | None = None
+    ) -> None:
+        """Write one step's telemetry; `gauges` in the order of `GAUGES`, counts only where they changed."""
+        parts: list[tuple[int, struct.Struct, Collection[float]]] = [(0, _GAUGE_PART, gauges)]
+        if ttft_counts is not None:
+            parts.append((_GAUGE_PART.size, _COUNT_PART, ttft_counts))
+        if tpot_counts is not None:
+            parts.append((_GAUGE_PART.size + _COUNT_PART.size, _COUNT_PART, tpot_counts))
+        self._telemetry.write_parts(parts)
 
     def setpoint(self, now_s: float) -> int | None:
         """Return the wanted active-sequence limit, or None when there is none or it has expired."""

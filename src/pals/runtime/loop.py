@@ -72,7 +72,7 @@ def boards_as_found(meters: Sequence[PowerMeter], actuators: Sequence[PowerActua
         for actuator in actuators:
             try:
                 actuator.restore()
-            except PalsError as e:
+            except (PalsError, ValueError) as e:  # one board's refusal must not keep the others limited
                 failed += 1
                 log.error("%s", e)
         if failed:

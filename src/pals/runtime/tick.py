@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pals.control.estimator import remember, violations
+from pals.control.estimator import over_budget_s, remember, violations
 from pals.control.guard import Guard
 from pals.core.errors import DeviceLostError, NotSupportedError, PermissionDeniedError
 from pals.core.protocols import AnyController, EngineActuator, EngineMeter, PowerActuator, PowerMeter
@@ -43,6 +43,7 @@ class TickRecord(Checked):
     enforced_limits_w: tuple[float, ...]  # read back after applying
     mode: str  # "auto" or "advise"
     violations: dict[str, int] = field(default_factory=dict)
+    over_budget_s: float = 0.0  # this period, if the mean power since the budget last changed, at most 2 s, exceeds it
     notes: tuple[str, ...] = ()
 
 
@@ -71,6 +72,8 @@ class TickState:
     controller: Any
     index: int = 0
     window: tuple[TelemetrySample, ...] = ()
+    budget: Budget = field(default_factory=Budget)
+    under_budget: tuple[TelemetrySample, ...] = ()  # samples since the budget last changed, at most the window's length
 
 
 def tick(rig: Rig, state: TickState, budget: Budget, slo: Slo, now_s: float) -> tuple[TickRecord, TickState]:
@@ -85,6 +88,7 @@ def tick(rig: Rig, state: TickState, budget: Budget, slo: Slo, now_s: float) -> 
     guarded = rig.guard.check(decision, budget)
     enforced = _apply(rig, guarded.point, sample, notes)
     window = remember(state.window, sample, VIOLATION_PERIODS)
+    since = () if budget != state.budget else remember(state.under_budget, sample, VIOLATION_PERIODS - 1)
     record = TickRecord(
         index=state.index,
         sample=sample,
@@ -95,11 +99,14 @@ def tick(rig: Rig, state: TickState, budget: Budget, slo: Slo, now_s: float) -> 
         enforced_limits_w=enforced,
         mode=rig.mode,
         violations=violations(window, slo),
+        over_budget_s=over_budget_s(since, budget),
         notes=tuple(notes),
     )
     for note in notes:
         log.warning("%s", note)
-    return record, replace(state, controller=controller, index=state.index + 1, window=window)
+    return record, replace(
+        state, controller=controller, index=state.index + 1, window=window, budget=budget, under_budget=since
+    )
 
 
 def read_sample(rig: Rig, previous: TelemetrySample | None, now_s: float, notes: list[str]) -> TelemetrySample:

@@ -47,7 +47,7 @@ def draw_runs(runs: Sequence[RunSeries], path: Path, *, title: str, subtitle: st
         raise ConfigError("matplotlib is not installed; install it with `pip install 'pals-llm[figures]'`") from e
     figure = Figure(figsize=(5.2 * len(runs), 8.6), layout="constrained", dpi=130)
     figure.suptitle(f"{title}\n", fontsize=15, fontweight="bold")
-    figure.text(0.5, 0.955, subtitle, ha="center", fontsize=10.5, color="#444444")
+    figure.text(0.5, 0.952, subtitle, ha="center", fontsize=10.5, color="#444444")
     grid = figure.subplots(3, len(runs), sharex=True, sharey="row", squeeze=False)
     for column, run in enumerate(runs):
         grid[0][column].set_title(run.name, fontsize=12.5)

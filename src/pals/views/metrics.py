@@ -30,7 +30,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("pals_power_limit_enforced_watts", Gauge, "Power limit the driver reports in force", ("board",)),
     Metric("pals_sm_clock_hertz", Gauge, "SM clock of one board", ("board",)),
     Metric("pals_budget_watts", Gauge, "Power budget of all boards; absent while there is none"),
-    Metric("pals_over_budget_seconds_total", Counter, "Time during which measured power exceeded the budget"),
+    Metric(
+        "pals_over_budget_seconds_total",
+        Counter,
+        "Time over budget, judged by the mean power of up to 2 s since the budget last changed",
+    ),
     Metric("pals_active_sequence_limit", Gauge, "Active-sequence limit the engine now obeys"),
     Metric("pals_running_sequences", Gauge, "Running sequences"),
     Metric("pals_waiting_requests", Gauge, "Requests waiting for admission"),
@@ -83,8 +87,7 @@ class AgentMetrics:
         if sample.power_w is not None:
             self._gauge("pals_power_watts", sample.power_w)
             self._count("pals_energy_joules_total", sample.power_w * sample.window_s)
-            if budget_w is not None and sample.power_w > budget_w:
-                self._count("pals_over_budget_seconds_total", sample.window_s)
+        self._count("pals_over_budget_seconds_total", record.over_budget_s)
 
     def _engine(self, record: TickRecord, engine: EngineSample) -> None:
         self._gauge("pals_active_sequence_limit", engine.active_limit)
