@@ -8,7 +8,9 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
-  echo "install: $("$python" --version 2>&1 || echo "$python: not found"); Python 3.11 or newer is needed (set PYTHON=...)" >&2
+  found="$python is not there"
+  if command -v "$python" >/dev/null; then found="$python is $("$python" --version 2>&1 || echo no Python)"; fi
+  echo "install: $found; Python 3.11 or newer is needed: name one with PYTHON=..., nothing was installed" >&2
   exit 1
 }
 venv=.venv
@@ -30,7 +32,7 @@ stage() { # stage NAME COMMAND...: run it, show one line, and the log's end wher
   shift
   if ! "$@" >>"$log" 2>&1; then
     printf 'failed\n'
-    grep -v '^WARNING: Location' "$log" | tail -n 25 >&2
+    grep -v '^WARNING: Location' "$log" | cut -c1-300 | tail -n 25 >&2
     echo "install: the whole log is in $log; run the same command again once the cause is gone" >&2
     exit 1
   fi

@@ -20,6 +20,7 @@ from pals.core.errors import ConfigError
 from pals.core.quantities import Checked
 
 LOWEST_ID, HIGHEST_ID = 10, 15000  # below every shipped tokenizer's size
+SILENCE_S = 300.0  # a stream silent for longer is recorded as an error, so that a hung server cannot hang a run
 
 
 def _aiohttp() -> Any:
@@ -63,31 +64,52 @@ class RequestResult(Checked):
         return (self.last_token_s - self.first_token_s) / (self.output_tokens - 1)
 
 
-async def replay(specs: Sequence[RequestSpec], *, base_url: str, model: str, seed: int) -> list[RequestResult]:
-    """Send each request at its time, whether or not earlier ones are answered; return results in the load's order."""
+async def replay(
+    specs: Sequence[RequestSpec], *, base_url: str, model: str, seed: int, time_scale: float = 1.0
+) -> list[RequestResult]:
+    """Send each request at its time, whether or not earlier ones are answered.
+
+    Args:
+        specs: the load, in any order.
+        base_url: the server's address, without `/v1`.
+        model: its served model name.
+        seed: draws the prompts.
+        time_scale: stretches the arrival times: 2.0 halves the request rate.
+
+    Returns:
+        One result for each request, in the load's order; failures are results too.
+
+    Raises:
+        ConfigError: aiohttp is not installed.
+        ValueError: `time_scale` is not above 0.
+    """
+    if not time_scale > 0:
+        raise ValueError(f"time_scale is {time_scale}; it must be above 0")
     aiohttp = _aiohttp()
     rng = np.random.default_rng(seed)
     prompts = [prompt(spec, rng) for spec in specs]
     start_s = time.monotonic() + 0.5
-    async with aiohttp.ClientSession(
-        connector=connector(aiohttp), timeout=aiohttp.ClientTimeout(total=None)
-    ) as session:
+    async with open_session(aiohttp) as session:
 
         async def one(spec: RequestSpec, ids: list[int]) -> RequestResult:
-            await asyncio.sleep(max(0.0, start_s + spec.at_s - time.monotonic()))
+            await asyncio.sleep(max(0.0, start_s + time_scale * spec.at_s - time.monotonic()))
             return await complete(session, base_url, model, spec, ids)
 
         return list(await asyncio.gather(*(one(s, p) for s, p in zip(specs, prompts, strict=True))))
 
 
-def connector(aiohttp: Any) -> Any:
-    """A new connection for each request: re-used ones race with the server's keep-alive timer."""
-    return aiohttp.TCPConnector(limit=0, force_close=True)
+def open_session(aiohttp: Any) -> Any:
+    """Any number of connections, a new one for each request: re-used ones race with the server's keep-alive timer."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=30.0, sock_read=SILENCE_S),
+    )
 
 
 def prompt(spec: RequestSpec, rng: np.random.Generator) -> list[int]:
     """Random token ids of the asked length."""
-    return [int(i) for i in rng.integers(LOWEST_ID, HIGHEST_ID, spec.prompt_tokens)]
+    ids: list[int] = rng.integers(LOWEST_ID, HIGHEST_ID, spec.prompt_tokens).tolist()
+    return ids
 
 
 async def complete(session: Any, base_url: str, model: str, spec: RequestSpec, ids: list[int]) -> RequestResult:
@@ -101,28 +123,59 @@ async def complete(session: Any, base_url: str, model: str, spec: RequestSpec, i
         "stream_options": {"include_usage": True},
     }
     aiohttp = _aiohttp()
+    stream = _Stream()
     sent_s = time.monotonic()
-    first_s = last_s = None
-    tokens = 0
     try:
         async with session.post(f"{base_url}/v1/completions", json=body) as answer:
             if answer.status != 200:
-                return RequestResult(
-                    spec=spec, sent_s=sent_s, error=f"HTTP {answer.status}: {(await answer.text())[:200]}"
-                )
-            async for line in answer.content:
-                if not line.startswith(b"data: {"):
-                    continue
-                if b'"choices":[]' in line:
-                    tokens = int(json.loads(line[6:])["usage"]["completion_tokens"])
-                    continue
-                last_s = time.monotonic()
-                first_s = first_s or last_s
-    except (aiohttp.ClientError, TimeoutError, ConnectionError) as e:
-        return RequestResult(spec=spec, sent_s=sent_s, error=f"{type(e).__name__}: {e}")
-    if first_s is None or tokens == 0:
-        return RequestResult(spec=spec, sent_s=sent_s, error="the stream ended without a token")
-    return RequestResult(spec=spec, sent_s=sent_s, first_token_s=first_s, last_token_s=last_s, output_tokens=tokens)
+                stream.error = f"HTTP {answer.status}: {(await answer.text())[:200]}"
+            else:
+                async for line in answer.content:
+                    stream.feed(line)
+                stream.end()
+    except (aiohttp.ClientError, TimeoutError, ConnectionError, ValueError, LookupError, TypeError) as e:
+        stream.error = f"{type(e).__name__}: {e}"  # the last three: an answer that is not the API's
+    return RequestResult(
+        spec=spec,
+        sent_s=sent_s,
+        first_token_s=stream.first_s,
+        last_token_s=stream.last_s,
+        output_tokens=stream.tokens,
+        error=stream.error,
+    )
+
+
+class _Stream:
+    """Reads one stream's lines; only those that carry `usage` or an error are parsed, the rest are times."""
+
+    __slots__ = ("error", "first_s", "last_s", "tokens")
+
+    def __init__(self) -> None:
+        self.first_s: float | None = None
+        self.last_s: float | None = None
+        self.tokens = 0
+        self.error: str | None = None
+
+    def feed(self, line: bytes) -> None:
+        if not line.startswith(b"data: {"):
+            return
+        if line.startswith(b'data: {"error"'):
+            self.error = f"in the stream: {line[6:206].decode(errors='replace').strip()}"
+            return
+        if b'"usage":{' in line or b'"usage": {' in line:  # inside generated text its quotes would be escaped
+            event = json.loads(line[6:])
+            self.tokens = int(event["usage"]["completion_tokens"])
+            if not event["choices"]:
+                return
+        self.last_s = time.monotonic()
+        if self.first_s is None:
+            self.first_s = self.last_s
+
+    def end(self) -> None:
+        if self.error is None and self.first_s is None:
+            self.error = "the stream ended without a token"
+        elif self.error is None and self.tokens == 0:
+            self.error = "the stream ended before its token count"
 
 
 class ClosedLoop:
@@ -164,9 +217,7 @@ class ClosedLoop:
         aiohttp = _aiohttp()
         self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
         self._started.set()
-        async with aiohttp.ClientSession(
-            connector=connector(aiohttp), timeout=aiohttp.ClientTimeout(total=None)
-        ) as session:
+        async with open_session(aiohttp) as session:
             while not self._stopping:
                 while len(self._tasks) < self._wanted:
                     task = asyncio.create_task(self._one(session))

@@ -9,7 +9,9 @@ from typing import Any
 
 from pals.core.errors import ConfigError
 
-BLUE, ORANGE, GREEN, RED, GREY, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#9a9a9a", "#8a5a9e"
+#: Okabe and Ito's colours, told apart by colour-blind readers; the dashed lines differ in shape as well.
+BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
+BLACK, GREY = "#000000", "#777777"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,22 +42,27 @@ def draw_runs(runs: Sequence[RunSeries], path: Path, *, title: str, subtitle: st
 
     Raises:
         ConfigError: matplotlib is not installed.
+        ValueError: there is no run to draw.
     """
+    if not runs:
+        raise ValueError("there is no run to draw")
     try:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as e:
         raise ConfigError("matplotlib is not installed; install it with `pip install 'pals-llm[figures]'`") from e
-    figure = Figure(figsize=(5.2 * len(runs), 8.6), layout="constrained", dpi=130)
-    figure.suptitle(f"{title}\n", fontsize=15, fontweight="bold")
-    figure.text(0.5, 0.952, subtitle, ha="center", fontsize=10.5, color="#444444")
+    below_titles = ConstrainedLayoutEngine(rect=(0.0, 0.0, 1.0, 0.92), h_pad=0.08, w_pad=0.08)
+    figure = Figure(figsize=(max(9.0, 1.8 + 4.6 * len(runs)), 8.6), layout=below_titles, dpi=130)
+    figure.text(0.01, 0.985, title, va="top", fontsize=15, fontweight="bold")
+    figure.text(0.01, 0.947, subtitle, va="top", fontsize=11, color="#444444")
     grid = figure.subplots(3, len(runs), sharex=True, sharey="row", squeeze=False)
     for column, run in enumerate(runs):
-        grid[0][column].set_title(run.name, fontsize=12.5)
+        grid[0][column].set_title(run.name, fontsize=12.5, loc="left")
         _power(grid[0][column], run)
         _sequences(grid[1][column], run)
         _throughput(grid[2][column], run)
         grid[2][column].set_xlabel("time since the first request, s")
-    for row, label in enumerate(["power of all boards, W", "sequences", "output tokens per second"]):
+    for row, label in enumerate(["power of all boards, W", "sequences", "throughput, output tokens/s"]):
         grid[row][0].set_ylabel(label)
         for axes in grid[row]:
             axes.set_ylim(bottom=0)
@@ -65,6 +72,7 @@ def draw_runs(runs: Sequence[RunSeries], path: Path, *, title: str, subtitle: st
             axes.spines[["top", "right"]].set_visible(False)
         handles, labels = _legend_of(grid[row])
         grid[row][-1].legend(handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=10)
+    figure.align_ylabels(grid[:, 0])
     figure.savefig(path)
 
 
@@ -82,7 +90,7 @@ def _power(axes: Any, run: RunSeries) -> None:
     axes.plot(run.time_s, run.power_w, color=BLUE, linewidth=1.5, label="measured power")
     axes.step(run.time_s, run.limit_w, where="post", color=ORANGE, linewidth=1.8, label="power limits in force")
     if any(b is not None for b in run.budget_w):
-        axes.step(run.time_s, budget, where="post", color=RED, linewidth=1.6, linestyle="--", label="budget")
+        axes.step(run.time_s, budget, where="post", color=BLACK, linewidth=1.3, linestyle=(0, (4, 3)), label="budget")
 
 
 def _sequences(axes: Any, run: RunSeries) -> None:
@@ -94,4 +102,4 @@ def _sequences(axes: Any, run: RunSeries) -> None:
 def _throughput(axes: Any, run: RunSeries) -> None:
     axes.plot(run.time_s, run.tokens_per_s, color=GREEN, linewidth=1.5, label="throughput")
     if run.target_tokens_per_s is not None:
-        axes.axhline(run.target_tokens_per_s, color=GREY, linestyle="--", linewidth=1.4, label="target")
+        axes.axhline(run.target_tokens_per_s, color=GREY, linestyle="--", linewidth=1.5, label="target")
