@@ -1,0 +1,110 @@
+"""The agent as a whole: refuses foreign profiles, advises without permission, and leaves boards and files in order."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pals.core.errors import ConfigError, ProfileMismatchError
+from pals.core.quantities import fingerprint_of
+from pals.runtime.agent import AgentSetup, control_engine
+from pals.runtime.channel import AgentChannel, EngineChannel
+from pals.runtime.config import load_config
+from pals.runtime.journal import read_journal
+from pals.runtime.tick import TickRecord
+from tests.test_profile import profile
+from tests.worlds import Board, Clock, board_info, engine_info
+
+
+@dataclass
+class World:
+    """Two boards, an engine's channel, and an agent that stops after three ticks."""
+
+    folder: Path
+    may_write: bool = True
+    said: list[str] = field(default_factory=list)
+    records: list[TickRecord] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.clock = Clock()
+        self.boards = [Board(self.clock, i) for i in range(2)]
+        self.engine = EngineChannel(self.folder, engine_info(os.getpid()), name="engine")
+
+    def run(self, **control: Any) -> int:
+        config = load_config(
+            None,
+            {
+                "control": {"period_s": 0.05, **control},
+                "slo": {"throughput_tokens_s": 500.0},
+                "output": {"journal": str(self.folder / "j.jsonl"), "metrics_port": 0},
+            },
+        )
+        setup = AgentSetup(
+            boards=self.boards, channel=AgentChannel(self.engine.path), config=config, emulated=True,
+            may_write=self.may_write, folder=self.folder, sinks=(self.sink,), say=self.said.append,
+        )  # fmt: skip
+        return control_engine(setup, self.stop)
+
+    def sink(self, record: TickRecord) -> None:
+        self.clock.now += 0.05
+        self.records.append(record)
+        if len(self.records) == 3:
+            self.stop.set()
+
+
+def write_profile(path: Path, model: str) -> str:
+    made = replace(profile(), fingerprint=fingerprint_of(replace(engine_info(), model=model), [board_info(0)] * 2))
+    path.write_text(made.to_json())
+    return str(path)
+
+
+def test_it_steers_records_and_puts_everything_back(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    name = write_profile(tmp_path / "p.json", "test/model")
+
+    assert world.run(policy="pals-paper", profile=name) == 0
+
+    assert world.boards[0].written_w
+    assert world.records[-1].mode == "auto"
+    assert [b.limit_w for b in world.boards] == [400.0, 400.0]
+    assert len(list(read_journal(tmp_path / "j.jsonl")[1])) == 3
+    assert world.engine.setpoint(0.0) is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["engine.channel", "j.jsonl", "p.json"]
+
+
+def test_a_profile_of_another_engine_is_refused_with_the_difference(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    name = write_profile(tmp_path / "p.json", "another/model")
+
+    with pytest.raises(ProfileMismatchError, match="model: 'another/model' in the profile, 'test/model' here"):
+        world.run(policy="pals-paper", profile=name)
+
+    assert world.boards[0].written_w == []
+    assert not (tmp_path / "j.jsonl").exists()
+
+
+def test_without_permission_it_advises_in_one_line_and_writes_nothing(tmp_path: Path) -> None:
+    world = World(tmp_path, may_write=False)
+
+    assert world.run(policy="static", power_limit_w=200.0, active_sequences=8) == 0
+
+    assert [s for s in world.said if s.startswith("advise only")] == [world.said[0]]
+    assert world.boards[0].written_w == []
+    assert world.engine.setpoint(0.0) is None
+    assert world.records[-1].mode == "advise"
+    assert world.records[-1].guarded.point.power_limit_w == 200.0
+
+
+def test_a_limit_outside_the_range_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    with pytest.raises(ConfigError, match=r"outside 100\.\.400 W"):
+        world.run(policy="static", power_limit_w=50.0)
+
+    assert world.boards[0].written_w == []
