@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -20,7 +21,19 @@ def _silence_accelerator() -> None:
                 setattr(torch.accelerator, name, lambda *args, **kwargs: None)
 
 
+def _know_deepseek_moe() -> None:
+    """The first DeepSeek-MoE: vLLM has the model, transformers reads its config only with code from the hub."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    class DeepseekConfig(PretrainedConfig):
+        model_type = "deepseek"
+
+    with contextlib.suppress(ValueError):  # a transformers that knows it by itself
+        AutoConfig.register("deepseek", DeepseekConfig)
+
+
 _silence_accelerator()
+_know_deepseek_moe()
 
 
 class EmulatedPlatform(Platform):
