@@ -13,12 +13,13 @@ import pytest
 from pals.core.errors import ConfigError, ProfileMismatchError
 from pals.core.quantities import fingerprint_of
 from pals.runtime.agent import AgentSetup, control_engine
-from pals.runtime.channel import AgentChannel, EngineChannel
+from pals.runtime.channel import GAUGES, AgentChannel, EngineChannel
 from pals.runtime.config import load_config
+from pals.runtime.group import EngineGroup, group_ranks
 from pals.runtime.journal import read_journal
 from pals.runtime.tick import TickRecord
 from tests.test_profile import profile
-from tests.worlds import Board, Clock, board_info, engine_info
+from tests.worlds import BUCKETS, Board, Clock, board_info, engine_info
 
 
 @dataclass
@@ -46,7 +47,7 @@ class World:
             },
         )
         setup = AgentSetup(
-            boards=self.boards, channel=AgentChannel(self.engine.path), config=config, emulated=True,
+            boards=self.boards, channel=EngineGroup([AgentChannel(self.engine.path)]), config=config, emulated=True,
             may_write=self.may_write, folder=self.folder, sinks=(self.sink,), say=self.said.append,
         )  # fmt: skip
         return control_engine(setup, self.stop)
@@ -108,3 +109,29 @@ def test_a_limit_outside_the_range_is_refused_before_anything_is_written(tmp_pat
         world.run(policy="static", power_limit_w=50.0)
 
     assert world.boards[0].written_w == []
+
+
+def test_data_parallel_ranks_are_one_engine_with_one_decision(tmp_path: Path) -> None:
+    channels = []
+    for rank in range(2):
+        info = replace(engine_info(os.getpid()), parallelism="tp1 pp1 dp2 ep1", boards=(rank,))
+        engine = EngineChannel(tmp_path, info, name=f"rank{rank}")
+        engine.publish([float(i + rank) for i in range(len(GAUGES))], [rank] * BUCKETS, [1] * BUCKETS)
+        channels.append(engine)
+    agents = [AgentChannel(c.path) for c in channels]
+
+    group = group_ranks(agents)[0]
+    now = group.read()
+
+    assert len(group.ranks) == 2
+    assert group.complete
+    assert not EngineGroup(agents[:1]).complete
+    assert (group.info.boards, group.info.launch_sequences) == ((0, 1), 128)
+    assert now.output_tokens == sum(a.read().output_tokens for a in agents)
+    assert now.ttft_counts == (1,) * BUCKETS
+    group.apply(16, lease_s=60.0)
+    assert [c.setpoint(0.0) for c in channels] == [8, 8]
+    group.release()
+    assert [c.setpoint(0.0) for c in channels] == [None, None]
+    with pytest.raises(ValueError, match=r"outside 1\.\.128"):
+        group.apply(129, lease_s=1.0)

@@ -18,8 +18,9 @@ from pals.core.errors import ConfigError, EngineGoneError
 from pals.core.quantities import OperatingPoint
 from pals.hardware.nvml import Nvml, open_boards
 from pals.runtime.agent import FOUND_RECORD, AgentSetup, control_engine
-from pals.runtime.channel import AgentChannel, find_engines, run_dir
+from pals.runtime.channel import find_engines, run_dir
 from pals.runtime.config import Config, load_config
+from pals.runtime.group import EngineGroup, group_ranks
 from pals.runtime.loop import left_by_dead_agent
 from pals.views.metrics import AgentMetrics, serve_metrics
 
@@ -58,15 +59,15 @@ def config_of(args: argparse.Namespace) -> Config:
     return load_config(Path(args.config) if args.config else None, overrides)
 
 
-def pick_engine(folder: Path, pid: int | None) -> AgentChannel:
+def pick_engine(folder: Path, pid: int | None) -> EngineGroup:
     """The one engine in `folder`, or the one with this process id.
 
     Raises:
         ConfigError: none, or several and no choice.
     """
-    engines = find_engines(folder)
+    engines = group_ranks(find_engines(folder))
     if pid is not None:
-        engines = [e for e in engines if e.info.pid == pid]
+        engines = [g for g in engines if any(r.info.pid == pid for r in g.ranks)]
     if len(engines) == 1:
         return engines[0]
     if not engines:
@@ -85,7 +86,7 @@ def emulated_bank(folder: Path) -> Path | None:
 
 
 @contextmanager
-def boards_of(folder: Path, channel: AgentChannel | None, *, write: bool) -> Iterator[Nvml]:
+def boards_of(folder: Path, channel: EngineGroup | None, *, write: bool) -> Iterator[Nvml]:
     """Open the engine's boards; before that, mend what a killed agent left, if `write`."""
     bank = emulated_bank(folder)
     indices = channel.info.boards if channel is not None else None
@@ -113,7 +114,7 @@ def mend(folder: Path, bank: Path | None) -> int:
     return mended
 
 
-def steer(config: Config, folder: Path, channel: AgentChannel, stop: threading.Event) -> int:
+def steer(config: Config, folder: Path, channel: EngineGroup, stop: threading.Event) -> int:
     """Run the agent on this engine; return its exit code."""
     emulated = emulated_bank(folder) is not None
     wants_to_write = (config.control.mode or ("auto" if emulated else "advise")) == "auto"
@@ -158,19 +159,19 @@ def stopping(stop: threading.Event, also: Callable[[], None] | None = None) -> I
             signal.signal(number, old)
 
 
-def wait_for_channel(folder: Path, known: set[int], timeout_s: float, alive: Callable[[], bool]) -> AgentChannel:
-    """Wait for the channel of an engine that was not `known`.
+def wait_for_channel(folder: Path, known: set[int], timeout_s: float, alive: Callable[[], bool]) -> EngineGroup:
+    """Wait for an engine that was not `known`, with all its data-parallel ranks.
 
     Raises:
         EngineGoneError: none came.
     """
     end_s = time.monotonic() + timeout_s
     while time.monotonic() < end_s and alive():
-        fresh = [e for e in find_engines(folder) if e.info.pid not in known]
-        if fresh:
+        fresh = group_ranks([e for e in find_engines(folder) if e.info.pid not in known])
+        if fresh and fresh[-1].complete:
             return fresh[-1]
         time.sleep(0.1)
     raise EngineGoneError(
-        f"vLLM runs without the PALS plugin: no channel appeared in {folder}. Is pals-llm installed in vLLM's environment, "
-        "and is VLLM_PLUGINS unset or does it name 'pals'?"
+        f"vLLM runs without the PALS plugin: no channel (or not one of every rank) appeared in {folder}. Is pals-llm "
+        "installed in vLLM's environment, and is VLLM_PLUGINS unset or does it name 'pals'?"
     )

@@ -20,8 +20,8 @@ from pals.core.errors import ConfigError, EngineGoneError, ProfileMismatchError
 from pals.core.protocols import PowerActuator, PowerMeter
 from pals.core.quantities import fingerprint_of
 from pals.models.profile import Profile
-from pals.runtime.channel import AgentChannel
 from pals.runtime.config import Config
+from pals.runtime.group import EngineGroup
 from pals.runtime.journal import Journal, JournalHeader, encode
 from pals.runtime.loop import boards_as_found, run, wall_clock
 from pals.runtime.tick import Rig, TickRecord
@@ -41,7 +41,7 @@ class AgentSetup:
     """What the agent steers and where it writes."""
 
     boards: Sequence[Board]
-    channel: AgentChannel
+    channel: EngineGroup
     config: Config
     emulated: bool
     may_write: bool
