@@ -169,7 +169,7 @@ def test_boards_follow_rank_and_visible_devices() -> None:
 
     assert boards_of(second, "") == (2, 3)
     assert boards_of(second, "4,5,6,7") == (6, 7)
-    assert boards_of(second, "GPU-aaaa,GPU-bbbb,GPU-cccc,GPU-dddd") == (2, 3)
+    assert boards_of(second, "GPU-aaaa,GPU-bbbb,GPU-cccc,GPU-dddd") == ()  # unknown: nobody may guess
 
 
 def test_the_channel_of_a_real_link_says_what_the_engine_is(config: Any) -> None:

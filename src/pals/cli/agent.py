@@ -90,6 +90,11 @@ def boards_of(folder: Path, channel: EngineGroup | None, *, write: bool) -> Iter
     """Open the engine's boards; before that, mend what a killed agent left, if `write`."""
     bank = emulated_bank(folder)
     indices = channel.info.boards if channel is not None else None
+    if indices == ():
+        raise ConfigError(
+            "the engine does not say which boards it uses (CUDA_VISIBLE_DEVICES lists no indices); PALS will not guess. "
+            "Nothing was changed: start the engine with board indices in CUDA_VISIBLE_DEVICES"
+        )
     if write:
         mend(folder, bank)
     with open_boards(emulated=bank, indices=indices) as nvml:

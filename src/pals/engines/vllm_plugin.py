@@ -135,14 +135,19 @@ def engine_info(scheduler: Any, launch_limit: int, capabilities: dict[str, bool]
 
 
 def boards_of(parallel: Any, visible: str) -> tuple[int, ...]:
-    """Board indices of this data-parallel rank, through CUDA_VISIBLE_DEVICES where that lists numbers."""
+    """Board indices of this data-parallel rank, through CUDA_VISIBLE_DEVICES; empty where that does not list numbers.
+
+    Empty means unknown: an agent must not guess, or it would steer boards that belong to somebody else.
+    """
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     first = (getattr(parallel, "data_parallel_rank_local", 0) or 0) * ranks
     local = range(first, first + ranks)
-    listed = [v.strip() for v in visible.split(",")] if visible else []
-    if len(listed) >= first + ranks and all(v.isdigit() for v in listed):
-        return tuple(int(listed[i]) for i in local)
-    return tuple(local)
+    if not visible:
+        return tuple(local)
+    listed = [v.strip() for v in visible.split(",")]
+    if len(listed) < first + ranks or not all(v.isdigit() for v in listed):
+        return ()
+    return tuple(int(listed[i]) for i in local)
 
 
 class PalsMixin:
