@@ -195,6 +195,39 @@ def test_ctrl_c_answers_what_was_accepted_and_leaves_nothing_behind(tmp_path: Pa
     assert sorted(p.suffix for p in made.folder.iterdir()) == [".jsonl", ".log", ".log"]
 
 
+def test_active_sequences_move_64_8_64_under_live_load_and_nothing_is_lost(tmp_path: Path) -> None:
+    made = start(tmp_path / "run", "--no-agent", "--max-num-seqs", "64")
+    try:
+        made.wait_for("serving")
+        engine = find_engines(made.folder)[0]
+        seen: dict[int, int] = {}
+
+        async def hold(limit: int, seconds: float) -> None:
+            end_s = time.monotonic() + seconds
+            while time.monotonic() < end_s:
+                engine.apply(limit, lease_s=2.0)
+                await asyncio.sleep(0.1)
+            seen[limit] = engine.read().running
+
+        async def load() -> list[str | None]:
+            specs = [RequestSpec(at_s=0.0, prompt_tokens=30, output_tokens=300 + i % 9) for i in range(240)]
+            task = asyncio.create_task(replay(specs, base_url=made.url, model=MODEL, seed=3))
+            await hold(64, 1.5)
+            assert seen[64] > 32
+            await hold(8, 4.0)
+            assert seen[8] <= 8
+            await hold(64, 1.0)
+            assert seen[64] > 32
+            results = await task
+            assert [r.output_tokens for r in results] == [s.output_tokens for s in specs]
+            return [r.error for r in results]
+
+        assert asyncio.run(load()) == [None] * 240
+    finally:
+        made.process.send_signal(signal.SIGTERM)
+        made.process.wait(timeout=90)
+
+
 def test_a_killed_engine_ends_the_agent_with_boards_restored_and_a_killed_parent_leaves_no_orphan(
     tmp_path: Path,
 ) -> None:
