@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 
 import pytest
 
 from pals.engines.openai_client import RequestResult, RequestSpec, replay
+from tests.loopback import http_server
 
 pytest.importorskip("aiohttp")
 
@@ -18,21 +18,14 @@ USAGE = b'data: {"choices":[],"usage":{"completion_tokens":%d}}\n\ndata: [DONE]\
 SPEC = RequestSpec(at_s=0.0, prompt_tokens=4, output_tokens=2)
 
 
-@asynccontextmanager
-async def server_saying(stream: bytes, promised: int | None = None) -> AsyncIterator[str]:
+def server_saying(stream: bytes, promised: int | None = None) -> AbstractAsyncContextManager[str]:
     """Answers every request with `stream`, having promised `promised` bytes; yields its address."""
+    length = len(stream) if promised is None else promised
 
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).lower()
-        await reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
-        length = len(stream) if promised is None else promised
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b" % (length, stream))
-        await writer.drain()
-        writer.close()
+    async def answer(body: bytes) -> bytes:
+        return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b" % (length, stream)
 
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)
-    async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    return http_server(answer)
 
 
 def answer_to(stream: bytes, promised: int | None = None) -> RequestResult:

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from pals.engines.openai_client import ClosedLoop, RequestSpec, replay
+from tests.loopback import http_server
 
 pytest.importorskip("aiohttp")
 
@@ -19,29 +20,18 @@ async def completions_server(fail_at: int | None = None) -> AsyncIterator[tuple[
     """Streams as many chunks as asked for; the request with `fail_at` output tokens gets a 503."""
     seen: list[dict[str, object]] = []
 
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = int(
-            next(h for h in head.decode().lower().split("\r\n") if h.startswith("content-length")).split(":")[1]
-        )
-        body = json.loads(await reader.readexactly(length))
+    async def answer(raw: bytes) -> bytes:
+        body = json.loads(raw)
         seen.append(body)
         if body["max_tokens"] == fail_at:
-            writer.write(b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\nConnection: close\r\n\r\nbusy")
-        else:
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n")
-            for _ in range(body["max_tokens"]):
-                writer.write(b'data: {"choices":[{"text":"x"}]}\n\n')
-            usage = json.dumps(
-                {"choices": [], "usage": {"completion_tokens": body["max_tokens"]}}, separators=(",", ":")
-            )
-            writer.write(f"data: {usage}\n\ndata: [DONE]\n\n".encode())
-        await writer.drain()
-        writer.close()
+            return b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\nConnection: close\r\n\r\nbusy"
+        usage = json.dumps({"choices": [], "usage": {"completion_tokens": body["max_tokens"]}}, separators=(",", ":"))
+        tokens = 'data: {"choices":[{"text":"x"}]}\n\n' * body["max_tokens"]
+        head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+        return f"{head}{tokens}data: {usage}\n\ndata: [DONE]\n\n".encode()
 
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)
-    async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", seen
+    async with http_server(answer) as url:
+        yield url, seen
 
 
 def spec(at_s: float, prompt: int, output: int) -> RequestSpec:
@@ -99,9 +89,8 @@ def test_the_closed_loop_keeps_the_concurrency_asked_for() -> None:
         in_flight = most = served = 0
         enough = asyncio.Event()
 
-        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def answer(body: bytes) -> bytes:
             nonlocal in_flight, most, served
-            await reader.readuntil(b"\r\n\r\n")
             in_flight += 1
             most = max(most, in_flight)
             if in_flight == 5 or served:
@@ -111,16 +100,12 @@ def test_the_closed_loop_keeps_the_concurrency_asked_for() -> None:
             while in_flight < 5 and not served:
                 await asyncio.sleep(0.001)
             in_flight -= 1
-            writer.write(b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\ndata: {"choices":[{"text":"x"}]}\n\n')
-            writer.write(b'data: {"choices":[],"usage":{"completion_tokens":1}}\n\n')
-            await writer.drain()
-            writer.close()
+            token = b'data: {"choices":[{"text":"x"}]}\n\n'
+            usage = b'data: {"choices":[],"usage":{"completion_tokens":1}}\n\n'
+            return b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + token + usage
 
-        server = await asyncio.start_server(handle, "127.0.0.1", 0)
-        async with server:
-            loop = ClosedLoop(
-                [spec(0, 4, 1)], base_url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", model="m", seed=1
-            )
+        async with http_server(answer) as url:
+            loop = ClosedLoop([spec(0, 4, 1)], base_url=url, model="m", seed=1)
             loop.start_in_thread()
             loop.set_concurrency(5)
             await asyncio.wait_for(enough.wait(), timeout=20)

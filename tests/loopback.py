@@ -1,0 +1,38 @@
+"""A small HTTP server on loopback that says exactly what a test wants said, and leaves no connection behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+
+@asynccontextmanager
+async def http_server(answer: Callable[[bytes], Awaitable[bytes]]) -> AsyncIterator[str]:
+    """Answers each request's body with the raw bytes that `answer(body)` gives, then closes; yields its address.
+
+    It ends only when every connection is closed: one that outlived its event loop would warn in some later test.
+    """
+    connections: set[asyncio.Task[None]] = set()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            body = await reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
+            writer.write(await answer(body))
+            await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return  # the client left early
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.add(asyncio.ensure_future(handle(reader, writer)))
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    await asyncio.gather(*connections)
