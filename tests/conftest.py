@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
 
 _RUN_DIR = tempfile.mkdtemp(prefix="pals-tests-")
+atexit.register(shutil.rmtree, _RUN_DIR, ignore_errors=True)
 os.environ.update(
     PALS_EMU="1", PALS_RUN_DIR=_RUN_DIR, VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1",
     VLLM_LOGGING_LEVEL="WARNING",

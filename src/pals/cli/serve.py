@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from pals.cli.agent import BANK_FILE, config_of, steer, stopping, wait_for_channel
 from pals.cli.main import say
@@ -53,10 +54,11 @@ def serve(args: argparse.Namespace, rest: list[str]) -> int:
         target = exits.enter_context(target_of(args, rest, folder))
         known = {e.info.pid for e in find_engines(folder)}
         log = Path(args.log) if args.log else folder / f"vllm-{os.getpid()}.log"
+        sockets = exits.enter_context(TemporaryDirectory(prefix="pals-ipc-", ignore_cleanup_errors=True))
         say(f"starting vLLM for {target.served_names[0]}; its log: {log}")
         process = launch_vllm(
             target.model, served_names=target.served_names, port=port, extra_args=target.extra,
-            environ=target.environ, log_path=log,
+            environ={"VLLM_RPC_BASE_PATH": sockets, **target.environ}, log_path=log,
         )  # fmt: skip
         exits.callback(shut_down, process)
         wait_ready(process, f"http://127.0.0.1:{port}", READY_TIMEOUT_S, log)

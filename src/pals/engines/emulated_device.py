@@ -34,7 +34,8 @@ def open_bank() -> BoardBank:
     if path:
         return BoardBank.open(Path(path))
     spec, count = parse_boards(DEFAULT_BOARDS)
-    return BoardBank.create(Path(tempfile.mkdtemp(prefix="pals-emu-")) / "boards.bank", spec, count)
+    with tempfile.TemporaryDirectory(prefix="pals-emu-") as folder:  # what is mapped outlives its name
+        return BoardBank.create(Path(folder) / "boards.bank", spec, count)
 
 
 @dataclass(slots=True)
