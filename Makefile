@@ -8,8 +8,8 @@ help: ## this list
 install: ## make .venv from the committed locks (about two minutes, once)
 	@bash scripts/install.sh
 
-demo: install ## real vLLM on four emulated A100s under three policies: a table and a figure, about five minutes
-	@$(BIN)/pals demo
+demo: install ## real vLLM on emulated boards under three policies: a table and a figure, about five minutes; MODEL=qwen3-30b or deepseek-v3 for others
+	@$(BIN)/pals demo $(if $(MODEL),--model $(MODEL))
 
 test: install ## the tests
 	$(BIN)/python -m pytest

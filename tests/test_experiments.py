@@ -8,12 +8,14 @@ import pytest
 from rich.console import Console
 
 from pals.core.errors import ConfigError
-from pals.core.quantities import Slo
+from pals.core.quantities import OperatingPoint, Slo
 from pals.engines.openai_client import RequestResult, RequestSpec
-from pals.experiments.demo import PROFILE, runs_of, series_of
+from pals.experiments.demo import runs_of, series_of
 from pals.experiments.outcome import outcome
+from pals.experiments.scenarios import SCENARIOS, Scenario, scenario_of
 from pals.experiments.trace import describe, load_slice
 from pals.models.profile import Profile
+from pals.plant.specs import parse_boards
 from pals.runtime.budgets import parse_budget
 from pals.runtime.tick import TickRecord
 from pals.views.figure import RunSeries, draw_runs
@@ -88,7 +90,7 @@ def test_the_table_names_gains_against_the_first_run() -> None:
 
 
 def test_the_figure_is_drawn_and_uneven_series_are_refused(tmp_path: Path) -> None:
-    series = [series_of(run, records(), 101.0, SLO) for run in runs_of(60.0)]
+    series = [series_of(run, records(), 101.0, SLO) for run in runs_of(SCENARIOS[0], 60.0)]
 
     draw_runs(series, tmp_path / "f.png", title="t", subtitle="s")
 
@@ -101,11 +103,24 @@ def test_the_figure_is_drawn_and_uneven_series_are_refused(tmp_path: Path) -> No
         )  # fmt: skip
 
 
-def test_the_committed_profile_is_sound() -> None:
-    profile = Profile.from_json(PROFILE.read_text())
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.slug)
+def test_every_scenario_has_a_sound_profile_and_a_budget_that_bites(scenario: Scenario) -> None:
+    profile = Profile.from_json(scenario.profile.read_text())
+    model = profile.model()
+    spec, count = parse_boards(scenario.boards)
+    default = OperatingPoint(power_limit_w=spec.default_limit_w, active_sequences=profile.fingerprint.launch_sequences)
 
-    assert profile.source == "emulated"
-    assert profile.fingerprint.boards == 4
-    assert profile.model().residuals.power_mape < 0.06
-    assert profile.model().residuals.throughput_mape < 0.08
-    assert PROFILE.stat().st_size < 10_000
+    assert (profile.source, profile.fingerprint.model) == ("emulated", scenario.model)
+    assert (profile.fingerprint.board, profile.fingerprint.boards) == (spec.nvml_name, count)
+    assert model.residuals.power_mape < 0.06
+    assert model.residuals.throughput_mape < 0.08
+    assert scenario.profile.stat().st_size < 10_000
+    assert count * spec.min_limit_w < scenario.low_budget_w < 0.9 * model.predict(default).power_w
+    assert scenario.high_budget_w >= count * spec.default_limit_w
+
+
+def test_a_scenario_is_found_by_a_short_name_and_others_are_refused_by_name() -> None:
+    assert scenario_of(None) is SCENARIOS[0]
+    assert scenario_of("mixtral-8x7b") is SCENARIOS[0]
+    with pytest.raises(ConfigError, match="no profile for openai-community/gpt2"):
+        scenario_of("gpt2")

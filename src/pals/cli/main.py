@@ -64,8 +64,9 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("restore", help="put boards back that a killed agent left limited")
     commands.add_parser("models", help="models that can be served emulated")
     demo = commands.add_parser(
-        "demo", help="Mixtral-8x7B on 4 emulated A100s under three policies, in about five minutes"
+        "demo", help="one trace slice on emulated boards under three policies, in about five minutes"
     )
+    demo.add_argument("--model", metavar="MODEL", help="which model (default Mixtral-8x7B, on 4 A100s)")
     demo.add_argument("--seconds", type=float, default=60.0, help="length of the trace slice (default 60)")
     demo.add_argument(
         "--out", default="out/demo", metavar="FOLDER", help="journals, table and figure (default out/demo)"
@@ -154,7 +155,7 @@ def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
     if args.command == "demo":
         from pals.experiments.demo import demo
 
-        return demo(seconds=args.seconds, out=args.out)
+        return demo(model=args.model, seconds=args.seconds, out=args.out)
     from pals.cli import inspect
 
     return {

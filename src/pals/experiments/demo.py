@@ -1,4 +1,4 @@
-"""`pals demo`: Mixtral-8x7B on 4 emulated A100s serves one trace slice under three policies; table and figure.
+"""`pals demo`: a model on emulated boards serves one trace slice under three policies; table and figure.
 
 It is made of the commands a user has: one `pals serve --no-agent`, then one `pals agent` per policy. The runs send the
 same prompts, so prefix caching is off: otherwise the first would fill the cache for the others.
@@ -22,7 +22,6 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from rich.console import Console
@@ -32,20 +31,19 @@ from pals.core.quantities import Slo
 from pals.engines.openai_client import RequestSpec, replay
 from pals.engines.vllm_launcher import die_with_parent, tail
 from pals.experiments.outcome import Outcome, outcome
+from pals.experiments.scenarios import Scenario, scenario_of
 from pals.experiments.trace import describe, load_slice
-from pals.models.profile import Profile
+from pals.runtime.agent import load_profile
 from pals.runtime.journal import read_journal
 from pals.runtime.tick import TickRecord
 from pals.views.figure import RunSeries, draw_runs
 from pals.views.report import outcome_table
 
-MODEL, BOARDS, LAUNCH_SEQUENCES = "mistralai/Mixtral-8x7B-v0.1", "4xa100-sxm4-80gb", 64
-PROFILE = Path(str(files("pals.experiments") / "data" / "profile-mixtral-8x7b-4xa100-sxm4-80gb.json"))
+LAUNCH_SEQUENCES = 64
 TRACE_START_S = 0.0
 TTFT_TARGET_S, TPOT_TARGET_S = 2.0, 0.1
 HEADROOM = 1.15  # throughput target over what the slice asks for on average
 SEED = 7
-LOW_BUDGET_W = 650.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +55,10 @@ class Run:
     budget: str | None
 
 
-def runs_of(seconds: float) -> tuple[Run, ...]:
+def runs_of(scenario: Scenario, seconds: float) -> tuple[Run, ...]:
     """The three runs; the budget steps down after 30 % of the slice and up again after 65 %."""
-    steps = f"0:1600,{0.3 * seconds:.0f}:{LOW_BUDGET_W:.0f},{0.65 * seconds:.0f}:1600"
+    high_w, low_w = scenario.high_budget_w, scenario.low_budget_w
+    steps = f"0:{high_w:.0f},{0.3 * seconds:.0f}:{low_w:.0f},{0.65 * seconds:.0f}:{high_w:.0f}"
     return (
         Run(name="static", policy="static", budget=None),
         Run(name="pals-paper", policy="pals-paper", budget=None),
@@ -67,16 +66,17 @@ def runs_of(seconds: float) -> tuple[Run, ...]:
     )
 
 
-def demo(*, seconds: float, out: str) -> int:
+def demo(*, model: str | None, seconds: float, out: str) -> int:
     """Run all, print the table and the figure's path; 0 when every request was answered and every replay agreed."""
     console = Console(highlight=False, width=max(100, min(160, shutil.get_terminal_size((120, 40)).columns)))
-    folder = Path(out).resolve()
+    scenario = scenario_of(model)
+    folder = Path(out).resolve() / ("" if model is None else scenario.slug)
     folder.mkdir(parents=True, exist_ok=True)
     specs = load_slice(seconds, start_s=TRACE_START_S)
     slo = slo_of(specs, seconds)
-    profile = Profile.from_json(PROFILE.read_text(), name=str(PROFILE))
+    profile = load_profile(scenario.profile)
     console.print(
-        f"EMULATED: real vLLM serves {MODEL} on {BOARDS}; no GPU is used, watts and step times come from a simulated board.\n"
+        f"EMULATED: real vLLM serves {scenario.model} on {scenario.boards}; no GPU is used, watts and step times come from a simulated board.\n"
         f"Load: {describe(specs)}, seed {SEED}.\n"
         f"Profile: committed, {profile.source}, {len(profile.rows)} rows of {profile.made_at}; make it anew with `{profile.command}`.\n"
         f"Targets: {slo.throughput_tokens_s:.0f} tokens/s ({HEADROOM} × what the slice asks for), TTFT p95 {TTFT_TARGET_S:g} s, "
@@ -87,34 +87,39 @@ def demo(*, seconds: float, out: str) -> int:
     journals: list[Path] = []
     with (
         tempfile.TemporaryDirectory(prefix="pals-demo-") as run_folder,
-        serving(Path(run_folder), folder, console) as url,
+        serving(scenario, Path(run_folder), folder, console) as url,
     ):
-        for run in runs_of(seconds):
+        for run in runs_of(scenario, seconds):
             console.print(f"[bold]{run.name}[/bold]: replaying {seconds:.0f} s of trace …")
             journal = folder / f"{run.name.replace(', ', '-').replace(' ', '-')}.jsonl"
-            with steering(run, journal, slo, Path(run_folder), folder):
-                results = asyncio.run(replay(specs, base_url=url, model=MODEL, seed=SEED))
+            with steering(scenario, run, journal, slo, Path(run_folder), folder):
+                results = asyncio.run(replay(specs, base_url=url, model=scenario.model, seed=SEED))
             records = list(read_journal(journal)[1])
             outcomes.append(outcome(run.name, results, records, slo))
             series.append(series_of(run, records, min(r.sent_s for r in results), slo))
             journals.append(journal)
-    return conclude(console, folder, outcomes, series, journals)
+    return conclude(console, scenario, folder, outcomes, series, journals)
 
 
 def conclude(
-    console: Console, folder: Path, outcomes: Sequence[Outcome], series: Sequence[RunSeries], journals: Sequence[Path]
+    console: Console,
+    scenario: Scenario,
+    folder: Path,
+    outcomes: Sequence[Outcome],
+    series: Sequence[RunSeries],
+    journals: Sequence[Path],
 ) -> int:
     """Replay the journals, print the table, draw the figure."""
     agree = [subprocess.run([sys.executable, "-m", "pals.cli", "replay", str(j)]).returncode == 0 for j in journals]
-    figure = folder / "demo.png"
+    figure, name = folder / "demo.png", scenario.model.split("/")[-1]
     draw_runs(
         series,
         figure,
-        title="One trace slice, three policies: Mixtral-8x7B on 4 × A100",
+        title=f"One trace slice, three policies: {name} on {scenario.title}",
         subtitle="EMULATED: real vLLM, simulated boards · Azure 2023 conversation trace",
     )
     (folder / "outcomes.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
-    console.print(outcome_table(outcomes, title="Emulated: real vLLM 4 × A100 SXM4 80 GB, simulated boards"))
+    console.print(outcome_table(outcomes, title=f"Emulated: real vLLM, {name} on {scenario.title}, simulated boards"))
     unanswered = sum(o.failed + o.wrong_length for o in outcomes)
     if unanswered:
         console.print(f"[bold red]{unanswered} requests were not answered with exactly the tokens asked for[/bold red]")
@@ -129,12 +134,12 @@ def slo_of(specs: Sequence[RequestSpec], seconds: float) -> Slo:
 
 
 @contextmanager
-def serving(run_folder: Path, out: Path, console: Console) -> Iterator[str]:
+def serving(scenario: Scenario, run_folder: Path, out: Path, console: Console) -> Iterator[str]:
     """`pals serve --no-agent` for the duration; yields the base URL."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
-        "serve", MODEL, "--emulate", BOARDS, "--no-agent", "--port", str(port), "--log", str(out / "vllm.log"),
+        "serve", scenario.model, "--emulate", scenario.boards, "--no-agent", "--port", str(port), "--log", str(out / "vllm.log"),
         "--max-num-seqs", str(LAUNCH_SEQUENCES), "--no-enable-prefix-caching",
     ]  # fmt: skip
     console.print("starting vLLM …")
@@ -150,14 +155,14 @@ def serving(run_folder: Path, out: Path, console: Console) -> Iterator[str]:
 
 
 @contextmanager
-def steering(run: Run, journal: Path, slo: Slo, run_folder: Path, out: Path) -> Iterator[None]:
+def steering(scenario: Scenario, run: Run, journal: Path, slo: Slo, run_folder: Path, out: Path) -> Iterator[None]:
     """`pals agent` for the duration; its first tick has been written when the body starts."""
     journal.unlink(missing_ok=True)
     command = [
         "agent", "--policy", run.policy, "--journal", str(journal), "--metrics-port", "0",
         "--target-tokens-s", str(slo.throughput_tokens_s), "--ttft-p95-s", str(slo.ttft_p95_s),
         "--tpot-p95-s", str(slo.tpot_p95_s),
-        *(["--profile", str(PROFILE)] if run.policy == "pals-paper" else []),
+        *(["--profile", str(scenario.profile)] if run.policy == "pals-paper" else []),
         *(["--budget-w", run.budget] if run.budget else []),
     ]  # fmt: skip
     log = out / f"agent-{journal.stem}.log"

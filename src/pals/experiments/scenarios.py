@@ -1,0 +1,61 @@
+"""What `pals demo` can show: a model on emulated boards, its committed profile, and a budget low enough to bite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from pals.core.errors import ConfigError
+from pals.engines.model_zoo import full_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """One model on one set of emulated boards."""
+
+    model: str  # as on the hub
+    boards: str  # as for --emulate
+    title: str  # boards as a person writes them
+    high_budget_w: float  # all boards; does not bind
+    low_budget_w: float  # all boards; well below what this load draws by default
+
+    @property
+    def slug(self) -> str:
+        """The scenario as part of a file name."""
+        return f"{self.model.split('/')[-1].lower()}-{self.boards}"
+
+    @property
+    def profile(self) -> Path:
+        """The committed profile."""
+        return Path(str(files("pals.experiments") / "data" / f"profile-{self.slug}.json"))
+
+
+SCENARIOS: tuple[Scenario, ...] = (
+    Scenario(
+        model="mistralai/Mixtral-8x7B-v0.1",
+        boards="4xa100-sxm4-80gb",
+        title="4 × A100 SXM4 80 GB",
+        high_budget_w=1600.0,
+        low_budget_w=650.0,
+    ),
+)
+
+
+def scenario_of(model: str | None) -> Scenario:
+    """The scenario of `model` (None: the first); the name may stop short where that is unambiguous.
+
+    Raises:
+        ConfigError: no scenario for that model.
+    """
+    if model is None:
+        return SCENARIOS[0]
+    name = full_name(model)
+    for scenario in SCENARIOS:
+        if scenario.model == name:
+            return scenario
+    known = ", ".join(s.model for s in SCENARIOS)
+    raise ConfigError(
+        f"the demo has no profile for {name}; it shows {known}. For others: `pals serve {name} --emulate …`, then `pals profile`. "
+        "Nothing was started"
+    )
