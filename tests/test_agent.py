@@ -13,7 +13,7 @@ import pytest
 from pals.core.errors import ConfigError, ProfileMismatchError
 from pals.core.quantities import fingerprint_of
 from pals.runtime.agent import AgentSetup, control_engine
-from pals.runtime.channel import GAUGES, AgentChannel, EngineChannel
+from pals.runtime.channel import GAUGES, AgentChannel, EngineChannel, Setpoint
 from pals.runtime.config import load_config
 from pals.runtime.group import EngineGroup, group_ranks
 from pals.runtime.journal import read_journal
@@ -116,7 +116,9 @@ def test_data_parallel_ranks_are_one_engine_with_one_decision(tmp_path: Path) ->
     for rank in range(2):
         info = replace(engine_info(os.getpid()), parallelism="tp1 pp1 dp2 ep1", boards=(rank,))
         engine = EngineChannel(tmp_path, info, name=f"rank{rank}")
-        engine.publish([float(i + rank) for i in range(len(GAUGES))], [rank] * BUCKETS, [1] * BUCKETS)
+        engine.publish(
+            [*(float(i + rank) for i in range(len(GAUGES) - 1)), 2.0 * rank], [rank] * BUCKETS, [1] * BUCKETS
+        )
         channels.append(engine)
     agents = [AgentChannel(c.path) for c in channels]
 
@@ -129,8 +131,9 @@ def test_data_parallel_ranks_are_one_engine_with_one_decision(tmp_path: Path) ->
     assert (group.info.boards, group.info.launch_sequences) == ((0, 1), 128)
     assert now.output_tokens == sum(a.read().output_tokens for a in agents)
     assert now.ttft_counts == (1,) * BUCKETS
-    group.apply(16, lease_s=60.0)
-    assert [c.setpoint(0.0) for c in channels] == [8, 8]
+    assert now.lowering == "drain"  # as slow as its slowest rank
+    group.apply(16, lease_s=60.0, lowering="preempt")
+    assert [c.setpoint(0.0) for c in channels] == [Setpoint(8, "preempt")] * 2
     group.release()
     assert [c.setpoint(0.0) for c in channels] == [None, None]
     with pytest.raises(ValueError, match=r"outside 1\.\.128"):

@@ -161,6 +161,7 @@ class Engine:
     gone_at_s: float = 1e9
     limit: int = 64
     lease_until_s: float = 0.0
+    lowering: str = "drain"
     _tokens: float = 0.0
     _since_s: float = 100.0
 
@@ -179,7 +180,8 @@ class Engine:
         self._since_s = self.clock.now
         return engine_sample(self.clock.now, tokens=int(self._tokens), running=self.in_force, waiting=3)
 
-    def apply(self, active_sequences: int, *, lease_s: float) -> None:
+    def apply(self, active_sequences: int, *, lease_s: float, lowering: str = "drain") -> None:
+        self.lowering = lowering
         self.limit, self.lease_until_s = active_sequences, self.clock.now + lease_s
 
     def release(self) -> None:

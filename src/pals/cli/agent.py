@@ -47,6 +47,7 @@ def config_of(args: argparse.Namespace) -> Config:
             "period_s": args.period_s,
             "power_limit_w": args.power_limit_w,
             "active_sequences": args.active_sequences,
+            "lowering": args.lowering,
         },
         "slo": {
             "throughput_tokens_s": args.target_tokens_s,

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from pals import __version__
 from pals.core.errors import EngineGoneError, PalsError
+from pals.core.quantities import LOWERINGS
 from pals.runtime.agent import EXIT_ENGINE_GONE
 from pals.runtime.config import MODES, POLICIES
 
@@ -81,6 +82,7 @@ def add_agent_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--profile", metavar="FILE", help="profile for pals-paper, from `pals profile`")
     p.add_argument("--power-limit-w", type=float, metavar="W", help="static: power limit per board (default: as found)")
     p.add_argument("--active-sequences", type=int, metavar="N", help="static: active-sequence limit (default: launch)")
+    p.add_argument("--lowering", help=f"how to get under a lowered batch: {', '.join(LOWERINGS)} (default drain)")
     p.add_argument("--target-tokens-s", type=float, metavar="X", help="throughput target, output tokens per second")
     p.add_argument("--ttft-p95-s", type=float, metavar="S", help="TTFT target")
     p.add_argument("--tpot-p95-s", type=float, metavar="S", help="TPOT target")

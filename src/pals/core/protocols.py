@@ -68,8 +68,8 @@ class EngineMeter(Protocol):
 class EngineActuator(Protocol):
     """Sets the engine's active-sequence limit."""
 
-    def apply(self, active_sequences: int, *, lease_s: float) -> None:
-        """Ask for a limit that the engine forgets after `lease_s` seconds."""
+    def apply(self, active_sequences: int, *, lease_s: float, lowering: str = "drain") -> None:
+        """Ask for a limit that the engine forgets after `lease_s` seconds, reached as `lowering` (of LOWERINGS) says."""
         ...
 
     def release(self) -> None:

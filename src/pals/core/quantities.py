@@ -61,6 +61,11 @@ class PowerSample(Checked):
     throttled_by_power: bool = False
 
 
+#: How an engine gets under a lowered active-sequence limit: admit nobody until enough have ended (`drain`), let the
+#: running ones take turns from the next step on (`time-slice`), or send the newest back to the queue (`preempt`).
+LOWERINGS: tuple[str, ...] = ("drain", "time-slice", "preempt")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSample(Checked):
     """What an engine did, as cumulative counts and present gauges; differences over a window give rates."""
@@ -85,6 +90,8 @@ class EngineSample(Checked):
     launch_limit: int
     ttft_counts: tuple[int, ...]  # of requests that got a first token, cumulative, by LATENCY_BOUNDS_S
     tpot_counts: tuple[int, ...]  # of finished requests, cumulative, by LATENCY_BOUNDS_S
+    scheduled: int | None = None  # requests in the newest step; fewer than `running` while a time slice holds some out
+    lowering: str = "drain"  # one of LOWERINGS: how the engine now gets under a lowered limit
 
 
 def _latency_bounds() -> tuple[float, ...]:

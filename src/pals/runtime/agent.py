@@ -103,6 +103,7 @@ def control_engine(setup: AgentSetup, stop: threading.Event) -> int:
         controller=build_policy(control.policy, settings, profile, guard),
         guard=guard,
         period_s=control.period_s,
+        lowering=control.lowering,
     )
     header = JournalHeader(
         policy=control.policy,
@@ -114,8 +115,19 @@ def control_engine(setup: AgentSetup, stop: threading.Event) -> int:
         emulated=setup.emulated,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         command=" ".join(["pals", *sys.argv[1:]]),
+        lowering=control.lowering,
     )
+    _tell_lowering(setup, control.lowering)
     return _run(setup, rig, header, stop)
+
+
+def _tell_lowering(setup: AgentSetup, lowering: str) -> None:
+    capabilities = setup.channel.info.capabilities
+    if lowering != "drain" and not capabilities.get(lowering, False):
+        setup.say(
+            f"lowering {lowering} is asked for, but this engine's scheduler does not offer what it needs: a lowered "
+            "active-sequence limit drains instead"
+        )
 
 
 def _mode(setup: AgentSetup) -> str:

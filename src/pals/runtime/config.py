@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pals.core.errors import ConfigError
-from pals.core.quantities import Slo
+from pals.core.quantities import LOWERINGS, Slo
 from pals.runtime.budgets import BudgetSchedule, parse_budget
 
 POLICIES = ("static", "pals-paper")
@@ -28,6 +28,7 @@ class ControlConfig:
     profile: str | None = None
     power_limit_w: float | None = None  # static only; None: the board's default
     active_sequences: int | None = None  # static only; None: the launch limit
+    lowering: str = "drain"  # how the engine gets under a lowered active-sequence limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +113,8 @@ def _validated(config: Config) -> Config:
         check_keys({c.policy: None}, list(POLICIES), "[control] policy")
     if c.mode is not None and c.mode not in MODES:
         check_keys({c.mode: None}, list(MODES), "[control] mode")
+    if c.lowering not in LOWERINGS:
+        check_keys({c.lowering: None}, list(LOWERINGS), "[control] lowering")
     rules = [
         (0.05 <= c.period_s <= 60, f"[control] period_s = {c.period_s} must lie in 0.05..60"),
         (0 <= out.metrics_port <= 65535, f"[output] metrics_port = {out.metrics_port} must lie in 0..65535 (0: off)"),

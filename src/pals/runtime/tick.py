@@ -58,6 +58,7 @@ class Rig:
     controller: AnyController
     guard: Guard
     period_s: float
+    lowering: str = "drain"  # how the engine gets under a lowered active-sequence limit
 
     @property
     def mode(self) -> str:
@@ -153,7 +154,7 @@ def _apply(rig: Rig, wanted: OperatingPoint, sample: TelemetrySample, notes: lis
                 )
     if rig.setter is not None:
         sequences = wanted.active_sequences or rig.guard.launch_sequences
-        rig.setter.apply(sequences, lease_s=LEASE_PERIODS * rig.period_s)
+        rig.setter.apply(sequences, lease_s=LEASE_PERIODS * rig.period_s, lowering=rig.lowering)
     return tuple(enforced)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from pals.core.errors import ConfigError
-from pals.core.quantities import EngineSample
+from pals.core.quantities import LOWERINGS, EngineSample
 from pals.runtime.tick import TickRecord
 
 
@@ -36,7 +36,10 @@ METRICS: tuple[Metric, ...] = (
         "Time over budget, judged by the mean power of up to 2 s since the budget last changed",
     ),
     Metric("pals_active_sequence_limit", Gauge, "Active-sequence limit the engine now obeys"),
+    Metric("pals_lowering_info", Gauge, "1 for the way the engine now gets under a lowered limit", ("lowering",)),
     Metric("pals_running_sequences", Gauge, "Running sequences"),
+    Metric("pals_scheduled_sequences", Gauge, "Sequences in the newest step; fewer than run while they take turns"),
+    Metric("pals_preemptions_total", Counter, "Requests sent back to the queue since the agent started"),
     Metric("pals_waiting_requests", Gauge, "Requests waiting for admission"),
     Metric("pals_oldest_waiting_seconds", Gauge, "Age of the oldest waiting request"),
     Metric("pals_kv_cache_usage_ratio", Gauge, "Share of the KV cache in use"),
@@ -91,7 +94,11 @@ class AgentMetrics:
 
     def _engine(self, record: TickRecord, engine: EngineSample) -> None:
         self._gauge("pals_active_sequence_limit", engine.active_limit)
+        for lowering in LOWERINGS:
+            self._gauge("pals_lowering_info", float(engine.lowering == lowering), lowering)
         self._gauge("pals_running_sequences", engine.running)
+        if engine.scheduled is not None:
+            self._gauge("pals_scheduled_sequences", engine.scheduled)
         self._gauge("pals_waiting_requests", engine.waiting)
         self._gauge("pals_oldest_waiting_seconds", engine.oldest_waiting_s)
         self._gauge("pals_kv_cache_usage_ratio", engine.kv_usage)
@@ -99,6 +106,7 @@ class AgentMetrics:
         window_s, power_w = record.sample.window_s, record.sample.power_w
         if before is None or window_s <= 0:
             return
+        self._count("pals_preemptions_total", max(0, engine.preemptions - before.preemptions))
         tokens = max(0, engine.output_tokens - before.output_tokens)
         self._count("pals_output_tokens_total", tokens)
         self._gauge("pals_tokens_per_second", tokens / window_s)

@@ -46,12 +46,12 @@ def print_status(
 
 def _engines(engines: Sequence[tuple[EngineInfo, EngineSample]]) -> Table:
     table = Table(title="Engines", title_justify="left")
-    for column in ("process", "model", "engine", "parallelism", "running", "waiting", "active limit", "KV cache"):
+    for column in ("process", "model", "engine", "parallelism", "running", "waiting", "active limit (lowering)", "KV cache"):
         table.add_column(column)
     for info, now in engines:
         table.add_row(
             str(info.pid), info.model, f"{info.engine} {info.version}", info.parallelism, str(now.running),
-            str(now.waiting), f"{now.active_limit} of {now.launch_limit}", f"{now.kv_usage:.0%}",
+            str(now.waiting), f"{now.active_limit} of {now.launch_limit} ({now.lowering})", f"{now.kv_usage:.0%}",
         )  # fmt: skip
     return table
 
