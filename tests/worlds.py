@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pals.core.errors import DeviceLostError, EngineGoneError, PermissionDeniedError
+from pals.core.errors import DeviceLostError, EngineGoneError, NotSupportedError, PermissionDeniedError
 from pals.core.quantities import (
     LATENCY_BOUNDS_S,
     BoardInfo,
@@ -108,6 +108,9 @@ class Board:
     external_w: float = 1e9
     denied: bool = False
     lost: bool = False
+    no_clock_lock: bool = False
+    lock_mhz: int | None = None
+    locks_asked: list[int] = field(default_factory=list)
     written_w: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -131,7 +134,7 @@ class Board:
             power_w=min(self.natural_w, self.enforced_w),
             energy_j=self._energy_j,
             enforced_limit_w=self.enforced_w,
-            sm_clock_mhz=1410,
+            sm_clock_mhz=min(1410, self.lock_mhz or 1410),
         )
 
     def apply(self, wanted: OperatingPoint) -> OperatingPoint:
@@ -140,11 +143,16 @@ class Board:
         self._integrate()
         self.limit_w = wanted.power_limit_w
         self.written_w.append(wanted.power_limit_w)
-        return OperatingPoint(power_limit_w=self.enforced_w)
+        if wanted.sm_clock_mhz is not None:
+            self.locks_asked.append(wanted.sm_clock_mhz)
+            if self.no_clock_lock:
+                raise NotSupportedError(f"GPU-{self.index}: no clock lock here; {self.enforced_w:.0f} W is in force.")
+        self.lock_mhz = wanted.sm_clock_mhz
+        return OperatingPoint(power_limit_w=self.enforced_w, sm_clock_mhz=self.lock_mhz)
 
     def restore(self) -> None:
         self._integrate()
-        self.limit_w = self.found_w
+        self.limit_w, self.lock_mhz = self.found_w, None
 
     def _integrate(self) -> None:
         self._energy_j += min(self.natural_w, self.enforced_w) * (self.clock.now - self._since_s)

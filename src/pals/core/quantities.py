@@ -46,6 +46,12 @@ class BoardInfo(Checked):
     default_limit_w: float
     found_limit_w: float  # enforced when PALS first looked; restored on exit
     max_sm_clock_mhz: int
+    sm_clocks_mhz: tuple[int, ...] = ()  # supported, rising; empty: the driver does not list them
+
+    @property
+    def lockable_clocks_mhz(self) -> tuple[int, ...]:
+        """SM clocks a lock may name, rising: those the driver lists, else 15 MHz steps below the top clock."""
+        return self.sm_clocks_mhz or tuple(sorted(range(self.max_sm_clock_mhz, 209, -15)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,7 +91,11 @@ def control_engine(setup: AgentSetup, stop: threading.Event) -> int:
     if profile is not None:
         check_profile(profile, setup, str(control.profile))
     settings = (
-        {"power_limit_w": control.power_limit_w, "active_sequences": control.active_sequences}
+        {
+            "power_limit_w": control.power_limit_w,
+            "sm_clock_mhz": control.sm_clock_mhz,
+            "active_sequences": control.active_sequences,
+        }
         if control.policy == "static"
         else asdict(PaperSettings())
     )
@@ -151,7 +155,9 @@ def _run(setup: AgentSetup, rig: Rig, header: JournalHeader, stop: threading.Eve
         exits.callback(status.remove)
         if rig.setter is not None:
             exits.callback(rig.setter.release)
-        exits.enter_context(boards_as_found(rig.meters, rig.actuators, setup.folder / FOUND_RECORD))
+        rig.locks.write_ahead = exits.enter_context(
+            boards_as_found(rig.meters, rig.actuators, setup.folder / FOUND_RECORD)
+        )
         setup.say(
             f"policy {header.policy}, mode {rig.mode}, every {rig.period_s:g} s; {len(setup.boards)} boards "
             f"({header.boards[0].name}{', emulated' if setup.emulated else ''}); journal {path}"

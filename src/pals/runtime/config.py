@@ -14,7 +14,7 @@ from pals.core.errors import ConfigError
 from pals.core.quantities import LOWERINGS, Slo
 from pals.runtime.budgets import BudgetSchedule, parse_budget
 
-POLICIES = ("static", "pals-paper")
+POLICIES = ("static", "pals-paper", "cap-only", "batch-only", "clock-only")
 MODES = ("auto", "advise")
 
 
@@ -28,6 +28,7 @@ class ControlConfig:
     profile: str | None = None
     power_limit_w: float | None = None  # static only; None: the board's default
     active_sequences: int | None = None  # static only; None: the launch limit
+    sm_clock_mhz: int | None = None  # static only; None: no clock lock
     lowering: str = "drain"  # how the engine gets under a lowered active-sequence limit
 
 
@@ -128,8 +129,8 @@ def _validated(config: Config) -> Config:
     for holds, message in rules:
         if not holds:
             raise ConfigError(f"{message}. Nothing was started.")
-    if c.policy == "pals-paper" and slo.throughput_tokens_s is None:
+    if c.policy != "static" and slo.throughput_tokens_s is None:
         raise ConfigError(
-            "policy pals-paper steers by a throughput target: give --target-tokens-s (or [slo] throughput_tokens_s)"
+            f"policy {c.policy} steers by a throughput target: give --target-tokens-s (or [slo] throughput_tokens_s)"
         )
     return config

@@ -28,7 +28,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("pals_energy_joules_total", Counter, "Energy of all boards since the agent started"),
     Metric("pals_power_limit_requested_watts", Gauge, "Power limit per board that PALS asked for"),
     Metric("pals_power_limit_enforced_watts", Gauge, "Power limit the driver reports in force", ("board",)),
-    Metric("pals_sm_clock_hertz", Gauge, "SM clock of one board", ("board",)),
+    Metric("pals_sm_clock_requested_hertz", Gauge, "SM clock ceiling that PALS asked for; absent while there is none"),
+    Metric("pals_sm_clock_accepted_hertz", Gauge, "SM clock lock the driver accepted; absent while none", ("board",)),
+    Metric("pals_sm_clock_hertz", Gauge, "SM clock of one board, as measured: a lock has no getter", ("board",)),
     Metric("pals_budget_watts", Gauge, "Power budget of all boards; absent while there is none"),
     Metric(
         "pals_over_budget_seconds_total",
@@ -72,6 +74,9 @@ class AgentMetrics:
         for i, board in enumerate(sample.boards):
             self._gauge("pals_board_power_watts", board.power_w, str(i))
             self._gauge("pals_sm_clock_hertz", board.sm_clock_mhz * 1e6, str(i))
+        self._gauge("pals_sm_clock_requested_hertz", _hertz(record.guarded.point.sm_clock_mhz))
+        for i, clock_mhz in enumerate(record.accepted_clocks_mhz):
+            self._gauge("pals_sm_clock_accepted_hertz", _hertz(clock_mhz), str(i))
         for i, limit_w in enumerate(record.enforced_limits_w):
             self._gauge("pals_power_limit_enforced_watts", limit_w, str(i))
         for mode in ("auto", "advise"):
@@ -118,6 +123,10 @@ class AgentMetrics:
 
     def _count(self, name: str, amount: float, *labels: str) -> None:
         (self._counters[name].labels(*labels) if labels else self._counters[name]).inc(amount)
+
+
+def _hertz(clock_mhz: int | None) -> float:
+    return float("nan") if clock_mhz is None else clock_mhz * 1e6
 
 
 def serve_metrics(metrics: AgentMetrics, port: int) -> Callable[[], None]:
