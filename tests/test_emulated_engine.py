@@ -294,7 +294,7 @@ def test_a_killed_engine_ends_the_agent_with_boards_restored_and_a_killed_parent
     assert "boards put back as found" in made.log()
     assert "ended" in made.log()
 
-    made = start(tmp_path / "run", "--power-limit-w", "200")
+    made = start(tmp_path / "run", "--power-limit-w", "200", "--sm-clock-mhz", "1005")
     made.wait_for("policy static")
     time.sleep(0.7)
     engine_pid = find_engines(made.folder)[0].info.pid
@@ -307,4 +307,5 @@ def test_a_killed_engine_ends_the_agent_with_boards_restored_and_a_killed_parent
     assert (made.folder / "limits-found.json").exists()
     mended = made.pals("restore")
     assert "back" in mended.stderr
+    assert "clock locks are released" in mended.stderr
     assert not (made.folder / "limits-found.json").exists()

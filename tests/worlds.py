@@ -18,7 +18,7 @@ from pals.core.quantities import (
 BUCKETS = len(LATENCY_BOUNDS_S) + 1
 
 
-def board_info(index: int = 0, *, found_w: float = 400.0) -> BoardInfo:
+def board_info(index: int = 0, *, found_w: float = 400.0, clocks_mhz: tuple[int, ...] = ()) -> BoardInfo:
     return BoardInfo(
         index=index,
         uuid=f"GPU-{index}",
@@ -29,6 +29,7 @@ def board_info(index: int = 0, *, found_w: float = 400.0) -> BoardInfo:
         default_limit_w=400.0,
         found_limit_w=found_w,
         max_sm_clock_mhz=1410,
+        sm_clocks_mhz=clocks_mhz,
     )
 
 

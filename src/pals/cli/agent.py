@@ -102,14 +102,18 @@ def boards_of(folder: Path, channel: EngineGroup | None, *, write: bool) -> Iter
         yield nvml
 
 
-def mend(folder: Path, bank: Path | None) -> int:
-    """Put boards back that a dead agent left limited; return how many."""
+def mend(folder: Path, bank: Path | None, *, clock: Callable[[], float] = time.monotonic) -> int:
+    """Put boards back that a dead agent left limited or locked; return how many.
+
+    Raises:
+        PalsError: a board refused; the others are put back, and the record stays.
+    """
     record = folder / FOUND_RECORD
     left_w = left_by_dead_agent(record)
     if not left_w:
         return 0
     mended, refused, locked = 0, [], clocks_left_locked(record)
-    with open_boards(emulated=bank, indices=None) as nvml:
+    with open_boards(emulated=bank, clock=clock) as nvml:
         for board in nvml.boards:
             found_w = left_w.get(board.info.uuid)
             if found_w is None or (board.info.found_limit_w == found_w and not locked):

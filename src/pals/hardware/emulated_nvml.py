@@ -160,6 +160,8 @@ class EmulatedNvml:
     def nvmlDeviceSetPowerManagementLimit(self, handle: Any, milliwatts: Any) -> int:
         watts, spec = _number(milliwatts) / 1000.0, self._bank.spec
         valid = spec.min_limit_w <= watts <= spec.max_limit_w
+        if self._bank.denies_limits(_board(handle)):
+            return NO_PERMISSION
         return self._set(handle, valid, lambda i: self._bank.set_limit(i, watts, self._clock()))
 
     def nvmlDeviceSetGpuLockedClocks(self, handle: Any, low: Any, high: Any) -> int:
