@@ -15,8 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-os.environ.update(PALS_EMU="1", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1")
-
 from benchmarks.scheduler_harness import Driver, engine_config, greedy, make_scheduler, request
 from pals.core.quantities import LOWERINGS
 
@@ -99,20 +97,28 @@ def cell(name: str, key: str, value: int) -> str:
     return f"> {LOW}" if key in ("bite", "drained") and value > LOW else str(value)
 
 
+def table(config: Any) -> tuple[str, bool]:
+    """All runs as the Markdown table of docs/levers.md, and whether every request got exactly its tokens."""
+    runs = {name or "undisturbed": measure(config, name) for name in (None, *LOWERINGS)}
+    lines = [
+        f"| limit {LAUNCH} → {LIMIT} → {LAUNCH}, {len(SHORT | LONG)} requests | " + " | ".join(runs) + " |",
+        "| --- |" + " ---: |" * len(runs),
+    ]
+    for text, key in ROWS:
+        lines.append(f"| {text} | " + " | ".join(cell(name, key, r[key]) for name, r in runs.items()) + " |")
+    return "\n".join(lines), all(r["whole"] == len(SHORT | LONG) for r in runs.values())
+
+
 def main() -> int:
-    """Measure all and print a Markdown table; 1 where a request did not get exactly its tokens."""
+    """Measure and print; 1 where a request did not get exactly its tokens."""
     from pals.engines.model_zoo import local_folder
 
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["PALS_RUN_DIR"] = folder
+        os.environ.update(PALS_EMU="1", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1", PALS_RUN_DIR=folder)
         config = engine_config(local_folder("OLMoE-1B-7B", Path(folder) / "models"), max_num_seqs=LAUNCH)
-        runs = {name or "undisturbed": measure(config, name) for name in (None, *LOWERINGS)}
-    print(f"| limit {LAUNCH} → {LIMIT} → {LAUNCH}, {len(SHORT | LONG)} requests | " + " | ".join(runs) + " |")
-    print("| --- |" + " ---: |" * len(runs))
-    for text, key in ROWS:
-        cells = [cell(name, key, r[key]) for name, r in runs.items()]
-        print(f"| {text} | " + " | ".join(cells) + " |")
-    return int(any(r["whole"] != len(SHORT | LONG) for r in runs.values()))
+        text, whole = table(config)
+    print(text)
+    return int(not whole)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,27 @@ def test_without_permission_it_advises_in_one_line_and_writes_nothing(tmp_path: 
     assert world.records[-1].guarded.point.power_limit_w == 200.0
 
 
+def test_the_way_of_lowering_reaches_the_engine_and_the_journal_and_a_missing_one_is_told(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    asked: list[Setpoint | None] = []
+    sink = world.sink
+
+    def watching(record: TickRecord) -> None:
+        asked.append(world.engine.setpoint(0.0))
+        sink(record)
+
+    world.sink = watching  # type: ignore[method-assign]
+
+    assert world.run(policy="static", active_sequences=8, sm_clock_mhz=1200, lowering="preempt") == 0
+
+    assert asked == [Setpoint(8, "preempt")] * 3
+    assert read_journal(tmp_path / "j.jsonl")[0].lowering == "preempt"
+    assert "drains instead" in world.said[0]  # this engine says nothing of preempting
+    assert world.boards[0].locks_asked == [1200] * 3
+    assert world.boards[0].lock_mhz is None
+    assert not (tmp_path / "limits-found.json").exists()
+
+
 def test_a_limit_outside_the_range_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     world = World(tmp_path)
 

@@ -222,6 +222,27 @@ def test_with_prefix_caching_and_priorities_nothing_changes_either(make: Make, o
     assert driver.outputs == expected | urgent
 
 
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_two_steps_in_flight_without_async_scheduling_as_in_a_pipeline_neither_hang_nor_change(
+    make: Make, olmoe: Path, lowering: str
+) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    config = engine_config(olmoe, max_num_seqs=64)
+    config.scheduler_config.async_scheduling = False
+    driver, agent = make(config, Scheduler)
+    expected = load(driver, 40)
+    steps(driver, 9)
+    for limit in (12, 7, 1):
+        agent.apply(limit, lease_s=60.0, lowering=lowering)
+        plans = steps(driver, 12)
+        assert any(plans)
+        assert lowering == "drain" or max(map(len, plans)) <= limit
+    driver.drain()
+
+    assert driver.outputs == expected
+
+
 def emulated(olmoe: Path, bank: Path) -> Callable[[Any], Any]:
     """Executes steps on an emulated device, as the emulated executor does."""
     from vllm.v1.outputs import ModelRunnerOutput
@@ -343,3 +364,12 @@ def test_a_failing_preemption_kills_nothing(make: Make, config: Any) -> None:
 
     assert driver.scheduler._pals is None
     assert driver.outputs == expected
+
+
+def test_the_docs_hold_the_costs_as_they_are_measured(config: Any) -> None:
+    from benchmarks.lowering import table
+
+    text, whole = table(config)
+
+    assert whole
+    assert text in (Path(__file__).parent.parent / "docs" / "levers.md").read_text()
