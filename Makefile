@@ -28,6 +28,7 @@ bench: install ## overhead of the plugin and the controller, pacing of the emula
 	$(BIN)/python -m benchmarks.controller_step
 	$(BIN)/python -m benchmarks.throughput_ratio
 	$(BIN)/python -m benchmarks.pacing
+	$(BIN)/python -m benchmarks.lowering
 
 clean: ## remove .venv and caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache out build

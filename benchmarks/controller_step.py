@@ -11,18 +11,20 @@ import time
 import numpy as np
 from tests.worlds import telemetry
 
-from pals.control.pals_paper import PaperPolicy
+from pals.control.guard import Guard
+from pals.control.policies import build_policy
 from pals.core.quantities import Budget, Slo
 from pals.experiments.demo import PROFILE
 from pals.models.profile import Profile
 
 TARGET_S, STEPS = 1e-3, 20000
+GUARD = Guard(min_limit_w=100.0, max_limit_w=400.0, boards=4, launch_sequences=64)
 
 
 def main() -> int:
     """Measure and print; 1 where the target is missed."""
     profile = Profile.from_json(PROFILE.read_text())
-    policy = PaperPolicy(profile.model(), min_limit_w=100.0, max_limit_w=400.0)
+    policy = build_policy("pals-paper", {}, profile, GUARD)
     state = policy.initial()
     rng = np.random.default_rng(0)
     tokens, took = 0, []

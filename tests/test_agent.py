@@ -13,7 +13,7 @@ import pytest
 from pals.core.errors import ConfigError, ProfileMismatchError
 from pals.core.quantities import fingerprint_of
 from pals.runtime.agent import AgentSetup, control_engine
-from pals.runtime.channel import GAUGES, AgentChannel, EngineChannel
+from pals.runtime.channel import GAUGES, AgentChannel, EngineChannel, Setpoint
 from pals.runtime.config import load_config
 from pals.runtime.group import EngineGroup, group_ranks
 from pals.runtime.journal import read_journal
@@ -102,6 +102,27 @@ def test_without_permission_it_advises_in_one_line_and_writes_nothing(tmp_path: 
     assert world.records[-1].guarded.point.power_limit_w == 200.0
 
 
+def test_the_way_of_lowering_reaches_the_engine_and_the_journal_and_a_missing_one_is_told(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    asked: list[Setpoint | None] = []
+    sink = world.sink
+
+    def watching(record: TickRecord) -> None:
+        asked.append(world.engine.setpoint(0.0))
+        sink(record)
+
+    world.sink = watching  # type: ignore[method-assign]
+
+    assert world.run(policy="static", active_sequences=8, sm_clock_mhz=1200, lowering="preempt") == 0
+
+    assert asked == [Setpoint(8, "preempt")] * 3
+    assert read_journal(tmp_path / "j.jsonl")[0].lowering == "preempt"
+    assert "drains instead" in world.said[0]  # this engine says nothing of preempting
+    assert world.boards[0].locks_asked == [1200] * 3
+    assert world.boards[0].lock_mhz is None
+    assert not (tmp_path / "limits-found.json").exists()
+
+
 def test_a_limit_outside_the_range_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     world = World(tmp_path)
 
@@ -116,7 +137,9 @@ def test_data_parallel_ranks_are_one_engine_with_one_decision(tmp_path: Path) ->
     for rank in range(2):
         info = replace(engine_info(os.getpid()), parallelism="tp1 pp1 dp2 ep1", boards=(rank,))
         engine = EngineChannel(tmp_path, info, name=f"rank{rank}")
-        engine.publish([float(i + rank) for i in range(len(GAUGES))], [rank] * BUCKETS, [1] * BUCKETS)
+        engine.publish(
+            [*(float(i + rank) for i in range(len(GAUGES) - 1)), 2.0 * rank], [rank] * BUCKETS, [1] * BUCKETS
+        )
         channels.append(engine)
     agents = [AgentChannel(c.path) for c in channels]
 
@@ -129,8 +152,9 @@ def test_data_parallel_ranks_are_one_engine_with_one_decision(tmp_path: Path) ->
     assert (group.info.boards, group.info.launch_sequences) == ((0, 1), 128)
     assert now.output_tokens == sum(a.read().output_tokens for a in agents)
     assert now.ttft_counts == (1,) * BUCKETS
-    group.apply(16, lease_s=60.0)
-    assert [c.setpoint(0.0) for c in channels] == [8, 8]
+    assert now.lowering == "drain"  # as slow as its slowest rank
+    group.apply(16, lease_s=60.0, lowering="preempt")
+    assert [c.setpoint(0.0) for c in channels] == [Setpoint(8, "preempt")] * 2
     group.release()
     assert [c.setpoint(0.0) for c in channels] == [None, None]
     with pytest.raises(ValueError, match=r"outside 1\.\.128"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pals.core.errors import EngineGoneError
-from pals.runtime.channel import GAUGES, AgentChannel, EngineChannel, find_engines, run_dir
+from pals.runtime.channel import GAUGES, AgentChannel, EngineChannel, Setpoint, find_engines, run_dir
 from tests.worlds import BUCKETS, engine_info
 
 
@@ -23,12 +23,14 @@ def pair(tmp_path: Path) -> tuple[EngineChannel, AgentChannel]:
 def test_telemetry_arrives_as_written(tmp_path: Path) -> None:
     engine, agent = pair(tmp_path)
     gauges = [float(i) for i in range(len(GAUGES))]
+    gauges[GAUGES.index("lowering")] = 1.0
     ttft, tpot = list(range(BUCKETS)), list(range(BUCKETS, 0, -1))
 
     engine.publish(gauges, ttft, tpot)
     sample = agent.read()
 
-    assert [float(getattr(sample, name)) for name in GAUGES] == gauges
+    assert [float(getattr(sample, name)) for name in GAUGES if name != "lowering"] == gauges[:-1]
+    assert sample.lowering == "time-slice"
     assert sample.ttft_counts == tuple(ttft)
     assert sample.tpot_counts == tuple(tpot)
     assert agent.info == engine_info(os.getpid())
@@ -44,10 +46,10 @@ def test_a_setpoint_holds_for_its_lease_and_no_longer(tmp_path: Path) -> None:
     engine, agent = pair(tmp_path)
     assert engine.setpoint(time.monotonic()) is None
 
-    agent.apply(8, lease_s=5.0)
+    agent.apply(8, lease_s=5.0, lowering="preempt")
 
     now_s = time.monotonic()
-    assert engine.setpoint(now_s) == 8
+    assert engine.setpoint(now_s) == Setpoint(8, "preempt")
     assert engine.setpoint(now_s + 5.1) is None
     agent.release()
     assert engine.setpoint(now_s) is None
@@ -61,7 +63,10 @@ def test_a_limit_outside_the_launch_batch_is_refused(tmp_path: Path, limit: int)
     with pytest.raises(ValueError, match=r"outside 1\.\.64"):
         agent.apply(limit, lease_s=60.0)
 
-    assert engine.setpoint(time.monotonic()) == 8
+    with pytest.raises(ValueError, match="none of drain, time-slice, preempt"):
+        agent.apply(8, lease_s=60.0, lowering="kill")
+
+    assert engine.setpoint(time.monotonic()) == Setpoint(8, "drain")
 
 
 def test_a_dead_engine_is_gone_and_its_channel_removed(tmp_path: Path) -> None:

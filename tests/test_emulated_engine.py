@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from pals.core.quantities import EngineSample
 from pals.engines.openai_client import RequestSpec, replay
 from pals.runtime.channel import find_engines, process_alive
 from pals.runtime.journal import read_journal
@@ -62,11 +64,15 @@ class Server:
         )
 
 
-def start(folder: Path, *extra: str) -> Server:
+def start(folder: Path, *extra: str, **more_environ: str) -> Server:
     folder.mkdir(exist_ok=True)
     port, metrics_port = free_port(), free_port()
     environ = {k: v for k, v in os.environ.items() if not k.startswith("PALS_")}
-    environ |= {"PALS_RUN_DIR": str(folder), "XDG_CACHE_HOME": str(folder.parent / "cache"), "COLUMNS": "140"}
+    environ |= {
+        "PALS_RUN_DIR": str(folder),
+        "XDG_CACHE_HOME": str(folder.parent / "cache"),
+        "COLUMNS": "140",
+    } | more_environ
     with (folder / "serve.log").open("wb") as log:
         process = subprocess.Popen(
             [
@@ -195,37 +201,86 @@ def test_ctrl_c_answers_what_was_accepted_and_leaves_nothing_behind(tmp_path: Pa
     assert sorted(p.suffix for p in made.folder.iterdir()) == [".jsonl", ".log", ".log"]
 
 
-def test_active_sequences_move_64_8_64_under_live_load_and_nothing_is_lost(tmp_path: Path) -> None:
-    made = start(tmp_path / "run", "--no-agent", "--max-num-seqs", "64")
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server without an agent, 64 sequences wide, whose device writes down every step."""
+    folder = tmp_path_factory.mktemp("bare")
+    made = start(folder / "run", "--no-agent", "--max-num-seqs", "64", PALS_EMU_TRACE=str(folder / "trace.jsonl"))
     try:
         made.wait_for("serving")
-        engine = find_engines(made.folder)[0]
-        seen: dict[int, int] = {}
-
-        async def hold(limit: int, seconds: float) -> None:
-            end_s = time.monotonic() + seconds
-            while time.monotonic() < end_s:
-                engine.apply(limit, lease_s=2.0)
-                await asyncio.sleep(0.1)
-            seen[limit] = engine.read().running
-
-        async def load() -> list[str | None]:
-            specs = [RequestSpec(at_s=0.0, prompt_tokens=30, output_tokens=300 + i % 9) for i in range(240)]
-            task = asyncio.create_task(replay(specs, base_url=made.url, model=MODEL, seed=3))
-            await hold(64, 1.5)
-            assert seen[64] > 32
-            await hold(8, 4.0)
-            assert seen[8] <= 8
-            await hold(64, 1.0)
-            assert seen[64] > 32
-            results = await task
-            assert [r.output_tokens for r in results] == [s.output_tokens for s in specs]
-            return [r.error for r in results]
-
-        assert asyncio.run(load()) == [None] * 240
+        yield made
     finally:
         made.process.send_signal(signal.SIGTERM)
         made.process.wait(timeout=90)
+
+
+@pytest.mark.parametrize(("lowering", "hold_s"), [("drain", 4.0), ("time-slice", 1.5), ("preempt", 1.5)])
+def test_active_sequences_move_64_8_64_under_live_load_and_nothing_is_lost(
+    bare: Server, lowering: str, hold_s: float
+) -> None:
+    engine = find_engines(bare.folder)[0]
+    before = engine.read()
+
+    async def hold(limit: int, seconds: float) -> EngineSample:
+        end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s:
+            engine.apply(limit, lease_s=2.0, lowering=lowering)
+            await asyncio.sleep(0.1)
+        return engine.read()
+
+    async def load() -> tuple[float, float]:
+        specs = [RequestSpec(at_s=0.0, prompt_tokens=30, output_tokens=300 + i % 9) for i in range(150)]
+        task = asyncio.create_task(replay(specs, base_url=bare.url, model=MODEL, seed=3))
+        assert (await hold(64, 1.5)).running > 32
+        lowered_s = time.monotonic()
+        low = await hold(8, hold_s)
+        assert (low.lowering, low.active_limit) == (lowering, 8)
+        assert low.scheduled is not None
+        assert low.scheduled <= 8
+        assert (low.running <= 8) == (lowering != "time-slice")
+        raised_s = time.monotonic()
+        assert (await hold(64, 1.0)).running > 32
+        results = await task
+        assert [r.error for r in results] == [None] * len(specs)
+        assert [r.output_tokens for r in results] == [s.output_tokens for s in specs]
+        return lowered_s, raised_s
+
+    lowered_s, raised_s = asyncio.run(load())
+
+    trace = [json.loads(line) for line in (bare.folder.parent / "trace.jsonl").read_text().splitlines()]
+    low = [row["requests"] for row in trace if lowered_s < row["start_s"] and row["end_s"] < raised_s]
+    assert low[-1] <= 8
+    if lowering != "drain":  # two steps may be in flight, one being planned, when the setpoint arrives
+        assert max(low[4:]) <= 8
+    preempted = engine.read().preemptions - before.preemptions
+    assert (preempted > 0) == (lowering == "preempt")
+
+
+def test_a_json_schema_is_obeyed_in_time_slices_and_after_preemption(bare: Server) -> None:
+    engine = find_engines(bare.folder)[0]
+    before = engine.read().preemptions
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 150, "structured_outputs": {"regex": "(ab|cd){60}"}}
+
+    def ask() -> str:
+        request = urllib.request.Request(
+            f"{bare.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return str(json.load(answer)["choices"][0]["text"])
+
+    async def asked() -> list[str]:
+        tasks = [asyncio.create_task(asyncio.to_thread(ask)) for _ in range(12)]
+        while not all(t.done() for t in tasks):
+            for limit, lowering in ((12, "drain"), (3, "time-slice"), (12, "drain"), (2, "preempt")):
+                engine.apply(limit, lease_s=1.0, lowering=lowering)
+                await asyncio.sleep(0.03)
+        engine.release()
+        return [await t for t in tasks]
+
+    answers = asyncio.run(asked())
+
+    assert all(re.fullmatch("(ab|cd){60}", text) for text in answers)
+    assert engine.read().preemptions > before
 
 
 def test_a_killed_engine_ends_the_agent_with_boards_restored_and_a_killed_parent_leaves_no_orphan(
@@ -239,7 +294,7 @@ def test_a_killed_engine_ends_the_agent_with_boards_restored_and_a_killed_parent
     assert "boards put back as found" in made.log()
     assert "ended" in made.log()
 
-    made = start(tmp_path / "run", "--power-limit-w", "200")
+    made = start(tmp_path / "run", "--power-limit-w", "200", "--sm-clock-mhz", "1005")
     made.wait_for("policy static")
     time.sleep(0.7)
     engine_pid = find_engines(made.folder)[0].info.pid
@@ -252,4 +307,5 @@ def test_a_killed_engine_ends_the_agent_with_boards_restored_and_a_killed_parent
     assert (made.folder / "limits-found.json").exists()
     mended = made.pals("restore")
     assert "back" in mended.stderr
+    assert "clock locks are released" in mended.stderr
     assert not (made.folder / "limits-found.json").exists()

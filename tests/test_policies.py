@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pals.control.estimator import over_budget_s
 from pals.control.guard import Guard
+from pals.control.levers import points_of, trim_of
 from pals.control.pals_paper import PaperPolicy, PaperSettings, PaperState
 from pals.control.policies import build_policy
 from pals.core.errors import ConfigError
@@ -21,8 +22,16 @@ NO_TRIM = PaperSettings(trim_p_w=0.0, trim_i_w=0.0)
 NO_BUDGET = Budget()
 
 
+GUARD = Guard.of([board_info(i) for i in range(4)], launch_sequences=64)
+
+
 def policy(settings: PaperSettings = NO_TRIM) -> PaperPolicy:
-    return PaperPolicy(MODEL, min_limit_w=100.0, max_limit_w=400.0, settings=settings)
+    return PaperPolicy(
+        MODEL,
+        points=points_of("pals-paper", MODEL, GUARD),
+        trim=trim_of("pals-paper", GUARD, settings),
+        settings=settings,
+    )
 
 
 def run(

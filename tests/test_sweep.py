@@ -71,6 +71,29 @@ def test_rows_hold_what_the_world_does(tmp_path: Path) -> None:
     }
 
 
+def test_clocks_are_swept_at_the_found_limit_announced_and_released(tmp_path: Path) -> None:
+    clock, rig, load = world()
+    partial = PartialRows(tmp_path / "p.partial.jsonl", FINGERPRINT, "load")
+    plan = replace(PLAN, sequences=(8,), clocks_mhz=(1005, 1410), found_limit_w=350.0)
+    board = rig.actuators[0]
+    announced: list[int] = []
+    rig.locks.write_ahead = lambda: announced.append(len(board.locks_asked))  # type: ignore[attr-defined]
+
+    rows = sweep(
+        rig, plan, load=load, partial=partial, clock=GridClock(now_s=clock.now_s, wait=clock.wait),
+        progress=lambda point, row: None,
+    )  # fmt: skip
+
+    assert [(r.power_limit_w, r.requested_clock_mhz, r.sm_clock_mhz) for r in rows] == [
+        (400.0, None, 1410), (200.0, None, 1410), (350.0, 1410, 1410), (350.0, 1005, 1005),
+    ]  # fmt: skip
+    assert announced == [0]
+    again = PartialRows(tmp_path / "p.partial.jsonl", FINGERPRINT, "load")
+    assert again.rows == rows
+    assert all(again.has(point) for point in plan.points)
+    assert not again.has(replace(plan.points[-1], sm_clock_mhz=1200))
+
+
 def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         measure(tmp_path, until_s=112.0)

@@ -185,6 +185,7 @@ def test_the_channel_of_a_real_link_says_what_the_engine_is(config: Any) -> None
     assert mine[0].info.launch_sequences == 64
     assert mine[0].info.capabilities == {
         "active_limit": True, "running_limit": True, "throttle_prefills": True, "async_scheduling": True,
+        "time-slice": True, "preempt": True,
     }  # fmt: skip
     scheduler.shutdown()
     assert not mine[0].path.exists()

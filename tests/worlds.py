@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pals.core.errors import DeviceLostError, EngineGoneError, PermissionDeniedError
+from pals.core.errors import DeviceLostError, EngineGoneError, NotSupportedError, PermissionDeniedError
 from pals.core.quantities import (
     LATENCY_BOUNDS_S,
     BoardInfo,
@@ -18,7 +18,7 @@ from pals.core.quantities import (
 BUCKETS = len(LATENCY_BOUNDS_S) + 1
 
 
-def board_info(index: int = 0, *, found_w: float = 400.0) -> BoardInfo:
+def board_info(index: int = 0, *, found_w: float = 400.0, clocks_mhz: tuple[int, ...] = ()) -> BoardInfo:
     return BoardInfo(
         index=index,
         uuid=f"GPU-{index}",
@@ -29,6 +29,7 @@ def board_info(index: int = 0, *, found_w: float = 400.0) -> BoardInfo:
         default_limit_w=400.0,
         found_limit_w=found_w,
         max_sm_clock_mhz=1410,
+        sm_clocks_mhz=clocks_mhz,
     )
 
 
@@ -108,6 +109,9 @@ class Board:
     external_w: float = 1e9
     denied: bool = False
     lost: bool = False
+    no_clock_lock: bool = False
+    lock_mhz: int | None = None
+    locks_asked: list[int] = field(default_factory=list)
     written_w: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -131,7 +135,7 @@ class Board:
             power_w=min(self.natural_w, self.enforced_w),
             energy_j=self._energy_j,
             enforced_limit_w=self.enforced_w,
-            sm_clock_mhz=1410,
+            sm_clock_mhz=min(1410, self.lock_mhz or 1410),
         )
 
     def apply(self, wanted: OperatingPoint) -> OperatingPoint:
@@ -140,11 +144,16 @@ class Board:
         self._integrate()
         self.limit_w = wanted.power_limit_w
         self.written_w.append(wanted.power_limit_w)
-        return OperatingPoint(power_limit_w=self.enforced_w)
+        if wanted.sm_clock_mhz is not None:
+            self.locks_asked.append(wanted.sm_clock_mhz)
+            if self.no_clock_lock:
+                raise NotSupportedError(f"GPU-{self.index}: no clock lock here; {self.enforced_w:.0f} W is in force.")
+        self.lock_mhz = wanted.sm_clock_mhz
+        return OperatingPoint(power_limit_w=self.enforced_w, sm_clock_mhz=self.lock_mhz)
 
     def restore(self) -> None:
         self._integrate()
-        self.limit_w = self.found_w
+        self.limit_w, self.lock_mhz = self.found_w, None
 
     def _integrate(self) -> None:
         self._energy_j += min(self.natural_w, self.enforced_w) * (self.clock.now - self._since_s)
@@ -161,6 +170,7 @@ class Engine:
     gone_at_s: float = 1e9
     limit: int = 64
     lease_until_s: float = 0.0
+    lowering: str = "drain"
     _tokens: float = 0.0
     _since_s: float = 100.0
 
@@ -179,7 +189,8 @@ class Engine:
         self._since_s = self.clock.now
         return engine_sample(self.clock.now, tokens=int(self._tokens), running=self.in_force, waiting=3)
 
-    def apply(self, active_sequences: int, *, lease_s: float) -> None:
+    def apply(self, active_sequences: int, *, lease_s: float, lowering: str = "drain") -> None:
+        self.lowering = lowering
         self.limit, self.lease_until_s = active_sequences, self.clock.now + lease_s
 
     def release(self) -> None:

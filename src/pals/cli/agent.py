@@ -14,14 +14,13 @@ from types import FrameType
 from typing import Any
 
 from pals.cli.main import say
-from pals.core.errors import ConfigError, EngineGoneError
-from pals.core.quantities import OperatingPoint
+from pals.core.errors import ConfigError, EngineGoneError, PalsError
 from pals.hardware.nvml import Nvml, open_boards
 from pals.runtime.agent import FOUND_RECORD, AgentSetup, control_engine
 from pals.runtime.channel import find_engines, run_dir
 from pals.runtime.config import Config, load_config
 from pals.runtime.group import EngineGroup, group_ranks
-from pals.runtime.loop import left_by_dead_agent
+from pals.runtime.loop import clocks_left_locked, left_by_dead_agent
 from pals.views.metrics import AgentMetrics, serve_metrics
 
 BANK_FILE = "emulated-boards.bank"
@@ -46,7 +45,9 @@ def config_of(args: argparse.Namespace) -> Config:
             "profile": args.profile,
             "period_s": args.period_s,
             "power_limit_w": args.power_limit_w,
+            "sm_clock_mhz": args.sm_clock_mhz,
             "active_sequences": args.active_sequences,
+            "lowering": args.lowering,
         },
         "slo": {
             "throughput_tokens_s": args.target_tokens_s,
@@ -101,21 +102,37 @@ def boards_of(folder: Path, channel: EngineGroup | None, *, write: bool) -> Iter
         yield nvml
 
 
-def mend(folder: Path, bank: Path | None) -> int:
-    """Put boards back that a dead agent left limited; return how many."""
-    left_w = left_by_dead_agent(folder / FOUND_RECORD)
+def mend(folder: Path, bank: Path | None, *, clock: Callable[[], float] = time.monotonic) -> int:
+    """Put boards back that a dead agent left limited or locked; return how many.
+
+    Raises:
+        PalsError: a board refused; the others are put back, and the record stays.
+    """
+    record = folder / FOUND_RECORD
+    left_w = left_by_dead_agent(record)
     if not left_w:
         return 0
-    mended = 0
-    with open_boards(emulated=bank, indices=None) as nvml:
+    mended, refused, locked = 0, [], clocks_left_locked(record)
+    with open_boards(emulated=bank, clock=clock) as nvml:
         for board in nvml.boards:
             found_w = left_w.get(board.info.uuid)
-            if found_w is not None and board.info.found_limit_w != found_w:
-                board.apply(OperatingPoint(power_limit_w=found_w))
+            if found_w is None or (board.info.found_limit_w == found_w and not locked):
+                continue
+            try:
+                board.put_back(found_w, unlock=locked)
                 mended += 1
-    (folder / FOUND_RECORD).unlink(missing_ok=True)
+            except PalsError as e:  # one board's refusal must not keep the others limited
+                refused.append(str(e))
+    if refused:
+        raise PalsError(
+            f"{'; '.join(refused)} {record} still says what was found: run `pals restore` with the rights to write"
+        )
+    record.unlink(missing_ok=True)
     if mended:
-        say(f"an earlier agent ended without putting {mended} boards back; they are at the limits it had found again")
+        say(
+            f"an earlier agent ended without putting {mended} boards back; they are at the limits it had found again"
+            + (", and its clock locks are released" if locked else "")
+        )
     return mended
 
 

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from pals import __version__
 from pals.core.errors import EngineGoneError, PalsError
+from pals.core.quantities import LOWERINGS
 from pals.runtime.agent import EXIT_ENGINE_GONE
 from pals.runtime.config import MODES, POLICIES
 
@@ -79,9 +80,11 @@ def add_agent_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--config", metavar="FILE", help="TOML configuration; the options below override it")
     p.add_argument("--policy", help=f"one of {', '.join(POLICIES)} (default static)")
     p.add_argument("--mode", help=f"one of {', '.join(MODES)} (default: auto on emulated boards, advise on real ones)")
-    p.add_argument("--profile", metavar="FILE", help="profile for pals-paper, from `pals profile`")
+    p.add_argument("--profile", metavar="FILE", help="profile for every policy but static, from `pals profile`")
     p.add_argument("--power-limit-w", type=float, metavar="W", help="static: power limit per board (default: as found)")
+    p.add_argument("--sm-clock-mhz", type=int, metavar="MHZ", help="static: SM clock ceiling (default: no lock)")
     p.add_argument("--active-sequences", type=int, metavar="N", help="static: active-sequence limit (default: launch)")
+    p.add_argument("--lowering", help=f"how to get under a lowered batch: {', '.join(LOWERINGS)} (default drain)")
     p.add_argument("--target-tokens-s", type=float, metavar="X", help="throughput target, output tokens per second")
     p.add_argument("--ttft-p95-s", type=float, metavar="S", help="TTFT target")
     p.add_argument("--tpot-p95-s", type=float, metavar="S", help="TPOT target")
@@ -95,7 +98,9 @@ def add_agent_options(p: argparse.ArgumentParser) -> None:
 
 def add_profile(commands: argparse._SubParsersAction[Parser]) -> None:
     """The `profile` command."""
-    p = commands.add_parser("profile", help="sweep power limit × active sequences on a running engine, write a profile")
+    p = commands.add_parser(
+        "profile", help="sweep limits and clocks × active sequences on a running engine, write a profile"
+    )
     p.add_argument("--out", default="profile.json", metavar="FILE", help="the profile (default profile.json)")
     p.add_argument(
         "--base-url", default="http://127.0.0.1:8000", help="the engine's API (default http://127.0.0.1:8000)"
@@ -103,6 +108,9 @@ def add_profile(commands: argparse._SubParsersAction[Parser]) -> None:
     p.add_argument("--engine", type=int, metavar="PID", help="which engine, where several run")
     p.add_argument(
         "--limits-w", metavar="W,W,…", help="power limits per board (default: six, 37.5..100 %% of the limit)"
+    )
+    p.add_argument(
+        "--clocks", metavar="MHZ,MHZ,…", help="SM clocks to lock in turn, at the found limit (default: none is locked)"
     )
     p.add_argument("--sequences", metavar="N,N,…", help="active sequences (default: powers of two to the launch limit)")
     p.add_argument(

@@ -1,4 +1,4 @@
-"""`pals profile`: load a running engine, sweep limit × active sequences, write a profile."""
+"""`pals profile`: load a running engine, sweep limit and clock × active sequences, write a profile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pals.control.static import StaticPolicy
 from pals.core.errors import ConfigError
 from pals.core.quantities import Fingerprint, OperatingPoint, fingerprint_of
 from pals.engines.openai_client import ClosedLoop, RequestSpec
-from pals.models.profile import Profile, ProfileRow
+from pals.models.profile import Profile, ProfileRow, Residuals
 from pals.profiler.sweep import (
     Interrupted,
     PartialRows,
@@ -64,7 +64,8 @@ def profile(args: argparse.Namespace) -> int:
         driver = ClosedLoop(specs, base_url=args.base_url, model=served, seed=1)
         driver.start_in_thread()
         try:
-            with boards_as_found(nvml.boards, nvml.boards, folder / FOUND_RECORD):
+            with boards_as_found(nvml.boards, nvml.boards, folder / FOUND_RECORD) as write_ahead:
+                rig.locks.write_ahead = write_ahead
                 rows = run_sweep(rig, plan, driver, partial, stop)
         except Interrupted:
             say(
@@ -111,8 +112,9 @@ def run_sweep(
         def progress(point: OperatingPoint, row: ProfileRow | None) -> None:
             bar.advance(task)
             if row is not None:
+                lock = f"≤ {row.requested_clock_mhz} MHz, " if row.requested_clock_mhz is not None else ""
                 bar.console.print(
-                    f"{row.power_limit_w:5.0f} W × {row.active_sequences:3d} sequences: {row.tokens_per_s:7.0f} tokens/s, "
+                    f"{lock}{row.power_limit_w:5.0f} W × {row.active_sequences:3d} sequences: {row.tokens_per_s:7.0f} tokens/s, "
                     f"{row.power_w:6.0f} W, {row.tokens_per_s / row.power_w:.3f} tokens/J, {row.sm_clock_mhz} MHz"
                 )
 
@@ -134,8 +136,14 @@ def write_profile(out: Path, rows: list[ProfileRow], fingerprint: Fingerprint, l
     fit = made.model().residuals
     say(
         f"{out}: {len(rows)} rows, {out.stat().st_size / 1024:.1f} KiB; the fit is within {fit.power_mape:.1%} of the measured "
-        f"power and {fit.throughput_mape:.1%} of the throughput (mean, in sample)"
+        f"power and {fit.throughput_mape:.1%} of the throughput (mean, in sample)" + _clock_fit(fit)
     )
+
+
+def _clock_fit(fit: Residuals) -> str:
+    if fit.clock_power_mape is None or fit.clock_throughput_mape is None:
+        return ""
+    return f"; under clock locks within {fit.clock_power_mape:.1%} and {fit.clock_throughput_mape:.1%}"
 
 
 def plan_of(args: argparse.Namespace, guard: Guard) -> SweepPlan:
@@ -147,22 +155,27 @@ def plan_of(args: argparse.Namespace, guard: Guard) -> SweepPlan:
     try:
         limits_w = tuple(float(w) for w in args.limits_w.split(",")) if args.limits_w else None
         sequences = tuple(int(n) for n in args.sequences.split(",")) if args.sequences else None
+        clocks = tuple(int(mhz) for mhz in args.clocks.split(",")) if args.clocks else ()
     except ValueError as e:
         raise ConfigError(
-            f"--limits-w and --sequences take numbers separated by commas ({e}); nothing was changed"
+            f"--limits-w, --clocks and --sequences take numbers separated by commas ({e}); nothing was changed"
         ) from e
     plan = SweepPlan(
         limits_w=limits_w or default_limits_w(guard.min_limit_w, guard.max_limit_w),
         sequences=sequences or default_sequences(guard.launch_sequences),
+        clocks_mhz=tuple(sorted({guard.supported_clock_mhz(mhz) or mhz for mhz in clocks})),
+        found_limit_w=guard.max_limit_w,
         settle_s=args.settle_s,
         window_s=args.window_s,
     )
     bad_w = [w for w in plan.limits_w if not guard.min_limit_w <= w <= guard.max_limit_w]
     bad_n = [n for n in plan.sequences if not 1 <= n <= guard.launch_sequences]
-    if bad_w or bad_n or plan.window_s < 0.5 or plan.settle_s < 0:
+    known = guard.sm_clocks_mhz or (0,)
+    bad_mhz = [mhz for mhz in clocks if not known[0] <= mhz <= known[-1]]
+    if bad_w or bad_n or bad_mhz or plan.window_s < 0.5 or plan.settle_s < 0:
         raise ConfigError(
             f"the plan leaves what is possible: limits {guard.min_limit_w:.0f}..{guard.max_limit_w:.0f} W (given {bad_w}), "
-            f"sequences 1..{guard.launch_sequences} (given {bad_n}), window >= 0.5 s. Nothing was written"
+            f"clocks {known[0]}..{known[-1]} MHz (given {bad_mhz}), sequences 1..{guard.launch_sequences} (given {bad_n}), window >= 0.5 s. Nothing was written"
         )
     return plan
 

@@ -6,10 +6,11 @@ and not on a prediction. Where the boards' minimum limit stands above the budget
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pals.core.quantities import BoardInfo, Budget, Decision
+from pals.core.quantities import BoardInfo, Budget, Decision, OperatingPoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,7 @@ class Guard:
     max_limit_w: float
     boards: int
     launch_sequences: int
+    sm_clocks_mhz: tuple[int, ...] = ()  # a lock may name these, rising; empty: none is allowed
     margin: float = 0.02  # a mean may exceed a limit near natural draw by up to 3 %, measured; the clamp is soft
 
     @staticmethod
@@ -33,11 +35,18 @@ class Guard:
             max_limit_w=min(min(b.max_limit_w, b.found_limit_w) for b in boards),
             boards=len(boards),
             launch_sequences=launch_sequences,
+            sm_clocks_mhz=tuple(sorted(set.intersection(*(set(b.lockable_clocks_mhz) for b in boards)))),
         )
 
     def check(self, wanted: Decision, budget: Budget) -> Decision:
         """Return `wanted`, or the nearest decision that is allowed, with the reason changed to say so."""
         limit_w, reason, detail = wanted.point.power_limit_w, wanted.reason, wanted.detail
+        clock_mhz = self.supported_clock_mhz(wanted.point.sm_clock_mhz)
+        if clock_mhz != wanted.point.sm_clock_mhz:
+            told = (
+                "no lock is possible" if clock_mhz is None else f"{clock_mhz} MHz is the nearest supported from below"
+            )
+            reason, detail = "guard-clock", f"an SM clock of {wanted.point.sm_clock_mhz} MHz wanted, {told}"
         ceiling_w = self.max_limit_w
         if budget.power_w is not None:
             ceiling_w = min(ceiling_w, float(int(budget.power_w * (1 - self.margin) / self.boards)))
@@ -59,5 +68,11 @@ class Guard:
         if sequences is not None and not 1 <= sequences <= self.launch_sequences:
             detail = f"{sequences} active sequences wanted, 1..{self.launch_sequences} possible"
             reason, sequences = "guard-sequences", max(1, min(self.launch_sequences, sequences))
-        point = replace(wanted.point, power_limit_w=limit_w, active_sequences=sequences)
+        point = OperatingPoint(power_limit_w=limit_w, sm_clock_mhz=clock_mhz, active_sequences=sequences)
         return replace(wanted, point=point, reason=reason, detail=detail)
+
+    def supported_clock_mhz(self, wanted_mhz: int | None) -> int | None:
+        """The highest supported SM clock not above `wanted_mhz`, or the lowest of all; None: no lock."""
+        if wanted_mhz is None or not self.sm_clocks_mhz:
+            return None
+        return self.sm_clocks_mhz[max(0, bisect_right(self.sm_clocks_mhz, wanted_mhz) - 1)]

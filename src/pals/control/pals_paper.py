@@ -5,13 +5,15 @@ predicted to meet the target and take the one with the most tokens per joule; if
 highest throughput. Apply only if |error| > 5 % of the target for several periods, or if target or budget changed.
 
 The paper leaves open, and this file fills in: "several" is `sustain_periods`; its PID has no stated output or gains,
-here a PI trim of the power limit, at most one grid step either way, frozen while nothing waits and throughput lacks
-(a shortfall for want of work is not one of watts).
+here a PI trim, at most one grid step either way, of the power limit or of the one lever a policy owns, frozen while
+nothing waits and throughput lacks (a shortfall for want of work is not one of watts). `cap-only`, `batch-only` and
+`clock-only` are this rule over fewer points (`pals.control.levers`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from pals.control.estimator import estimate, remember
 from pals.core.protocols import PointModel
@@ -36,6 +38,8 @@ class PaperSettings:
     trim_p_w: float = 20.0  # W per board for an error of 100 %
     trim_i_w: float = 10.0  # W per board and period for an error of 100 %
     trim_max_w: float = 50.0  # one grid step
+    trim_max_sequences: float = 8.0  # the same share of these, where the batch is trimmed instead
+    trim_max_mhz: float = 105.0  # or the SM clock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,18 +54,22 @@ class PaperState:
 
 
 class PaperPolicy:
-    """See the module; `model` must cover the configurations that may be chosen."""
+    """See the module."""
 
     def __init__(
-        self, model: PointModel, *, min_limit_w: float, max_limit_w: float, settings: PaperSettings | None = None
+        self,
+        model: PointModel,
+        *,
+        points: Sequence[OperatingPoint],
+        trim: Callable[[OperatingPoint, float], OperatingPoint],
+        settings: PaperSettings | None = None,
     ) -> None:
+        """Choose among `points`, which `model` must cover; `trim` moves a point by a share, -1..1, of one grid step."""
         self._settings = settings or PaperSettings()
-        self._range_w = (min_limit_w, max_limit_w)
-        self._predictions = tuple(
-            model.predict(p) for p in model.points if min_limit_w <= p.power_limit_w <= max_limit_w
-        )
+        self._trim_by = trim
+        self._predictions = tuple(model.predict(p) for p in points)
         if not self._predictions:
-            raise ValueError(f"no profiled power limit lies within this board's {min_limit_w:.0f}..{max_limit_w:.0f} W")
+            raise ValueError("there is no point to choose from")
 
     def initial(self) -> PaperState:
         """Nothing chosen yet: the first step counts as changed inputs."""
@@ -115,6 +123,4 @@ class PaperPolicy:
         inside = abs(error) <= s.dead_band
         proportional_w = 0.0 if inside or integral_w == 0.0 else s.trim_p_w * max(-1.0, min(1.0, error))
         trim_w = max(-s.trim_max_w, min(s.trim_max_w, proportional_w + integral_w))
-        low_w, high_w = self._range_w
-        limit_w = max(low_w, min(high_w, round(chosen.point.power_limit_w + trim_w)))
-        return replace(chosen.point, power_limit_w=float(limit_w))
+        return self._trim_by(chosen.point, trim_w / s.trim_max_w if s.trim_max_w > 0 else 0.0)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pals.control.guard import Guard
+from pals.control.levers import LEVERS, points_of, trim_of
 from pals.control.pals_paper import PaperPolicy, PaperSettings
 from pals.control.static import StaticPolicy
 from pals.core.errors import ConfigError
@@ -22,30 +23,36 @@ def build_policy(name: str, settings: Mapping[str, Any], profile: Profile | None
         ConfigError: unknown name, a missing profile, or settings outside the boards' range; nothing was written.
     """
     if name == "static":
-        limit_w = settings.get("power_limit_w")
-        limit_w = guard.max_limit_w if limit_w is None else float(limit_w)
-        if not guard.min_limit_w <= limit_w <= guard.max_limit_w:
-            raise ConfigError(
-                f"power limit {limit_w:.0f} W lies outside {guard.min_limit_w:.0f}..{guard.max_limit_w:.0f} W, what these "
-                "boards accept and PALS may ask (never above the limit it found). Nothing was written."
-            )
-        sequences = settings.get("active_sequences")
-        if sequences is not None and not 1 <= sequences <= guard.launch_sequences:
-            raise ConfigError(
-                f"{sequences} active sequences lie outside 1..{guard.launch_sequences} (the engine's launch limit). "
-                "Nothing was written."
-            )
-        return StaticPolicy(OperatingPoint(power_limit_w=limit_w, active_sequences=sequences or guard.launch_sequences))
-    if name == "pals-paper":
-        if profile is None:
-            raise ConfigError(
-                "policy pals-paper needs a profile: make one with `pals profile`, then give --profile FILE"
-            )
-        known = replace(PaperSettings(), **settings)
-        try:
-            return PaperPolicy(
-                profile.model(), min_limit_w=guard.min_limit_w, max_limit_w=guard.max_limit_w, settings=known
-            )
-        except ValueError as e:
-            raise ConfigError(f"{e}; nothing was written") from e
-    raise ConfigError(f"unknown policy {name!r}; known: static, pals-paper")
+        return _static(settings, guard)
+    if name not in LEVERS:
+        raise ConfigError(f"unknown policy {name!r}; known: static, {', '.join(LEVERS)}")
+    if profile is None:
+        raise ConfigError(f"policy {name} needs a profile: make one with `pals profile`, then give --profile FILE")
+    model = profile.model()
+    known = replace(PaperSettings(), **settings)
+    return PaperPolicy(model, points=points_of(name, model, guard), trim=trim_of(name, guard, known), settings=known)
+
+
+def _static(settings: Mapping[str, Any], guard: Guard) -> StaticPolicy:
+    limit_w = settings.get("power_limit_w")
+    limit_w = guard.max_limit_w if limit_w is None else float(limit_w)
+    if not guard.min_limit_w <= limit_w <= guard.max_limit_w:
+        raise ConfigError(
+            f"power limit {limit_w:.0f} W lies outside {guard.min_limit_w:.0f}..{guard.max_limit_w:.0f} W, what these "
+            "boards accept and PALS may ask (never above the limit it found). Nothing was written."
+        )
+    sequences = settings.get("active_sequences")
+    if sequences is not None and not 1 <= sequences <= guard.launch_sequences:
+        raise ConfigError(
+            f"{sequences} active sequences lie outside 1..{guard.launch_sequences} (the engine's launch limit). "
+            "Nothing was written."
+        )
+    clock_mhz, clocks = settings.get("sm_clock_mhz"), guard.sm_clocks_mhz
+    if clock_mhz is not None and not (clocks and clocks[0] <= clock_mhz <= clocks[-1]):
+        possible = f"outside {clocks[0]}..{clocks[-1]} MHz" if clocks else "on boards that name no clocks"
+        raise ConfigError(f"an SM clock of {clock_mhz} MHz lies {possible}. Nothing was written.")
+    return StaticPolicy(
+        OperatingPoint(
+            power_limit_w=limit_w, sm_clock_mhz=clock_mhz, active_sequences=sequences or guard.launch_sequences
+        )
+    )

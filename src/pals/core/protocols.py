@@ -38,10 +38,11 @@ class PowerActuator(Protocol):
     """Writes one board, and puts it back as found."""
 
     def apply(self, wanted: OperatingPoint) -> OperatingPoint:
-        """Ask for `wanted`; return what the driver then reports in force.
+        """Ask for `wanted`; return the limit the driver then reports in force and the clock lock it accepted.
 
         Raises:
             PermissionDeniedError: no privilege; nothing was changed.
+            NotSupportedError: the board has no such control; a limit asked for with a clock lock is in force.
             ValueError: `wanted` lies outside the board's range; nothing was changed.
             DeviceLostError: the board is gone.
         """
@@ -68,8 +69,8 @@ class EngineMeter(Protocol):
 class EngineActuator(Protocol):
     """Sets the engine's active-sequence limit."""
 
-    def apply(self, active_sequences: int, *, lease_s: float) -> None:
-        """Ask for a limit that the engine forgets after `lease_s` seconds."""
+    def apply(self, active_sequences: int, *, lease_s: float, lowering: str = "drain") -> None:
+        """Ask for a limit that the engine forgets after `lease_s` seconds, reached as `lowering` (of LOWERINGS) says."""
         ...
 
     def release(self) -> None:

@@ -46,6 +46,12 @@ class BoardInfo(Checked):
     default_limit_w: float
     found_limit_w: float  # enforced when PALS first looked; restored on exit
     max_sm_clock_mhz: int
+    sm_clocks_mhz: tuple[int, ...] = ()  # supported, rising; empty: the driver does not list them
+
+    @property
+    def lockable_clocks_mhz(self) -> tuple[int, ...]:
+        """SM clocks a lock may name, rising: those the driver lists, else 15 MHz steps below the top clock."""
+        return self.sm_clocks_mhz or tuple(sorted(range(self.max_sm_clock_mhz, 209, -15)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +65,11 @@ class PowerSample(Checked):
     sm_clock_mhz: int
     temperature_c: float | None = None
     throttled_by_power: bool = False
+
+
+#: How an engine gets under a lowered active-sequence limit: admit nobody until enough have ended (`drain`), let the
+#: running ones take turns from the next step on (`time-slice`), or send the newest back to the queue (`preempt`).
+LOWERINGS: tuple[str, ...] = ("drain", "time-slice", "preempt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +96,8 @@ class EngineSample(Checked):
     launch_limit: int
     ttft_counts: tuple[int, ...]  # of requests that got a first token, cumulative, by LATENCY_BOUNDS_S
     tpot_counts: tuple[int, ...]  # of finished requests, cumulative, by LATENCY_BOUNDS_S
+    scheduled: int | None = None  # requests in the newest step; fewer than `running` while a time slice holds some out
+    lowering: str = "drain"  # one of LOWERINGS: how the engine now gets under a lowered limit
 
 
 def _latency_bounds() -> tuple[float, ...]:

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Collection
 from typing import Any, Protocol
 
-from pals.core.quantities import LATENCY_BOUNDS_S
+from pals.core.quantities import LATENCY_BOUNDS_S, LOWERINGS
 from pals.runtime.channel import GAUGES
 
 
@@ -64,11 +64,12 @@ class StepTelemetry:
         for new in output.scheduled_new_reqs:
             self._waiting.pop(new.req_id, None)
             known = self._requests.get(new.req_id)
-            self._prefilling[new.req_id] = known.request.num_prompt_tokens if known is not None else 0
+            self._prefilling[new.req_id] = known.request.num_tokens if known is not None else 0
         for rid in output.scheduled_cached_reqs.resumed_req_ids:
             known = self._requests.get(rid)
             self._prefilling[rid] = known.request.num_tokens if known is not None else 0
-            self._now["preemptions"] += 1
+        self._now["preemptions"] += len(_preempted(output))
+        self._now["scheduled"] = len(output.num_scheduled_tokens)
         prefill = sum(self._prefilled(rid, output.num_scheduled_tokens.get(rid, 0)) for rid in self._prefilling)
         self._now["prefill_tokens"] += prefill
         self._now["decode_tokens"] += output.total_num_scheduled_tokens - prefill
@@ -87,12 +88,20 @@ class StepTelemetry:
         now["steps"] += 1
 
     def publish(
-        self, channel: Publisher, *, running: int, waiting: int, kv_usage: float, limit: int, now_s: float
+        self,
+        channel: Publisher,
+        *,
+        running: int,
+        waiting: int,
+        kv_usage: float,
+        limit: int,
+        lowering: str,
+        now_s: float,
     ) -> None:
         """Write the counters out."""
         now = self._now
         now["time_s"], now["running"], now["waiting"] = now_s, running, waiting
-        now["kv_usage"], now["active_limit"] = kv_usage, limit
+        now["kv_usage"], now["active_limit"], now["lowering"] = kv_usage, limit, LOWERINGS.index(lowering)
         oldest_s = next(iter(self._waiting.values()), None)
         now["oldest_waiting_s"] = now_s - oldest_s if oldest_s is not None and waiting else 0.0
         if running + waiting == 0:
@@ -136,6 +145,12 @@ class StepTelemetry:
             tpot_s = max(0.0, self._last_update_s - known.first_token_s) / (tokens - 1)
             self._tpot[bisect_left(LATENCY_BOUNDS_S, tpot_s)] += 1
             self._tpot_new = True
+
+
+def _preempted(output: Any) -> Collection[str]:
+    """Whom a step sent back to the queue; a scheduler that does not tell is counted when they come back."""
+    told = getattr(output, "preempted_req_ids", None)
+    return told if told is not None else output.scheduled_cached_reqs.resumed_req_ids
 
 
 def _prefill_again(known: _Request) -> bool:

@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 from pals.core.quantities import EngineInfo
+from pals.engines.lowering import TimeSlice, possible, preempt_down
 from pals.engines.step_telemetry import StepTelemetry
 from pals.runtime.channel import EngineChannel, run_dir
 
@@ -57,7 +58,9 @@ class EngineLink:
             scheduler.max_num_active_reqs if self.capabilities["active_limit"] else scheduler.max_num_running_reqs
         )
         self.telemetry = StepTelemetry(self.launch_limit)
-        self.limit = self.launch_limit
+        self.limit, self.lowering = self.launch_limit, "drain"
+        self._slice = TimeSlice()
+        self._refused: set[str] = set()
         self.channel = channel or EngineChannel(
             run_dir(os.environ),
             engine_info(scheduler, self.launch_limit, self.capabilities),
@@ -66,14 +69,27 @@ class EngineLink:
         log.info("PALS plugin: launch limit %d, capabilities %s", self.launch_limit, self.capabilities)
 
     def obey(self, scheduler: Any) -> None:
-        """Apply the setpoint while it is fresh; the launch limit otherwise. Lowering drains: nothing is preempted."""
-        wanted = self.channel.setpoint(time.monotonic())
-        limit = self.launch_limit if wanted is None else max(1, min(self.launch_limit, wanted))
-        self.limit = limit
-        self._set(scheduler, limit)
+        """Apply the setpoint while it is fresh; the launch limit, and draining, otherwise."""
+        now_s = time.monotonic()
+        wanted = self.channel.setpoint(now_s)
+        if wanted is None:
+            self.limit, self.lowering = self.launch_limit, "drain"
+        else:
+            self.limit = max(1, min(self.launch_limit, wanted.active_sequences))
+            self.lowering = self._offered(wanted.lowering)
+        if self.lowering == "preempt":
+            preempt_down(scheduler, self.limit, now_s)
+        elif self.lowering == "time-slice":
+            self._slice.hold(scheduler, self.limit)
+        self._set(scheduler, self.limit)
+
+    def planned(self, scheduler: Any) -> None:
+        """After vLLM has planned the step: whoever had to wait for a turn runs again."""
+        self._slice.put_back(scheduler)
 
     def release(self, scheduler: Any) -> None:
         """Back to the launch limit, and no more telemetry."""
+        self._slice.put_back(scheduler)
         self._set(scheduler, self.launch_limit)
         self.channel.close()
 
@@ -88,8 +104,21 @@ class EngineLink:
             waiting=waiting,
             kv_usage=scheduler.kv_cache_manager.usage,
             limit=self.limit,
+            lowering=self.lowering,
             now_s=now_s,
         )
+
+    def _offered(self, lowering: str) -> str:
+        """`lowering` where this scheduler offers it, else draining, said once."""
+        if lowering == "drain" or self.capabilities[lowering]:
+            return lowering
+        if lowering not in self._refused:
+            self._refused.add(lowering)
+            log.warning(
+                "PALS: this scheduler does not offer what %s needs; a lowered active-sequence limit drains instead",
+                lowering,
+            )
+        return "drain"
 
     def _set(self, scheduler: Any, limit: int) -> None:
         if self.capabilities["active_limit"]:  # admission alone; the runner's slots stay as they are
@@ -109,6 +138,7 @@ def probe(scheduler: Any) -> dict[str, bool]:
             if "schedule" in vars(c)
         ),
         "async_scheduling": bool(getattr(scheduler.scheduler_config, "async_scheduling", False)),
+        **possible(scheduler),
     }
 
 
@@ -181,12 +211,17 @@ class PalsMixin:
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Plan a step under the limit now in force."""
-        if self._pals is not None:
+        link = self._pals
+        if link is not None:
             try:
-                self._pals.obey(self)
+                link.obey(self)
             except Exception as e:  # noqa: BLE001 - see the class
                 self._pals_failed(e)
-        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        try:
+            output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if link is not None:
+                link.planned(self)
         if self._pals is not None:
             try:
                 self._pals.telemetry.scheduled(output)

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pals.plant.boards import BoardBank, BoardReading
-from pals.plant.specs import DRIVER
+from pals.plant.specs import CLOCK_STEP_MHZ, DRIVER
 
-SUCCESS, INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, GPU_IS_LOST = 0, 2, 3, 4, 6, 15
+SUCCESS, INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, INSUFFICIENT_SIZE, GPU_IS_LOST = (
+    0,
+    2,
+    3,
+    4,
+    6,
+    7,
+    15,
+)
 CLOCK_GRAPHICS, CLOCK_SM, CLOCK_MEM, CLOCK_VIDEO = range(4)
 FIELD_POWER_AVERAGE, FIELD_POWER_INSTANT = 185, 186
 VALUE_TYPE_UNSIGNED_INT = 1
@@ -118,6 +126,15 @@ class EmulatedNvml:
         top = spec.memory_clock_mhz if _number(kind) == CLOCK_MEM else spec.max_sm_clock_mhz
         return self._sense(handle, mhz, lambda r: top)
 
+    def nvmlDeviceGetSupportedMemoryClocks(self, handle: Any, count: Any, clocks: Any) -> int:
+        return _list(count, clocks, [self._bank.spec.memory_clock_mhz])
+
+    def nvmlDeviceGetSupportedGraphicsClocks(self, handle: Any, memory_mhz: Any, count: Any, clocks: Any) -> int:
+        spec = self._bank.spec
+        if _number(memory_mhz) != spec.memory_clock_mhz:
+            return INVALID_ARGUMENT
+        return _list(count, clocks, range(spec.max_sm_clock_mhz, spec.min_sm_clock_mhz - 1, -CLOCK_STEP_MHZ))
+
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: Any, bits: Any) -> int:
         return self._sense(handle, bits, lambda r: r.throttle)
 
@@ -143,14 +160,20 @@ class EmulatedNvml:
     def nvmlDeviceSetPowerManagementLimit(self, handle: Any, milliwatts: Any) -> int:
         watts, spec = _number(milliwatts) / 1000.0, self._bank.spec
         valid = spec.min_limit_w <= watts <= spec.max_limit_w
+        if self._bank.denies_limits(_board(handle)):
+            return NO_PERMISSION
         return self._set(handle, valid, lambda i: self._bank.set_limit(i, watts, self._clock()))
 
     def nvmlDeviceSetGpuLockedClocks(self, handle: Any, low: Any, high: Any) -> int:
         low_mhz, high_mhz = float(_number(low)), float(_number(high))
         valid = 0 < low_mhz <= high_mhz
+        if self._bank.refuses_clock_locks(_board(handle)):
+            return NOT_SUPPORTED
         return self._set(handle, valid, lambda i: self._bank.set_clock_lock(i, low_mhz, high_mhz, self._clock()))
 
     def nvmlDeviceResetGpuLockedClocks(self, handle: Any) -> int:
+        if self._bank.refuses_clock_locks(_board(handle)):
+            return NOT_SUPPORTED
         return self._set(handle, True, lambda i: self._bank.reset_clock_lock(i, self._clock()))
 
     # --- helpers -----------------------------------------------------------------------------------------------
@@ -190,6 +213,16 @@ def _board(handle: Any) -> int:
 
 def _put(out: Any, value: int) -> int:
     out._obj.value = value
+    return SUCCESS
+
+
+def _list(count: Any, out: Any, values: Sequence[int]) -> int:
+    room = count._obj.value if out is not None else 0
+    count._obj.value = len(values)
+    if room < len(values):
+        return INSUFFICIENT_SIZE
+    for i, value in enumerate(values):
+        out[i] = value
     return SUCCESS
 
 

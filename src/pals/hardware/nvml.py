@@ -23,7 +23,6 @@ from pals.plant.boards import BoardBank
 
 log = logging.getLogger("pals")
 THROTTLE_POWER_CAP = 0x4
-MIN_LOCK_MHZ = 210
 
 
 def _pynvml() -> ModuleType:
@@ -54,6 +53,7 @@ class NvmlBoard:
             max_sm_clock_mhz=int(
                 self._call("read its top clock", nvml.nvmlDeviceGetMaxClockInfo, self._handle, nvml.NVML_CLOCK_SM)
             ),
+            sm_clocks_mhz=self._supported_clocks(),
         )
         self._label = f"board {index} ({self._info.name})"
         self._limit_written = False
@@ -93,18 +93,19 @@ class NvmlBoard:
 
         Raises:
             ValueError: outside the board's range; nothing was changed.
-            PermissionDeniedError, NotSupportedError, DeviceLostError: as the driver says.
+            PermissionDeniedError, NotSupportedError, DeviceLostError: as the driver says; the limit is written first, so
+                it is in force where only the clock lock was refused.
         """
-        info, n = self._info, self._nvml
+        info, n, low_mhz = self._info, self._nvml, self._info.lockable_clocks_mhz[0]
         if not info.min_limit_w <= wanted.power_limit_w <= info.max_limit_w:
             raise ValueError(
                 f"{self._label}: {wanted.power_limit_w:.0f} W lies outside {info.min_limit_w:.0f}..{info.max_limit_w:.0f} W; "
                 f"nothing was written, {self._enforced_w():.0f} W is in force"
             )
         clock_mhz = wanted.sm_clock_mhz
-        if clock_mhz is not None and not MIN_LOCK_MHZ <= clock_mhz <= info.max_sm_clock_mhz:
+        if clock_mhz is not None and not low_mhz <= clock_mhz <= info.max_sm_clock_mhz:
             raise ValueError(
-                f"{self._label}: an SM clock of {clock_mhz} MHz lies outside {MIN_LOCK_MHZ}..{info.max_sm_clock_mhz} MHz; "
+                f"{self._label}: an SM clock of {clock_mhz} MHz lies outside {low_mhz}..{info.max_sm_clock_mhz} MHz; "
                 "nothing was written"
             )
         set_w = self._watts("read its limit", n.nvmlDeviceGetPowerManagementLimit)
@@ -120,26 +121,52 @@ class NvmlBoard:
             self._release_clock()
         elif clock_mhz != self._locked_at_mhz:  # there is no getter: what we asked last is all that can be known
             doing = f"lock its SM clock at {clock_mhz} MHz"
-            self._call(doing, n.nvmlDeviceSetGpuLockedClocks, self._handle, MIN_LOCK_MHZ, clock_mhz)
+            self._call(doing, n.nvmlDeviceSetGpuLockedClocks, self._handle, low_mhz, clock_mhz)
             self._locked_at_mhz = clock_mhz
         return OperatingPoint(power_limit_w=self._enforced_w(), sm_clock_mhz=clock_mhz)
 
     def restore(self) -> None:
-        """Write the found limit back, where we wrote one, and release our clock lock.
+        """Write the found limit back, where we wrote one, and release our clock lock; both are tried.
 
         Raises:
             PalsError: the driver refused; the message says what is in force.
         """
-        if self._limit_written:
-            found_w = self._info.found_limit_w
-            self._call(
-                f"put its power limit back to {found_w:.0f} W",
-                self._nvml.nvmlDeviceSetPowerManagementLimit,
-                self._handle,
-                round(found_w * 1000),
-            )
-            self._limit_written = False
-        self._release_clock()
+        self.put_back(self._info.found_limit_w if self._limit_written else None, unlock=self._locked_at_mhz is not None)
+
+    def put_back(self, limit_w: float | None, *, unlock: bool) -> None:
+        """Set the limit (None: leave it) and, if `unlock`, release the clock lock whoever set it; both are tried.
+
+        Raises:
+            PalsError: the driver refused one or both; the message says what is in force.
+        """
+        refused = []
+        try:
+            if limit_w is not None:
+                doing = f"put its power limit back to {limit_w:.0f} W"
+                self._call(doing, self._nvml.nvmlDeviceSetPowerManagementLimit, self._handle, round(limit_w * 1000))
+                self._limit_written = False
+        except (PalsError, ValueError) as e:
+            refused.append(str(e))
+        try:
+            if unlock:
+                self._get("release its clock lock", self._nvml.nvmlDeviceResetGpuLockedClocks)
+                self._locked_at_mhz = None
+        except NotSupportedError:
+            self._locked_at_mhz = None  # a board without locks holds none
+        except (PalsError, ValueError) as e:
+            refused.append(str(e))
+        if refused:
+            raise PalsError("; ".join(refused))
+
+    def _supported_clocks(self) -> tuple[int, ...]:
+        """SM clocks at the top memory clock, rising; empty where the driver does not list them."""
+        n = self._nvml
+        try:
+            memory_mhz = max(self._get("list its memory clocks", n.nvmlDeviceGetSupportedMemoryClocks), default=0)
+            listed = self._call("list its clocks", n.nvmlDeviceGetSupportedGraphicsClocks, self._handle, memory_mhz)
+        except (NotSupportedError, PermissionDeniedError, ValueError):
+            return ()
+        return tuple(sorted(int(mhz) for mhz in listed))
 
     def _release_clock(self) -> None:
         if self._locked_at_mhz is not None:

@@ -1,8 +1,9 @@
-"""A profile: measured rows of limit × active sequences on one engine and board, and a small model fitted to them.
+"""A profile: measured rows of limit or SM clock × active sequences on one engine and board, and small models fitted to them.
 
 Model: power = boards · min(limit, natural draw(n)), natural draw a quadratic in log n fitted to the rows of the
 highest limit; throughput = exp of a quadratic in (log effective limit, log n), the effective limit being the smaller
-of limit and natural draw. Both forms are inert above natural draw, as boards are.
+of limit and natural draw. Both forms are inert above natural draw, as boards are. Rows under a clock lock have a model
+of their own (`clock_model`); where a limit binds too, the smaller figures of the two count.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from pals.core.errors import ConfigError
 from pals.core.quantities import Fingerprint, OperatingPoint, Prediction, refuse_nan
+from pals.models.clock_model import ClockModel, fit_clocks
 
 FORMAT = "pals-profile/1"
 MIN_ROWS = 8
@@ -30,8 +32,22 @@ class ProfileRow:
     active_sequences: int
     power_w: float  # all boards, mean
     tokens_per_s: float  # output tokens
-    sm_clock_mhz: int
+    sm_clock_mhz: int  # as measured
     window_s: float
+    requested_clock_mhz: int | None = None  # None: no lock
+
+    @property
+    def point(self) -> OperatingPoint:
+        """The configuration measured."""
+        return OperatingPoint(
+            power_limit_w=self.power_limit_w,
+            sm_clock_mhz=self.requested_clock_mhz,
+            active_sequences=self.active_sequences,
+        )
+
+    def to_dict(self) -> dict[str, float]:
+        """The row for a file; what is unknown is left out."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
 
     def __post_init__(self) -> None:
         refuse_nan(self)
@@ -51,9 +67,7 @@ class Profile:
     @property
     def points(self) -> tuple[OperatingPoint, ...]:
         """The measured configurations."""
-        return tuple(
-            OperatingPoint(power_limit_w=r.power_limit_w, active_sequences=r.active_sequences) for r in self.rows
-        )
+        return tuple(r.point for r in self.rows)
 
     def model(self) -> FittedModel:
         """Fit the rows; raises `ConfigError` where there are too few."""
@@ -61,9 +75,10 @@ class Profile:
 
     def to_json(self) -> str:
         """The profile as indented JSON, with the fit's residuals for the reader."""
-        data = {"format": FORMAT, **asdict(self), "fit": asdict(self.model().residuals)}
+        residuals = {k: v for k, v in asdict(self.model().residuals).items() if v is not None}
+        data = {"format": FORMAT, **asdict(self), "fit": residuals}
         head = json.dumps({k: v for k, v in data.items() if k != "rows"}, indent=1)
-        rows = ",\n  ".join(json.dumps(r) for r in data["rows"])
+        rows = ",\n  ".join(json.dumps(r.to_dict()) for r in self.rows)
         return head[:-2] + f',\n "rows": [\n  {rows}\n ]\n}}\n'
 
     @staticmethod
@@ -96,6 +111,8 @@ class Residuals:
 
     power_mape: float
     throughput_mape: float
+    clock_power_mape: float | None = None  # of the rows under a clock lock; None without any
+    clock_throughput_mape: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +125,7 @@ class FittedModel:
     throughput: tuple[float, ...]  # coefficients of log tokens/s in (1, x, y, x², xy, y²)
     n_range: tuple[int, int]
     residuals: Residuals
+    clock: ClockModel | None = None  # None: no row was measured under a lock
 
     def natural_draw_w(self, active_sequences: int) -> float:
         """Draw of one board with no limit binding, W."""
@@ -115,15 +133,23 @@ class FittedModel:
         return float(np.exp(np.polynomial.polynomial.polyval(np.log(n), self.natural)))
 
     def predict(self, point: OperatingPoint) -> Prediction:
-        """Throughput and power of all boards at `point` with enough work; `active_sequences` None means the largest."""
+        """Throughput and power of all boards at `point` with enough work; `active_sequences` None means the largest.
+
+        Raises:
+            ValueError: `point` locks the clock and no row did.
+        """
         n = point.active_sequences if point.active_sequences is not None else self.n_range[1]
         per_board_w = min(point.power_limit_w, self.natural_draw_w(n))
         features = _features(np.array([per_board_w]), np.array([float(n)]))
-        return Prediction(
-            point=point,
-            tokens_per_s=float(np.exp((features @ np.array(self.throughput))[0])),
-            power_w=per_board_w * self.boards,
-        )
+        tokens_per_s = float(np.exp((features @ np.array(self.throughput))[0]))
+        power_w = per_board_w * self.boards
+        if point.sm_clock_mhz is not None:
+            if self.clock is None:
+                raise ValueError(f"no row of this profile locks the SM clock: {point.sm_clock_mhz} MHz is unknown")
+            locked = self.clock.predict(np.array([float(point.sm_clock_mhz)]), np.array([float(n)]))
+            tokens_per_s = min(tokens_per_s, float(locked[0][0]))
+            power_w = min(point.power_limit_w * self.boards, float(locked[1][0]))
+        return Prediction(point=point, tokens_per_s=tokens_per_s, power_w=power_w)
 
 
 def _features(limit_w: FloatArray, n: FloatArray) -> FloatArray:
@@ -132,15 +158,16 @@ def _features(limit_w: FloatArray, n: FloatArray) -> FloatArray:
 
 
 def fit(rows: Sequence[ProfileRow], *, boards: int) -> FittedModel:
-    """Least squares in logs over `rows`.
+    """Least squares in logs over `rows`; those under a clock lock apart.
 
     Raises:
-        ConfigError: fewer than `MIN_ROWS` rows or a single active-sequence level.
+        ConfigError: fewer than `MIN_ROWS` rows without a lock, or a single active-sequence level of them.
     """
+    every, rows = rows, [r for r in rows if r.requested_clock_mhz is None]
     levels = sorted({r.active_sequences for r in rows})
     if len(rows) < MIN_ROWS or len(levels) < 2:
         raise ConfigError(
-            f"{len(rows)} rows at {len(levels)} active-sequence levels are too few to fit (need {MIN_ROWS} and 2); "
+            f"{len(rows)} rows without a clock lock at {len(levels)} active-sequence levels are too few to fit (need {MIN_ROWS} and 2); "
             "let `pals profile` finish"
         )
     top_w = max(r.power_limit_w for r in rows)
@@ -156,14 +183,32 @@ def fit(rows: Sequence[ProfileRow], *, boards: int) -> FittedModel:
     features = _features(effective_w, n)
     coefficients, *_ = np.linalg.lstsq(features, np.log(tokens), rcond=None)
     power = np.array([r.power_w for r in rows])
+    clock, clock_residuals = _fit_locked([r for r in every if r.requested_clock_mhz is not None])
     return FittedModel(
         boards=boards,
-        points=tuple(OperatingPoint(power_limit_w=r.power_limit_w, active_sequences=r.active_sequences) for r in rows),
+        points=tuple(r.point for r in every),
         natural=tuple(float(c) for c in natural),
         throughput=tuple(float(c) for c in coefficients),
         n_range=(levels[0], levels[-1]),
         residuals=Residuals(
             power_mape=float(np.mean(np.abs(effective_w * boards / power - 1))),
             throughput_mape=float(np.mean(np.abs(np.exp(features @ coefficients) / tokens - 1))),
+            **clock_residuals,
         ),
+        clock=clock,
     )
+
+
+def _fit_locked(rows: Sequence[ProfileRow]) -> tuple[ClockModel | None, dict[str, float]]:
+    """The model of the rows under a lock, and its mean errors."""
+    if not rows:
+        return None, {}
+    mhz = np.array([float(r.requested_clock_mhz or 0) for r in rows])
+    n = np.array([float(r.active_sequences) for r in rows])
+    tokens, power = np.array([r.tokens_per_s for r in rows]), np.array([r.power_w for r in rows])
+    model = fit_clocks(sm_clock_mhz=mhz, active_sequences=n, tokens_per_s=tokens, power_w=power)
+    told_tokens, told_power = model.predict(mhz, n)
+    return model, {
+        "clock_power_mape": float(np.mean(np.abs(told_power / power - 1))),
+        "clock_throughput_mape": float(np.mean(np.abs(told_tokens / tokens - 1))),
+    }

@@ -1,4 +1,4 @@
-"""The sweep behind `pals profile`: visit limit × active sequences under saturating load, keep each row at once.
+"""The sweep behind `pals profile`: visit limit or clock × active sequences under saturating load, keep each row at once.
 
 Rows already in the partial file are not measured again, so Ctrl-C loses at most the point being measured.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -37,16 +37,21 @@ class SweepPlan:
 
     limits_w: tuple[float, ...]
     sequences: tuple[int, ...]
+    clocks_mhz: tuple[int, ...] = ()  # locked in turn, at `found_limit_w`
+    found_limit_w: float | None = None  # None: the highest of `limits_w`
     settle_s: float = 3.0
     window_s: float = 8.0
 
     @property
     def points(self) -> tuple[OperatingPoint, ...]:
-        """All points; few sequences first (an engine fills faster than it drains), high limits first."""
+        """All points; few sequences first (an engine fills faster than it drains), high limits and clocks first."""
+        found_w = self.found_limit_w if self.found_limit_w is not None else max(self.limits_w)
+        levels: list[tuple[float, int | None]] = [(w, None) for w in sorted(self.limits_w, reverse=True)]
+        levels += [(found_w, mhz) for mhz in sorted(self.clocks_mhz, reverse=True)]
         return tuple(
-            OperatingPoint(power_limit_w=w, active_sequences=n)
+            OperatingPoint(power_limit_w=w, sm_clock_mhz=mhz, active_sequences=n)
             for n in sorted(self.sequences)
-            for w in sorted(self.limits_w, reverse=True)
+            for w, mhz in levels
         )
 
     @property
@@ -97,12 +102,13 @@ class PartialRows:
         """Keep one row."""
         self.rows.append(row)
         with self._path.open("a") as f:
-            f.write(json.dumps(asdict(row)) + "\n")
+            f.write(json.dumps(row.to_dict()) + "\n")
 
     def has(self, point: OperatingPoint) -> bool:
         """Whether `point` was measured already."""
         return any(
-            r.active_sequences == point.active_sequences and abs(r.power_limit_w - point.power_limit_w) < 0.5
+            (r.active_sequences, r.requested_clock_mhz) == (point.active_sequences, point.sm_clock_mhz)
+            and abs(r.power_limit_w - point.power_limit_w) < 0.5
             for r in self.rows
         )
 
@@ -145,6 +151,7 @@ def measure_point(
 ) -> ProfileRow:
     """Go to `point`, wait until it has settled, and measure it for the plan's window."""
     sequences = point.active_sequences or rig.guard.launch_sequences
+    rig.locks.prepare(point)
     accepted_w = min(a.apply(point).power_limit_w for a in rig.actuators)
     load.set_concurrency(sequences + max(2, sequences // 8))
     lease_s = 10 * plan.seconds_per_point
@@ -157,7 +164,7 @@ def measure_point(
     first = _read(rig, clock)
     _wait(clock, plan.window_s)
     last = _read(rig, clock)
-    return _row(accepted_w, sequences, first, last)
+    return _row(replace(point, power_limit_w=accepted_w, active_sequences=sequences), first, last)
 
 
 def _wait(clock: GridClock, seconds: float) -> None:
@@ -169,7 +176,8 @@ def _read(rig: Rig, clock: GridClock) -> TelemetrySample:
     return read_sample(rig, None, clock.now_s(), [])
 
 
-def _row(limit_w: float, sequences: int, first: TelemetrySample, last: TelemetrySample) -> ProfileRow:
+def _row(point: OperatingPoint, first: TelemetrySample, last: TelemetrySample) -> ProfileRow:
+    limit_w, sequences = point.power_limit_w, point.active_sequences or 0
     power_w = mean_power_w(first.boards, last.boards)
     window_s = last.time_s - first.time_s
     if power_w is None or first.engine is None or last.engine is None:
@@ -187,4 +195,5 @@ def _row(limit_w: float, sequences: int, first: TelemetrySample, last: Telemetry
         tokens_per_s=round(tokens / window_s, 2),
         sm_clock_mhz=min(b.sm_clock_mhz for b in last.boards),
         window_s=round(window_s, 3),
+        requested_clock_mhz=point.sm_clock_mhz,
     )

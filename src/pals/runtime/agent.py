@@ -91,7 +91,11 @@ def control_engine(setup: AgentSetup, stop: threading.Event) -> int:
     if profile is not None:
         check_profile(profile, setup, str(control.profile))
     settings = (
-        {"power_limit_w": control.power_limit_w, "active_sequences": control.active_sequences}
+        {
+            "power_limit_w": control.power_limit_w,
+            "sm_clock_mhz": control.sm_clock_mhz,
+            "active_sequences": control.active_sequences,
+        }
         if control.policy == "static"
         else asdict(PaperSettings())
     )
@@ -103,6 +107,7 @@ def control_engine(setup: AgentSetup, stop: threading.Event) -> int:
         controller=build_policy(control.policy, settings, profile, guard),
         guard=guard,
         period_s=control.period_s,
+        lowering=control.lowering,
     )
     header = JournalHeader(
         policy=control.policy,
@@ -114,8 +119,19 @@ def control_engine(setup: AgentSetup, stop: threading.Event) -> int:
         emulated=setup.emulated,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         command=" ".join(["pals", *sys.argv[1:]]),
+        lowering=control.lowering,
     )
+    _tell_lowering(setup, control.lowering)
     return _run(setup, rig, header, stop)
+
+
+def _tell_lowering(setup: AgentSetup, lowering: str) -> None:
+    capabilities = setup.channel.info.capabilities
+    if lowering != "drain" and not capabilities.get(lowering, False):
+        setup.say(
+            f"lowering {lowering} is asked for, but this engine's scheduler does not offer what it needs: a lowered "
+            "active-sequence limit drains instead"
+        )
 
 
 def _mode(setup: AgentSetup) -> str:
@@ -139,7 +155,9 @@ def _run(setup: AgentSetup, rig: Rig, header: JournalHeader, stop: threading.Eve
         exits.callback(status.remove)
         if rig.setter is not None:
             exits.callback(rig.setter.release)
-        exits.enter_context(boards_as_found(rig.meters, rig.actuators, setup.folder / FOUND_RECORD))
+        rig.locks.write_ahead = exits.enter_context(
+            boards_as_found(rig.meters, rig.actuators, setup.folder / FOUND_RECORD)
+        )
         setup.say(
             f"policy {header.policy}, mode {rig.mode}, every {rig.period_s:g} s; {len(setup.boards)} boards "
             f"({header.boards[0].name}{', emulated' if setup.emulated else ''}); journal {path}"

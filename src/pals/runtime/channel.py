@@ -17,11 +17,12 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from pals.core.errors import EngineGoneError
-from pals.core.quantities import LATENCY_BOUNDS_S, EngineInfo, EngineSample
+from pals.core.quantities import LATENCY_BOUNDS_S, LOWERINGS, EngineInfo, EngineSample
 
-MAGIC = b"PALSCH01"
+MAGIC = b"PALSCH02"
 SUFFIX = ".channel"
 _BUCKETS = len(LATENCY_BOUNDS_S) + 1
 _GAUGES = (
@@ -43,6 +44,8 @@ _GAUGES = (
     "oldest_waiting_s",
     "active_limit",
     "launch_limit",
+    "scheduled",
+    "lowering",
 )
 _FLOATS = {"time_s", "kv_usage", "busy_s", "last_step_s", "oldest_waiting_s"}
 _INFO_OFFSET, _INFO_SIZE = 16, 4080
@@ -51,7 +54,7 @@ _TELEMETRY = struct.Struct(f"<{len(_GAUGES) + 2 * _BUCKETS}d")
 _GAUGE_PART = struct.Struct(f"<{len(_GAUGES)}d")
 _COUNT_PART = struct.Struct(f"<{_BUCKETS}d")
 _SETPOINT_OFFSET = 8192
-_SETPOINT = struct.Struct("<3d")  # active sequences, expires at, written at
+_SETPOINT = struct.Struct("<4d")  # active sequences, expires at, written at, index in LOWERINGS
 _SEQ = struct.Struct("<Q")
 SIZE = 12288
 
@@ -97,6 +100,13 @@ class _Block:
         return None
 
 
+class Setpoint(NamedTuple):
+    """What the agent wants of the engine."""
+
+    active_sequences: int
+    lowering: str  # one of LOWERINGS
+
+
 class EngineChannel:
     """The engine's end: creates the file, publishes telemetry, reads the setpoint."""
 
@@ -127,12 +137,12 @@ class EngineChannel:
             parts.append((_GAUGE_PART.size + _COUNT_PART.size, _COUNT_PART, tpot_counts))
         self._telemetry.write_parts(parts)
 
-    def setpoint(self, now_s: float) -> int | None:
-        """Return the wanted active-sequence limit, or None when there is none or it has expired."""
+    def setpoint(self, now_s: float) -> Setpoint | None:
+        """Return what the agent wants, or None when that is nothing or has expired."""
         values = self._setpoint.read()
         if values is None or now_s >= values[1]:
             return None
-        return int(values[0])
+        return Setpoint(int(values[0]), LOWERINGS[int(values[3])])
 
     def close(self) -> None:
         """Remove the file; the agent reads that as an orderly end."""
@@ -180,9 +190,10 @@ class AgentChannel:
         values = self._telemetry.read()
         if values is None:
             values = self._before_first_step()
-        gauges = {k: v if k in _FLOATS else int(v) for k, v in zip(_GAUGES, values, strict=False)}
+        gauges: dict[str, Any] = {k: v if k in _FLOATS else int(v) for k, v in zip(_GAUGES, values, strict=False)}
+        gauges["lowering"] = LOWERINGS[gauges["lowering"]]
         counts = tuple(int(v) for v in values[len(_GAUGES) :])
-        return EngineSample(**gauges, ttft_counts=counts[:_BUCKETS], tpot_counts=counts[_BUCKETS:])  # type: ignore[arg-type]
+        return EngineSample(**gauges, ttft_counts=counts[:_BUCKETS], tpot_counts=counts[_BUCKETS:])
 
     def _before_first_step(self) -> tuple[float, ...]:
         values = [0.0] * (len(_GAUGES) + 2 * _BUCKETS)
@@ -190,23 +201,27 @@ class AgentChannel:
             values[_GAUGES.index(name)] = float(self._info.launch_sequences)
         return tuple(values)
 
-    def apply(self, active_sequences: int, *, lease_s: float) -> None:
-        """Ask the engine for a limit that it forgets after `lease_s` seconds.
+    def apply(self, active_sequences: int, *, lease_s: float, lowering: str = "drain") -> None:
+        """Ask the engine for a limit that it forgets after `lease_s` seconds, and how to reach it from above.
 
         Raises:
-            ValueError: the limit is below 1 or above the launch limit; nothing was changed.
+            ValueError: the limit is below 1 or above the launch limit, or `lowering` is unknown; nothing was changed.
         """
+        if lowering not in LOWERINGS:
+            raise ValueError(
+                f"lowering {lowering!r} is none of {', '.join(LOWERINGS)}; the last setpoint stays in force"
+            )
         if not 1 <= active_sequences <= self._info.launch_sequences:
             raise ValueError(
                 f"active-sequence limit {active_sequences} lies outside 1..{self._info.launch_sequences} "
                 "(the engine's launch limit); the last setpoint stays in force"
             )
         now_s = time.monotonic()
-        self._setpoint.write((float(active_sequences), now_s + lease_s, now_s))
+        self._setpoint.write((float(active_sequences), now_s + lease_s, now_s, float(LOWERINGS.index(lowering))))
 
     def release(self) -> None:
         """Let the engine return to its launch limit at its next step."""
-        self._setpoint.write((float(self._info.launch_sequences), 0.0, time.monotonic()))
+        self._setpoint.write((float(self._info.launch_sequences), 0.0, time.monotonic(), 0.0))
 
 
 def process_alive(pid: int) -> bool:

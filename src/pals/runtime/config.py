@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pals.core.errors import ConfigError
-from pals.core.quantities import Slo
+from pals.core.quantities import LOWERINGS, Slo
 from pals.runtime.budgets import BudgetSchedule, parse_budget
 
-POLICIES = ("static", "pals-paper")
+POLICIES = ("static", "pals-paper", "cap-only", "batch-only", "clock-only")
 MODES = ("auto", "advise")
 
 
@@ -28,6 +28,8 @@ class ControlConfig:
     profile: str | None = None
     power_limit_w: float | None = None  # static only; None: the board's default
     active_sequences: int | None = None  # static only; None: the launch limit
+    sm_clock_mhz: int | None = None  # static only; None: no clock lock
+    lowering: str = "drain"  # how the engine gets under a lowered active-sequence limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +114,8 @@ def _validated(config: Config) -> Config:
         check_keys({c.policy: None}, list(POLICIES), "[control] policy")
     if c.mode is not None and c.mode not in MODES:
         check_keys({c.mode: None}, list(MODES), "[control] mode")
+    if c.lowering not in LOWERINGS:
+        check_keys({c.lowering: None}, list(LOWERINGS), "[control] lowering")
     rules = [
         (0.05 <= c.period_s <= 60, f"[control] period_s = {c.period_s} must lie in 0.05..60"),
         (0 <= out.metrics_port <= 65535, f"[output] metrics_port = {out.metrics_port} must lie in 0..65535 (0: off)"),
@@ -125,8 +129,8 @@ def _validated(config: Config) -> Config:
     for holds, message in rules:
         if not holds:
             raise ConfigError(f"{message}. Nothing was started.")
-    if c.policy == "pals-paper" and slo.throughput_tokens_s is None:
+    if c.policy != "static" and slo.throughput_tokens_s is None:
         raise ConfigError(
-            "policy pals-paper steers by a throughput target: give --target-tokens-s (or [slo] throughput_tokens_s)"
+            f"policy {c.policy} steers by a throughput target: give --target-tokens-s (or [slo] throughput_tokens_s)"
         )
     return config

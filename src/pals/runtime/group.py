@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pals.core.quantities import EngineInfo, EngineSample
+from pals.core.quantities import LOWERINGS, EngineInfo, EngineSample
 from pals.runtime.channel import AgentChannel
 
 _ADDED = (
@@ -20,6 +20,7 @@ _ADDED = (
     "finished_requests aborted_requests preemptions active_limit launch_limit"
 )
 _LARGEST = "time_s kv_usage busy_s last_step_s oldest_waiting_s"
+_OPTIONAL = "scheduled"  # summed where every rank tells it
 
 
 class EngineGroup:
@@ -36,6 +37,7 @@ class EngineGroup:
         infos = [r.info for r in self.ranks]
         return replace(
             infos[0],
+            capabilities={k: all(i.capabilities.get(k, False) for i in infos) for k in infos[0].capabilities},
             boards=tuple(sorted({b for i in infos for b in i.boards})),
             launch_sequences=sum(i.launch_sequences for i in infos),
         )
@@ -63,10 +65,16 @@ class EngineGroup:
         merged |= {name: max(getattr(s, name) for s in samples) for name in _LARGEST.split()}
         for name in ("ttft_counts", "tpot_counts"):
             merged[name] = tuple(sum(column) for column in zip(*(getattr(s, name) for s in samples), strict=True))
+        for name in _OPTIONAL.split():
+            told = [getattr(s, name) for s in samples]
+            merged[name] = None if None in told else sum(told)
+        merged["lowering"] = min(
+            (s.lowering for s in samples), key=LOWERINGS.index
+        )  # the group is as slow as its slowest
         return EngineSample(**merged)
 
-    def apply(self, active_sequences: int, *, lease_s: float) -> None:
-        """Ask every rank for its part, at least one.
+    def apply(self, active_sequences: int, *, lease_s: float, lowering: str = "drain") -> None:
+        """Ask every rank for its part, at least one, reached as `lowering` says.
 
         Raises:
             ValueError: above the group's launch limit; nothing was changed.
@@ -78,7 +86,7 @@ class EngineGroup:
             )
         for rank in self.ranks:
             part = max(1, min(rank.info.launch_sequences, active_sequences // len(self.ranks)))
-            rank.apply(part, lease_s=lease_s)
+            rank.apply(part, lease_s=lease_s, lowering=lowering)
 
     def release(self) -> None:
         """Let every rank return to its launch limit."""

@@ -30,6 +30,7 @@ class JournalHeader:
     emulated: bool
     started_at: str  # ISO, wall clock
     command: str
+    lowering: str = "drain"  # asked for; what is in force is in each engine sample
 
 
 class Journal:

@@ -59,14 +59,19 @@ def run(rig: Rig, *, budget: BudgetSchedule, slo: Slo, clock: GridClock, sink: C
 
 
 @contextmanager
-def boards_as_found(meters: Sequence[PowerMeter], actuators: Sequence[PowerActuator], record: Path) -> Iterator[None]:
-    """Write down the limits found, and on the way out put them back, whatever happened inside."""
+def boards_as_found(
+    meters: Sequence[PowerMeter], actuators: Sequence[PowerActuator], record: Path
+) -> Iterator[Callable[[], None]]:
+    """Write down the limits found, and on the way out put them back, whatever happened inside.
+
+    Yields what must be called before the first clock lock is written: it says so in the record.
+    """
     if not actuators:
-        yield
+        yield lambda: None
         return
     write_found(record, meters)
     try:
-        yield
+        yield lambda: write_found(record, meters, clocks_locked=True)
     finally:
         failed = 0
         for actuator in actuators:
@@ -82,12 +87,12 @@ def boards_as_found(meters: Sequence[PowerMeter], actuators: Sequence[PowerActua
             log.info("boards put back as found: %s", ", ".join(f"{m.info.found_limit_w:.0f} W" for m in meters))
 
 
-def write_found(record: Path, meters: Sequence[PowerMeter]) -> None:
-    """Write the limits found to `record`, atomically."""
+def write_found(record: Path, meters: Sequence[PowerMeter], *, clocks_locked: bool = False) -> None:
+    """Write the limits found, and whether clock locks were or may have been written, to `record`, atomically."""
     record.parent.mkdir(parents=True, exist_ok=True)
     fresh = record.with_suffix(".tmp")
     found = {m.info.uuid: m.info.found_limit_w for m in meters}
-    fresh.write_text(json.dumps({"pid": os.getpid(), "limits_w": found}))
+    fresh.write_text(json.dumps({"pid": os.getpid(), "limits_w": found, "clocks_locked": clocks_locked}))
     fresh.replace(record)
 
 
@@ -109,3 +114,11 @@ def left_by_dead_agent(record: Path) -> dict[str, float]:
             f"another PALS agent (process {pid}) steers these boards; two would fight. Nothing was changed: stop it first"
         )
     return {str(k): float(v) for k, v in data["limits_w"].items()}
+
+
+def clocks_left_locked(record: Path) -> bool:
+    """Whether the agent that wrote `record` wrote clock locks; a lock older than that agent cannot be known."""
+    try:
+        return bool(json.loads(record.read_text()).get("clocks_locked", False))
+    except FileNotFoundError:
+        return False

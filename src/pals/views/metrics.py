@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from pals.core.errors import ConfigError
-from pals.core.quantities import EngineSample
+from pals.core.quantities import LOWERINGS, EngineSample
 from pals.runtime.tick import TickRecord
 
 
@@ -28,7 +28,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("pals_energy_joules_total", Counter, "Energy of all boards since the agent started"),
     Metric("pals_power_limit_requested_watts", Gauge, "Power limit per board that PALS asked for"),
     Metric("pals_power_limit_enforced_watts", Gauge, "Power limit the driver reports in force", ("board",)),
-    Metric("pals_sm_clock_hertz", Gauge, "SM clock of one board", ("board",)),
+    Metric("pals_sm_clock_requested_hertz", Gauge, "SM clock ceiling that PALS asked for; absent while there is none"),
+    Metric("pals_sm_clock_accepted_hertz", Gauge, "SM clock lock the driver accepted; absent while none", ("board",)),
+    Metric("pals_sm_clock_hertz", Gauge, "SM clock of one board, as measured: a lock has no getter", ("board",)),
     Metric("pals_budget_watts", Gauge, "Power budget of all boards; absent while there is none"),
     Metric(
         "pals_over_budget_seconds_total",
@@ -36,7 +38,10 @@ METRICS: tuple[Metric, ...] = (
         "Time over budget, judged by the mean power of up to 2 s since the budget last changed",
     ),
     Metric("pals_active_sequence_limit", Gauge, "Active-sequence limit the engine now obeys"),
+    Metric("pals_lowering_info", Gauge, "1 for the way the engine now gets under a lowered limit", ("lowering",)),
     Metric("pals_running_sequences", Gauge, "Running sequences"),
+    Metric("pals_scheduled_sequences", Gauge, "Sequences in the newest step; fewer than run while they take turns"),
+    Metric("pals_preemptions_total", Counter, "Requests sent back to the queue since the agent started"),
     Metric("pals_waiting_requests", Gauge, "Requests waiting for admission"),
     Metric("pals_oldest_waiting_seconds", Gauge, "Age of the oldest waiting request"),
     Metric("pals_kv_cache_usage_ratio", Gauge, "Share of the KV cache in use"),
@@ -69,6 +74,9 @@ class AgentMetrics:
         for i, board in enumerate(sample.boards):
             self._gauge("pals_board_power_watts", board.power_w, str(i))
             self._gauge("pals_sm_clock_hertz", board.sm_clock_mhz * 1e6, str(i))
+        self._gauge("pals_sm_clock_requested_hertz", _hertz(record.guarded.point.sm_clock_mhz))
+        for i, clock_mhz in enumerate(record.accepted_clocks_mhz):
+            self._gauge("pals_sm_clock_accepted_hertz", _hertz(clock_mhz), str(i))
         for i, limit_w in enumerate(record.enforced_limits_w):
             self._gauge("pals_power_limit_enforced_watts", limit_w, str(i))
         for mode in ("auto", "advise"):
@@ -91,7 +99,11 @@ class AgentMetrics:
 
     def _engine(self, record: TickRecord, engine: EngineSample) -> None:
         self._gauge("pals_active_sequence_limit", engine.active_limit)
+        for lowering in LOWERINGS:
+            self._gauge("pals_lowering_info", float(engine.lowering == lowering), lowering)
         self._gauge("pals_running_sequences", engine.running)
+        if engine.scheduled is not None:
+            self._gauge("pals_scheduled_sequences", engine.scheduled)
         self._gauge("pals_waiting_requests", engine.waiting)
         self._gauge("pals_oldest_waiting_seconds", engine.oldest_waiting_s)
         self._gauge("pals_kv_cache_usage_ratio", engine.kv_usage)
@@ -99,6 +111,7 @@ class AgentMetrics:
         window_s, power_w = record.sample.window_s, record.sample.power_w
         if before is None or window_s <= 0:
             return
+        self._count("pals_preemptions_total", max(0, engine.preemptions - before.preemptions))
         tokens = max(0, engine.output_tokens - before.output_tokens)
         self._count("pals_output_tokens_total", tokens)
         self._gauge("pals_tokens_per_second", tokens / window_s)
@@ -110,6 +123,10 @@ class AgentMetrics:
 
     def _count(self, name: str, amount: float, *labels: str) -> None:
         (self._counters[name].labels(*labels) if labels else self._counters[name]).inc(amount)
+
+
+def _hertz(clock_mhz: int | None) -> float:
+    return float("nan") if clock_mhz is None else clock_mhz * 1e6
 
 
 def serve_metrics(metrics: AgentMetrics, port: int) -> Callable[[], None]:

@@ -37,21 +37,41 @@ def print_status(
     power_w = record["sample"]["power_w"]
     console.print(
         f"agent: policy {header['policy']}, mode {record['mode']}, tick {record['index']}\n"
-        f"  asked: {point['power_limit_w']:.0f} W per board, {point['active_sequences'] or 'launch'} active sequences\n"
+        f"  asked: {point['power_limit_w']:.0f} W per board, {clock_text(record)}, "
+        f"{point['active_sequences'] or 'launch'} active sequences, reached by {header.get('lowering', 'drain')}\n"
         f"  why: {record['guarded']['reason']} ({record['guarded']['detail']})\n"
         f"  power: {'unknown' if power_w is None else f'{power_w:.0f} W'}"
         f"{'' if budget_w is None else f' of a budget of {budget_w:.0f} W'}"
     )
 
 
+def clock_text(record: dict[str, Any]) -> str:
+    """The SM clock as requested, accepted by the driver and measured, in a few words."""
+    asked = record["guarded"]["point"]["sm_clock_mhz"]
+    if asked is None:
+        return "no clock lock"
+    accepted = [str(mhz or "none") for mhz in record.get("accepted_clocks_mhz", ())]
+    measured = [str(b["sm_clock_mhz"]) for b in record["sample"]["boards"]]
+    return f"SM clock ≤ {asked} MHz (accepted {'/'.join(accepted)}, measured {'/'.join(measured)})"
+
+
 def _engines(engines: Sequence[tuple[EngineInfo, EngineSample]]) -> Table:
     table = Table(title="Engines", title_justify="left")
-    for column in ("process", "model", "engine", "parallelism", "running", "waiting", "active limit", "KV cache"):
+    for column in (
+        "process",
+        "model",
+        "engine",
+        "parallelism",
+        "running",
+        "waiting",
+        "active limit (lowering)",
+        "KV cache",
+    ):
         table.add_column(column)
     for info, now in engines:
         table.add_row(
             str(info.pid), info.model, f"{info.engine} {info.version}", info.parallelism, str(now.running),
-            str(now.waiting), f"{now.active_limit} of {now.launch_limit}", f"{now.kv_usage:.0%}",
+            str(now.waiting), f"{now.active_limit} of {now.launch_limit} ({now.lowering})", f"{now.kv_usage:.0%}",
         )  # fmt: skip
     return table
 
