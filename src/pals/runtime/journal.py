@@ -28,8 +28,9 @@ class JournalHeader:
     engine: EngineInfo
     period_s: float
     emulated: bool
-    started_at: str  # ISO, wall clock
+    started_at: str  # ISO; in virtual time the epoch, and the engine's process id is 0
     command: str
+    clock: str = "wall"  # or "virtual": times are of a virtual clock that began at 0
 
 
 class Journal:
