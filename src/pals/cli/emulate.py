@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import shutil
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         for name, config in runs:
             result = run_policy(
-                node, specs, config, name=name, seed=args.seed, command=reproducing(sys.argv[1:], name), stop=stop,
+                node, specs, config, name=name, seed=args.seed, command=reproducing(args.given, name), stop=stop,
                 say=say,
             )  # fmt: skip
             if result is None:
@@ -187,16 +186,18 @@ def node_of(args: argparse.Namespace, rest: list[str]) -> Iterator[VirtualNode]:
         from pals.experiments.virtual_run import BANK_FILE, VirtualNode
 
         folder = Path(scratch)
-        os.environ |= environ_of(name, folder, folder / BANK_FILE)
         say(f"EMULATED, virtual clock: {count} × {spec.nvml_name}; no GPU is used, every watt and second is simulated")
-        yield VirtualNode(
-            model=model, options=options, spec=spec, count=count, board_seed=args.seed_boards, folder=folder
-        )
+        with emulating(name, folder, folder / BANK_FILE):
+            yield VirtualNode(
+                model=model, options=options, spec=spec, count=count, board_seed=args.seed_boards, folder=folder
+            )
 
 
-def environ_of(name: str, folder: Path, bank: Path) -> dict[str, str]:
-    """What vLLM and the plugin read from the environment when they are loaded into this process."""
-    return {
+@contextmanager
+def emulating(name: str, folder: Path, bank: Path) -> Iterator[None]:
+    """The environment that vLLM and the plugin read in this process; as it was afterwards."""
+    before = dict(os.environ)
+    os.environ |= {
         "PALS_EMU": "1",
         "PALS_EMU_BOARDS": str(bank),
         "PALS_RUN_DIR": str(folder),
@@ -204,10 +205,14 @@ def environ_of(name: str, folder: Path, bank: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1",  # ids draw the texts
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
     }
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
 
 
 def reproducing(argv: Sequence[str], policy: str) -> str:

@@ -127,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("pals").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # every way of stopping runs the same orderly end
     args, rest = parser().parse_known_args(argv)
+    args.given = sys.argv[1:] if argv is None else list(argv)
     if rest and args.command != "serve" and not getattr(args, "takes_engine_options", False):
         parser().error(f"unknown arguments for `pals {args.command}`: {' '.join(rest)}")
     try:

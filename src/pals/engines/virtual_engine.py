@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -35,9 +35,17 @@ class VirtualEngine:
             ConfigError: an option vLLM refuses, or one that cannot work in one process.
         """
         from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm.v1.executor.abstract import Executor
 
         self.clock = clock
-        self._llm = LLMEngine.from_engine_args(engine_args(model, options, EmulatedWorld(clock=clock, bank=bank)))
+        args = engine_args(model, options, EmulatedWorld(clock=clock, bank=bank))
+        try:
+            config = args.create_engine_config()
+            self._llm = LLMEngine(
+                config, executor_class=Executor.get_class(config), log_stats=False, multiprocess_mode=False
+            )
+        except ValueError as e:
+            raise ConfigError(f"vLLM does not start: {e}. Nothing was run") from e
         self._core = self._llm.engine_core.engine_core
         self._arrived: list[tuple[RequestResult, list[int], Finished]] = []
         self._open: dict[str, tuple[RequestResult, Finished]] = {}
@@ -105,6 +113,7 @@ class VirtualEngine:
     def _accept(self) -> None:
         """Hand vLLM what arrived since the last step; what it refuses is a result too."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMError
         from vllm.sampling_params import RequestOutputKind
 
         arrived, self._arrived = self._arrived, []
@@ -117,7 +126,7 @@ class VirtualEngine:
             )  # fmt: skip
             try:
                 self._llm.add_request(rid, {"prompt_token_ids": ids}, params)
-            except ValueError as e:
+            except (ValueError, VLLMError) as e:
                 finished(_with(result, error=f"{type(e).__name__}: {e}"))
                 continue
             self._open[rid] = (result, finished)
@@ -154,12 +163,17 @@ def engine_args(model: Path, options: Sequence[str], world: EmulatedWorld) -> An
     """vLLM's own engine arguments, parsed by its own parser, with the world in them.
 
     Raises:
-        ConfigError: data-parallel ranks, which need a process each, or another `additional_config`.
+        ConfigError: an option vLLM does not know or take; data-parallel ranks, which need a process each; another
+            `additional_config`.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vLLM's engine options"))
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"neither PALS nor vLLM's engine takes this: {message}. Nothing was started")
+
+    parser = EngineArgs.add_cli_args(Parser())
     args = EngineArgs.from_cli_args(parser.parse_args(["--model", str(model), *options]))
     if args.data_parallel_size > 1:
         raise ConfigError(

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pals.core.errors import ConfigError
 from pals.core.quantities import Slo
 from pals.engines.openai_client import RequestSpec
 from pals.engines.virtual_engine import VirtualEngine, VirtualTrace
@@ -54,6 +55,7 @@ class LiveNode:
     nvml: Nvml
     bank: BoardBank
     clock: VirtualClock
+    folder: Path
 
     def grid_clock(self, stop: threading.Event) -> GridClock:
         """A clock whose waits let the engine work; a wait ends with the step it falls into."""
@@ -67,12 +69,11 @@ class LiveNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VirtualResult:
-    """What a run came to; `energy_j` is the plant's own integral over all boards, from the run's start."""
+    """What a run came to, and how long it took in either time."""
 
     outcome: Outcome
     virtual_s: float
     wall_s: float
-    energy_j: float
 
     @property
     def speed(self) -> float:
@@ -93,7 +94,7 @@ def running(node: VirtualNode) -> Iterator[LiveNode]:
         with VirtualEngine(node.model, node.options, clock=clock, bank=bank) as engine:
             channel = engine.channel(node.folder)
             with open_boards(emulated=path, indices=channel.info.boards, clock=clock.now_s) as nvml:
-                yield LiveNode(engine=engine, channel=channel, nvml=nvml, bank=bank, clock=clock)
+                yield LiveNode(engine=engine, channel=channel, nvml=nvml, bank=bank, clock=clock, folder=node.folder)
     finally:
         bank.close()
         path.unlink(missing_ok=True)
@@ -110,29 +111,48 @@ def run_policy(
     stop: threading.Event,
     say: Callable[[str], None],
 ) -> VirtualResult | None:
-    """Serve `specs` under one policy; None where `stop` was set before the end. The journal is where `config` says.
+    """Serve `specs` under one policy on a node of its own; None where `stop` was set before the end.
 
     Raises:
-        ConfigError: settings or profile that do not fit this engine.
-        ValueError: no request was answered.
+        ConfigError: as `serve_trace`.
     """
     with running(node) as live:
-        began_s = time.perf_counter()
-        trace = VirtualTrace(live.engine, specs, seed=seed, start_s=live.clock.now_s() + LEAD_S)
-        setup = AgentSetup(
-            boards=live.nvml.boards, channel=live.channel, config=config, emulated=True,
-            may_write=all(b.can_write() for b in live.nvml.boards), folder=node.folder, sinks=(), say=say,
-        )  # fmt: skip
-        control_engine(setup, stop, VirtualTime(drive=_Drive(live, trace, stop), command=command))
-        if stop.is_set():
-            return None
-        wall_s = time.perf_counter() - began_s
-        now_s = live.clock.now_s()
-        energy_j = sum(live.bank.energy_integral_j(i, now_s) for i in live.channel.info.boards)
-    records = list(read_journal(Path(str(config.output.journal)))[1])
-    return VirtualResult(
-        outcome=outcome(name, trace.results, records, config.slo), virtual_s=now_s, wall_s=wall_s, energy_j=energy_j
-    )
+        return serve_trace(live, specs, config, name=name, seed=seed, command=command, stop=stop, say=say)
+
+
+def serve_trace(
+    live: LiveNode,
+    specs: Sequence[RequestSpec],
+    config: Config,
+    *,
+    name: str,
+    seed: int,
+    command: str,
+    stop: threading.Event,
+    say: Callable[[str], None],
+) -> VirtualResult | None:
+    """Serve `specs` under the policy of `config`, which names the journal; None where `stop` was set before the end.
+
+    Raises:
+        ConfigError: settings or profile that do not fit this engine, or no request was answered.
+    """
+    began_s = time.perf_counter()
+    trace = VirtualTrace(live.engine, specs, seed=seed, start_s=live.clock.now_s() + LEAD_S)
+    setup = AgentSetup(
+        boards=live.nvml.boards, channel=live.channel, config=config, emulated=True,
+        may_write=all(b.can_write() for b in live.nvml.boards), folder=live.folder, sinks=(), say=say,
+    )  # fmt: skip
+    control_engine(setup, stop, VirtualTime(drive=_Drive(live, trace, stop), command=command))
+    if stop.is_set():
+        return None
+    wall_s = time.perf_counter() - began_s
+    now_s = live.clock.now_s()
+    journal = Path(str(config.output.journal))
+    try:
+        achieved = outcome(name, trace.results, list(read_journal(journal)[1]), config.slo)
+    except ValueError as e:
+        raise ConfigError(f"{e}; the journal {journal} holds what the agent saw") from e
+    return VirtualResult(outcome=achieved, virtual_s=now_s, wall_s=wall_s)
 
 
 class _Drive:

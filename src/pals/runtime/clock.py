@@ -70,7 +70,7 @@ class VirtualClock:
         """
         if not time_s < float("inf"):
             raise ValueError(f"cannot wait until {time_s} s: nothing is due, and virtual time would never get there")
-        while self._due and self._due[0][0] <= time_s:
+        while self._due and self._due[0][0] <= max(time_s, self._now_s):
             due_s, _, action = heapq.heappop(self._due)
             self._now_s = max(self._now_s, due_s)
             action()
