@@ -42,7 +42,8 @@ def add_run(kinds: Any) -> None:
         "run",
         help="serve a slice of the trace under one or more policies, deterministic and faster than real time",
         description="Serve a slice of the Azure 2023 trace in virtual time: real vLLM, its scheduler and the PALS plugin in "
-        "one process. A seed gives the same journal, byte for byte. Options not listed here go to vLLM's engine.",
+        "one process. A seed gives the same journal, byte for byte; several policies (--policy static,pals-paper) meet "
+        "identical arrivals. Options not listed here go to vLLM's engine.",
         allow_abbrev=False,
     )
     add_node_options(p)
@@ -52,9 +53,6 @@ def add_run(kinds: Any) -> None:
     p.add_argument("--seed", type=int, default=7, help="seed of the prompts (default 7)")
     p.add_argument("--out", default="out/emulate", metavar="FOLDER", help="journals, outcomes (default out/emulate)")
     add_agent_options(p)
-    for action in p._actions:
-        if action.dest == "policy":
-            action.help = f"{action.help}; several, separated by commas, meet identical arrivals"
     p.set_defaults(function=run, takes_engine_options=True)
 
 

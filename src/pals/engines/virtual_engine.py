@@ -34,13 +34,14 @@ class VirtualEngine:
         Raises:
             ConfigError: an option vLLM refuses, or one that cannot work in one process.
         """
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.executor.abstract import Executor
 
         self.clock = clock
         args = engine_args(model, options, EmulatedWorld(clock=clock, bank=bank))
         try:
-            config = args.create_engine_config()
+            config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)  # the server's defaults
             self._llm = LLMEngine(
                 config, executor_class=Executor.get_class(config), log_stats=False, multiprocess_mode=False
             )
