@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from benchmarks.release_features import FeatureError, cause, exact
 from benchmarks.release_matrix import page_of
+
 from pals.engines.openai_client import RequestResult, RequestSpec
 
 
