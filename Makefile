@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench clean
+.PHONY: help install demo test test-slow check bench matrix clean
 BIN := .venv/bin
 
 help: ## this list
@@ -29,6 +29,9 @@ bench: install ## overhead of the plugin and the controller, pacing of the emula
 	$(BIN)/python -m benchmarks.throughput_ratio
 	$(BIN)/python -m benchmarks.pacing
 	$(BIN)/python -m benchmarks.lowering
+
+matrix: install ## every feature on vLLM 0.28 to 0.33, writes docs/releases.md; a quarter of an hour, not part of CI
+	$(BIN)/python -m benchmarks.release_matrix
 
 clean: ## remove .venv and caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache out build

@@ -37,6 +37,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    from pals.cli.emulate import add_emulate  # it uses this module's parts
+
     p = Parser(prog="pals", description="Power-aware runtime for LLM serving.")
     p.add_argument("--version", action="version", version=f"pals {__version__}")
     commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -64,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("status", help="what runs here, and what is in force")
     commands.add_parser("restore", help="put boards back that a killed agent left limited")
     commands.add_parser("models", help="models that can be served emulated")
+    add_emulate(commands)
     demo = commands.add_parser(
         "demo", help="one trace slice on emulated boards under three policies, in about five minutes"
     )
@@ -101,11 +104,17 @@ def add_profile(commands: argparse._SubParsersAction[Parser]) -> None:
     p = commands.add_parser(
         "profile", help="sweep limits and clocks × active sequences on a running engine, write a profile"
     )
-    p.add_argument("--out", default="profile.json", metavar="FILE", help="the profile (default profile.json)")
     p.add_argument(
         "--base-url", default="http://127.0.0.1:8000", help="the engine's API (default http://127.0.0.1:8000)"
     )
     p.add_argument("--engine", type=int, metavar="PID", help="which engine, where several run")
+    add_sweep_options(p)
+    p.add_argument("--mode", choices=MODES, help="auto is needed on real boards: the sweep writes power limits")
+
+
+def add_sweep_options(p: argparse.ArgumentParser) -> None:
+    """Options of whatever runs a sweep."""
+    p.add_argument("--out", default="profile.json", metavar="FILE", help="the profile (default profile.json)")
     p.add_argument(
         "--limits-w", metavar="W,W,…", help="power limits per board (default: six, 37.5..100 %% of the limit)"
     )
@@ -119,7 +128,6 @@ def add_profile(commands: argparse._SubParsersAction[Parser]) -> None:
     p.add_argument("--output-tokens", type=int, default=225, metavar="N", help="mean output of the load (default 225)")
     p.add_argument("--settle-s", type=float, default=3.0, metavar="S", help="wait before each window (default 3)")
     p.add_argument("--window-s", type=float, default=8.0, metavar="S", help="measuring window of a point (default 8)")
-    p.add_argument("--mode", choices=MODES, help="auto is needed on real boards: the sweep writes power limits")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("pals").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # every way of stopping runs the same orderly end
     args, rest = parser().parse_known_args(argv)
-    if rest and args.command != "serve":
+    args.given = sys.argv[1:] if argv is None else list(argv)
+    if rest and args.command != "serve" and not getattr(args, "takes_engine_options", False):
         parser().error(f"unknown arguments for `pals {args.command}`: {' '.join(rest)}")
     try:
         return dispatch(args, rest)
@@ -160,6 +169,10 @@ def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
         from pals.cli.profile import profile
 
         return profile(args)
+    if args.command == "emulate":
+        from pals.cli.emulate import emulate
+
+        return emulate(args, rest)
     if args.command == "demo":
         from pals.experiments.demo import demo
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
@@ -25,15 +26,17 @@ from pals.engines.openai_client import ClosedLoop, RequestSpec
 from pals.models.profile import Profile, ProfileRow, Residuals
 from pals.profiler.sweep import (
     Interrupted,
+    LoadDriver,
     PartialRows,
     SweepPlan,
     default_limits_w,
     default_sequences,
     sweep,
 )
-from pals.runtime.agent import FOUND_RECORD
+from pals.runtime.agent import FOUND_RECORD, Board
 from pals.runtime.channel import run_dir
-from pals.runtime.loop import boards_as_found, wall_clock
+from pals.runtime.group import EngineGroup
+from pals.runtime.loop import GridClock, boards_as_found, wall_clock
 from pals.runtime.tick import Rig
 
 
@@ -51,32 +54,50 @@ def profile(args: argparse.Namespace) -> int:
     with stopping(stop), boards_of(folder, channel, write=True) as nvml:
         if not all(b.can_write() for b in nvml.boards):
             raise ConfigError("this process may not write power limits (needs root); nothing was changed")
-        infos = [b.info for b in nvml.boards]
-        guard = Guard.of(infos, channel.info.launch_sequences)
-        plan = plan_of(args, guard)
         specs, load = load_of(args.prompt_tokens, args.output_tokens)
-        out = Path(args.out)
-        partial = PartialRows(out.with_suffix(".partial.jsonl"), fingerprint_of(channel.info, infos), load)
-        rig = Rig(
-            meters=nvml.boards, actuators=nvml.boards, engine=channel, setter=channel,
-            controller=StaticPolicy(OperatingPoint(power_limit_w=guard.max_limit_w)), guard=guard, period_s=0.5,
-        )  # fmt: skip
         driver = ClosedLoop(specs, base_url=args.base_url, model=served, seed=1)
         driver.start_in_thread()
         try:
-            with boards_as_found(nvml.boards, nvml.boards, folder / FOUND_RECORD) as write_ahead:
-                rig.locks.write_ahead = write_ahead
-                rows = run_sweep(rig, plan, driver, partial, stop)
-        except Interrupted:
-            say(
-                f"interrupted: {len(partial.rows)} of {len(plan.points)} points are kept; run the same command to go on"
-            )
-            return 130
+            return sweep_engine(
+                args, nvml.boards, channel, driver=driver, load=load, clock=wall_clock(stop), folder=folder,
+                emulated=emulated,
+            )  # fmt: skip
         finally:
             driver.stop()
-            channel.release()
-        write_profile(out, rows, fingerprint_of(channel.info, infos), load, emulated=emulated)
-        partial.discard()
+
+
+def sweep_engine(
+    args: argparse.Namespace,
+    boards: Sequence[Board],
+    channel: EngineGroup,
+    *,
+    driver: LoadDriver,
+    load: str,
+    clock: GridClock,
+    folder: Path,
+    emulated: bool,
+) -> int:
+    """Sweep one engine under `driver`'s load and write the profile; 130 where the clock says stop."""
+    infos = [b.info for b in boards]
+    guard = Guard.of(infos, channel.info.launch_sequences)
+    plan = plan_of(args, guard)
+    out, fingerprint = Path(args.out), fingerprint_of(channel.info, infos)
+    partial = PartialRows(out.with_suffix(".partial.jsonl"), fingerprint, load)
+    rig = Rig(
+        meters=boards, actuators=boards, engine=channel, setter=channel,
+        controller=StaticPolicy(OperatingPoint(power_limit_w=guard.max_limit_w)), guard=guard, period_s=0.5,
+    )  # fmt: skip
+    try:
+        with boards_as_found(boards, boards, folder / FOUND_RECORD) as write_ahead:
+            rig.locks.write_ahead = write_ahead
+            rows = run_sweep(rig, plan, driver, partial, clock)
+    except Interrupted:
+        say(f"interrupted: {len(partial.rows)} of {len(plan.points)} points are kept; run the same command to go on")
+        return 130
+    finally:
+        channel.release()
+    write_profile(out, rows, fingerprint, load, emulated=emulated)
+    partial.discard()
     return 0
 
 
@@ -102,7 +123,7 @@ def load_of(prompt_tokens: int, output_tokens: int) -> tuple[list[RequestSpec], 
 
 
 def run_sweep(
-    rig: Rig, plan: SweepPlan, driver: ClosedLoop, partial: PartialRows, stop: threading.Event
+    rig: Rig, plan: SweepPlan, driver: LoadDriver, partial: PartialRows, clock: GridClock
 ) -> list[ProfileRow]:
     """The sweep with a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -118,7 +139,7 @@ def run_sweep(
                     f"{row.power_w:6.0f} W, {row.tokens_per_s / row.power_w:.3f} tokens/J, {row.sm_clock_mhz} MHz"
                 )
 
-        return sweep(rig, plan, load=driver, partial=partial, clock=wall_clock(stop), progress=progress)
+        return sweep(rig, plan, load=driver, partial=partial, clock=clock, progress=progress)
 
 
 def write_profile(out: Path, rows: list[ProfileRow], fingerprint: Fingerprint, load: str, *, emulated: bool) -> None:

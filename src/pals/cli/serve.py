@@ -27,7 +27,7 @@ from pals.runtime.channel import find_engines, process_alive, run_dir
 READY_TIMEOUT_S = 900.0
 DRAIN_TIMEOUT_S = 60.0
 OWNER_FILE = "emulated-boards.owner"
-_PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp")
+PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ def target_of(args: argparse.Namespace, rest: list[str], folder: Path) -> Iterat
         names = tuple(dict.fromkeys((full_name(args.model), args.model)))
         environ["PALS_MODEL_NAME"] = names[0]
         model = str(local_folder(args.model, cache_folder()))
-    extra = rest if any(a.split("=")[0] in _PARALLEL for a in rest) else [*rest, "--tensor-parallel-size", str(count)]
+    extra = rest if any(a.split("=")[0] in PARALLEL for a in rest) else [*rest, "--tensor-parallel-size", str(count)]
     bank = folder / BANK_FILE
     (folder / OWNER_FILE).write_text(str(os.getpid()))
     BoardBank.create(bank, spec, count, seed=args.seed_boards, writable=not args.unprivileged).close()

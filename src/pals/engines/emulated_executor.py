@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 
 from pals.engines.emulated_device import BookedStep, EmulatedDevice, open_bank
+from pals.engines.emulated_world import clock_of, world_of
 from pals.engines.vllm_plugin import boards_of
 from pals.plant.llm_step import ModelShape, StepModel
+from pals.runtime.clock import Clock
 
 CANNED_FILE = "canned_ids.json"
 FALLBACK_IDS = list(range(100, 1100))
@@ -26,16 +27,14 @@ FALLBACK_IDS = list(range(100, 1100))
 class StepFuture(Future):
     """Result of a booked step; `result` waits until the device is done with it."""
 
-    def __init__(self, output: Any, end_s: float) -> None:
+    def __init__(self, output: Any, end_s: float, clock: Clock) -> None:
         super().__init__()
-        self._end_s = end_s
+        self._end_s, self._clock = end_s, clock
         self.set_result(output)
 
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the step's end, then return its output."""
-        remaining_s = self._end_s - time.monotonic()
-        if remaining_s > 0:
-            time.sleep(remaining_s)
+        self._clock.wait_until(self._end_s)
         return super().result(timeout)
 
 
@@ -49,8 +48,8 @@ def ready(value: Any) -> Future:
 class RankStub:
     """Answers the worker calls that matter; unknown ones are answered with None."""
 
-    def __init__(self, config: Any, device: EmulatedDevice, model: StepModel) -> None:
-        self._config, self._device, self._model = config, device, model
+    def __init__(self, config: Any, device: EmulatedDevice, model: StepModel, clock: Clock) -> None:
+        self._config, self._device, self._model, self._clock = config, device, model, clock
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
         """One full-attention layer of KV cache per model layer, of the model's own size."""
@@ -84,8 +83,7 @@ class RankStub:
 
     def execute_dummy_batch(self) -> None:
         """An idle rank runs along, and takes the time."""
-        end_s = self._device.dummy_step()
-        time.sleep(max(0.0, end_s - time.monotonic()))
+        self._clock.wait_until(self._device.dummy_step())
 
 
 def kv_heads(config: Any) -> tuple[int, int]:
@@ -105,7 +103,9 @@ class EmulatedExecutor(Executor):
     def _init_executor(self) -> None:
         config = self.vllm_config
         parallel, folder = config.parallel_config, Path(config.model_config.model)
-        bank = open_bank()
+        world = world_of(config)
+        bank = world.bank if world is not None else open_bank()
+        self._clock = clock_of(config)
         boards = boards_of(parallel, "")
         if max(boards) >= bank.count:
             raise ValueError(
@@ -127,8 +127,9 @@ class EmulatedExecutor(Executor):
             canned=json.loads(canned.read_text()) if canned.exists() else FALLBACK_IDS,
             eos=eos[0] if isinstance(eos, list) else eos,
             environ=os.environ,
+            clock=self._clock.now_s,
         )  # fmt: skip
-        self._rank = RankStub(config, self._device, self._model)
+        self._rank = RankStub(config, self._device, self._model, self._clock)
         self._pending: BookedStep | None = None
 
     def collective_rpc(
@@ -158,7 +159,7 @@ class EmulatedExecutor(Executor):
             return ready(None) if non_block else None
         if grammar_output is not None:
             obey_grammar(step, grammar_output)
-        future = StepFuture(_output(step), step.end_s)
+        future = StepFuture(_output(step), step.end_s, self._clock)
         return future if non_block else future.result()
 
     def check_health(self) -> None:

@@ -34,7 +34,7 @@ class _Request:
 
 
 class StepTelemetry:
-    """Counters of one engine; all times CLOCK_MONOTONIC seconds."""
+    """Counters of one engine; all times are seconds of the engine's clock."""
 
     def __init__(self, launch_limit: int) -> None:
         self._requests: dict[str, _Request] = {}

@@ -10,10 +10,10 @@ import contextlib
 import inspect
 import logging
 import os
-import time
 from typing import Any
 
 from pals.core.quantities import EngineInfo
+from pals.engines.emulated_world import clock_of
 from pals.engines.lowering import TimeSlice, possible, preempt_down
 from pals.engines.step_telemetry import StepTelemetry
 from pals.runtime.channel import EngineChannel, run_dir
@@ -57,6 +57,7 @@ class EngineLink:
         self.launch_limit = int(
             scheduler.max_num_active_reqs if self.capabilities["active_limit"] else scheduler.max_num_running_reqs
         )
+        self._now_s = clock_of(getattr(scheduler, "vllm_config", None)).now_s
         self.telemetry = StepTelemetry(self.launch_limit)
         self.limit, self.lowering = self.launch_limit, "drain"
         self._slice = TimeSlice()
@@ -70,7 +71,7 @@ class EngineLink:
 
     def obey(self, scheduler: Any) -> None:
         """Apply the setpoint while it is fresh; the launch limit, and draining, otherwise."""
-        now_s = time.monotonic()
+        now_s = self._now_s()
         wanted = self.channel.setpoint(now_s)
         if wanted is None:
             self.limit, self.lowering = self.launch_limit, "drain"
@@ -93,9 +94,13 @@ class EngineLink:
         self._set(scheduler, self.launch_limit)
         self.channel.close()
 
+    def arrived(self, request: Any) -> None:
+        """Count a request that the engine accepted."""
+        self.telemetry.arrived(request, self._now_s())
+
     def publish(self, scheduler: Any, sampled_token_ids: Any) -> None:
         """Count a step's tokens and write the counters."""
-        now_s = time.monotonic()
+        now_s = self._now_s()
         self.telemetry.updated(sampled_token_ids, now_s)
         running, waiting = scheduler.get_request_counts()
         self.telemetry.publish(
@@ -204,7 +209,7 @@ class PalsMixin:
         result = super().add_request(request, *args, **kwargs)  # type: ignore[misc]
         if self._pals is not None:
             try:
-                self._pals.telemetry.arrived(request, time.monotonic())
+                self._pals.arrived(request)
             except Exception as e:  # noqa: BLE001 - see the class
                 self._pals_failed(e)
         return result

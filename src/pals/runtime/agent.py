@@ -8,8 +8,9 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,8 +19,9 @@ from pals.control.pals_paper import PaperSettings
 from pals.control.policies import build_policy
 from pals.core.errors import ConfigError, EngineGoneError, ProfileMismatchError
 from pals.core.protocols import PowerActuator, PowerMeter
-from pals.core.quantities import fingerprint_of
+from pals.core.quantities import Slo, fingerprint_of
 from pals.models.profile import Profile
+from pals.runtime.budgets import BudgetSchedule
 from pals.runtime.config import Config
 from pals.runtime.group import EngineGroup
 from pals.runtime.journal import Journal, JournalHeader, encode
@@ -50,6 +52,22 @@ class AgentSetup:
     say: Callable[[str], None]
 
 
+class Drive(Protocol):
+    """Lets time pass and ticks happen until the end; `pals.runtime.loop.run` with its clock given."""
+
+    def __call__(self, rig: Rig, *, budget: BudgetSchedule, slo: Slo, sink: Callable[[TickRecord], None]) -> int:
+        """Return the number of ticks."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VirtualTime:
+    """A run in virtual time: how it is driven, and the command without what differs between equal runs."""
+
+    drive: Drive
+    command: str
+
+
 def load_profile(path: Path) -> Profile:
     """Read a profile file.
 
@@ -77,8 +95,8 @@ def check_profile(profile: Profile, setup: AgentSetup, name: str) -> None:
         )
 
 
-def control_engine(setup: AgentSetup, stop: threading.Event) -> int:
-    """Steer the engine until `stop` is set; return the exit code (0, or 3 when the engine ended by itself).
+def control_engine(setup: AgentSetup, stop: threading.Event, virtual: VirtualTime | None = None) -> int:
+    """Steer the engine until `stop` is set or the `virtual` run is over; return 0, or 3 when the engine ended by itself.
 
     Raises:
         ConfigError: bad settings or profile; nothing was written.
@@ -122,7 +140,21 @@ def control_engine(setup: AgentSetup, stop: threading.Event) -> int:
         lowering=control.lowering,
     )
     _tell_lowering(setup, control.lowering)
-    return _run(setup, rig, header, stop)
+    if virtual is not None:
+        header = reproducible(header, virtual.command)
+    drive = virtual.drive if virtual is not None else partial(run, clock=wall_clock(stop))
+    return _run(setup, rig, header, stop, drive)
+
+
+def reproducible(header: JournalHeader, command: str) -> JournalHeader:
+    """`header` without what differs between two runs of one seed: no process id, the date of virtual time's zero."""
+    return replace(
+        header,
+        clock="virtual",
+        started_at=datetime.fromtimestamp(0, UTC).isoformat(timespec="seconds"),
+        command=command,
+        engine=replace(header.engine, pid=0),
+    )
 
 
 def _tell_lowering(setup: AgentSetup, lowering: str) -> None:
@@ -145,7 +177,7 @@ def _mode(setup: AgentSetup) -> str:
     return mode
 
 
-def _run(setup: AgentSetup, rig: Rig, header: JournalHeader, stop: threading.Event) -> int:
+def _run(setup: AgentSetup, rig: Rig, header: JournalHeader, stop: threading.Event, drive: Drive) -> int:
     given = setup.config.output.journal
     path = Path(given) if given else setup.folder / f"journal-{datetime.now(UTC):%Y%m%d-%H%M%S}.jsonl"
     with ExitStack() as exits:
@@ -170,7 +202,7 @@ def _run(setup: AgentSetup, rig: Rig, header: JournalHeader, stop: threading.Eve
                 each(record)
 
         try:
-            run(rig, budget=setup.config.budget, slo=setup.config.slo, clock=wall_clock(stop), sink=sink)
+            drive(rig, budget=setup.config.budget, slo=setup.config.slo, sink=sink)
         except EngineGoneError as e:
             if stop.is_set():
                 return 0

@@ -3,7 +3,7 @@
 Block 1 (engine writes once): JSON of `EngineInfo`. Block 2 (engine writes each step): telemetry.
 Block 3 (agent writes): the setpoint with its expiry. Each changing block carries a sequence number that is odd
 while it is being written; a reader that sees it odd or changed reads again. Times are CLOCK_MONOTONIC seconds,
-which all processes of one machine share.
+which all processes of one machine share, or those of a virtual clock that both ends were given.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,8 +158,8 @@ GAUGES: tuple[str, ...] = _GAUGES
 class AgentChannel:
     """The agent's end of one engine's channel: an `EngineMeter` and an `EngineActuator`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.path, self._clock = path, clock
         with path.open("r+b") as f:
             self._mapped = mmap.mmap(f.fileno(), SIZE)
         if self._mapped[: len(MAGIC)] != MAGIC:
@@ -216,12 +216,12 @@ class AgentChannel:
                 f"active-sequence limit {active_sequences} lies outside 1..{self._info.launch_sequences} "
                 "(the engine's launch limit); the last setpoint stays in force"
             )
-        now_s = time.monotonic()
+        now_s = self._clock()
         self._setpoint.write((float(active_sequences), now_s + lease_s, now_s, float(LOWERINGS.index(lowering))))
 
     def release(self) -> None:
         """Let the engine return to its launch limit at its next step."""
-        self._setpoint.write((float(self._info.launch_sequences), 0.0, time.monotonic(), 0.0))
+        self._setpoint.write((float(self._info.launch_sequences), 0.0, self._clock(), 0.0))
 
 
 def process_alive(pid: int) -> bool:
@@ -232,12 +232,12 @@ def process_alive(pid: int) -> bool:
         return False
 
 
-def find_engines(folder: Path) -> list[AgentChannel]:
+def find_engines(folder: Path, clock: Callable[[], float] = time.monotonic) -> list[AgentChannel]:
     """Open the channels of all living engines in `folder`, oldest first; remove those of dead ones."""
     found = []
     for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime):
         try:
-            channel = AgentChannel(path)
+            channel = AgentChannel(path, clock)
         except (ValueError, OSError):
             continue
         if channel.alive():

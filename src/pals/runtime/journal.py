@@ -28,9 +28,10 @@ class JournalHeader:
     engine: EngineInfo
     period_s: float
     emulated: bool
-    started_at: str  # ISO, wall clock
+    started_at: str  # ISO; in virtual time the epoch, and the engine's process id is 0
     command: str
     lowering: str = "drain"  # asked for; what is in force is in each engine sample
+    clock: str = "wall"  # or "virtual": times are of a virtual clock that began at 0
 
 
 class Journal:

@@ -39,23 +39,50 @@ def wall_clock(stop: threading.Event) -> GridClock:
     return GridClock(now_s=time.monotonic, wait=lambda seconds: stop.wait(max(0.0, seconds)))
 
 
+class Ticker:
+    """The ticks of one rig on a drift-free grid; whoever calls it decides how time passes."""
+
+    def __init__(
+        self, rig: Rig, *, budget: BudgetSchedule, slo: Slo, sink: Callable[[TickRecord], None], start_s: float
+    ) -> None:
+        self._rig, self._budget, self._slo, self._sink, self._start_s = rig, budget, slo, sink, start_s
+        self._state = TickState(controller=rig.controller.initial())
+        self._slot = 0
+
+    @property
+    def count(self) -> int:
+        """Ticks so far."""
+        return self._state.index
+
+    def tick(self, now_s: float) -> None:
+        """Run one control period and hand its record on.
+
+        Raises:
+            EngineGoneError: the engine ended.
+        """
+        budget = self._budget.at(now_s - self._start_s)
+        record, self._state = tick(self._rig, self._state, budget, self._slo, now_s)
+        self._sink(record)
+
+    def due_s(self, now_s: float) -> float:
+        """When the next tick is due: the next grid point, or, after a late tick, the first one not yet missed."""
+        period_s = self._rig.period_s
+        self._slot = max(self._slot + 1, int((now_s - self._start_s) / period_s) + 1)
+        return self._start_s + self._slot * period_s
+
+
 def run(rig: Rig, *, budget: BudgetSchedule, slo: Slo, clock: GridClock, sink: Callable[[TickRecord], None]) -> int:
     """Tick until the clock says stop; return the number of ticks. A late tick skips grid points, never drifts.
 
     Raises:
         EngineGoneError: the engine ended.
     """
-    start_s = clock.now_s()
-    state = TickState(controller=rig.controller.initial())
-    slot = 0
+    ticker = Ticker(rig, budget=budget, slo=slo, sink=sink, start_s=clock.now_s())
     while True:
-        now_s = clock.now_s()
-        record, state = tick(rig, state, budget.at(now_s - start_s), slo, now_s)
-        sink(record)
-        elapsed_s = clock.now_s() - start_s
-        slot = max(slot + 1, int(elapsed_s / rig.period_s) + 1)
-        if clock.wait(start_s + slot * rig.period_s - clock.now_s()):
-            return state.index
+        ticker.tick(clock.now_s())
+        due_s = ticker.due_s(clock.now_s())
+        if clock.wait(due_s - clock.now_s()):
+            return ticker.count
 
 
 @contextmanager

@@ -1,0 +1,225 @@
+"""`pals emulate …`: real vLLM on emulated boards in virtual time, in one process, without a server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pals.cli.main import add_agent_options, add_sweep_options, say
+from pals.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pals.experiments.virtual_run import VirtualNode, VirtualResult
+    from pals.runtime.config import Config
+
+
+def add_emulate(commands: Any) -> None:
+    """The `emulate` command; each kind names its function, and whether unknown options go to vLLM."""
+    p = commands.add_parser("emulate", help="real vLLM on emulated boards in virtual time, without a server")
+    kinds = p.add_subparsers(dest="emulate", metavar="WHAT", required=True)
+    add_run(kinds)
+    add_profile(kinds)
+
+
+def emulate(args: argparse.Namespace, rest: list[str]) -> int:
+    """Run one kind."""
+    return int(args.function(args, [a for a in rest if a != "--"]))
+
+
+def add_run(kinds: Any) -> None:
+    """`pals emulate run`."""
+    p = kinds.add_parser(
+        "run",
+        help="serve a slice of the trace under one or more policies, deterministic and faster than real time",
+        description="Serve a slice of the Azure 2023 trace in virtual time: real vLLM, its scheduler and the PALS plugin in "
+        "one process. A seed gives the same journal, byte for byte; several policies (--policy static,pals-paper) meet "
+        "identical arrivals. Options not listed here go to vLLM's engine.",
+        allow_abbrev=False,
+    )
+    add_node_options(p)
+    p.add_argument("--seconds", type=float, default=60.0, metavar="S", help="length of the trace slice (default 60)")
+    p.add_argument("--start-s", type=float, default=0.0, metavar="S", help="where in the trace it begins (default 0)")
+    p.add_argument("--time-scale", type=float, default=1.0, metavar="X", help="stretch arrivals: 0.5 doubles the rate")
+    p.add_argument("--seed", type=int, default=7, help="seed of the prompts (default 7)")
+    p.add_argument("--out", default="out/emulate", metavar="FOLDER", help="journals, outcomes (default out/emulate)")
+    add_agent_options(p)
+    p.set_defaults(function=run, takes_engine_options=True)
+
+
+def add_profile(kinds: Any) -> None:
+    """`pals emulate profile`."""
+    p = kinds.add_parser(
+        "profile",
+        help="the sweep of `pals profile` in virtual time: no server, no quiet machine needed",
+        description="Sweep power limit × active sequences in virtual time. Options not listed here go to vLLM's engine.",
+        allow_abbrev=False,
+    )
+    add_node_options(p)
+    add_sweep_options(p)
+    p.set_defaults(function=profile, takes_engine_options=True)
+
+
+def add_node_options(p: argparse.ArgumentParser) -> None:
+    """Which model on which boards."""
+    p.add_argument("model", metavar="MODEL", help="model name (`pals models`) or folder")
+    p.add_argument("--boards", required=True, metavar="BOARDS", help="e.g. 4xa100-sxm4-80gb or h100-sxm5-80gb")
+    p.add_argument("--seed-boards", type=int, default=0, help="seed of the boards' variation (default 0)")
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> int:
+    """Serve under each policy, print the table; 0 when every request was answered with the tokens asked for."""
+    from pals.cli.agent import stopping
+    from pals.experiments.trace import load_slice
+
+    if not args.time_scale > 0:
+        raise ConfigError(f"--time-scale {args.time_scale} must be above 0. Nothing was started")
+    folder = Path(args.out)
+    runs = runs_of(args, folder)
+    specs = [replace(s, at_s=s.at_s * args.time_scale) for s in load_slice(args.seconds, start_s=args.start_s)]
+    results: list[VirtualResult] = []
+    stop = threading.Event()
+    with stopping(stop), node_of(args, rest) as node:
+        from pals.experiments.virtual_run import run_policy
+
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, config in runs:
+            result = run_policy(
+                node, specs, config, name=name, seed=args.seed, command=reproducing(args.given, name), stop=stop,
+                say=say,
+            )  # fmt: skip
+            if result is None:
+                say(f"{name} was stopped; its journal holds the ticks so far")
+                return 130
+            say(
+                f"{name}: {result.virtual_s:.1f} s of virtual time in {result.wall_s:.1f} s, {result.speed:.1f}x real time"
+            )
+            results.append(result)
+    return conclude(args, folder, results)
+
+
+def runs_of(args: argparse.Namespace, folder: Path) -> list[tuple[str, Config]]:
+    """Name and configuration of each policy asked for.
+
+    Raises:
+        ConfigError: an option that means nothing in virtual time, or a bad one.
+    """
+    from pals.cli.agent import config_of
+
+    for name, value in (("--metrics-port", args.metrics_port), ("--journal", args.journal)):
+        if value:
+            raise ConfigError(
+                f"{name} has no meaning in virtual time: no port is opened, journals go to --out. Nothing was started"
+            )
+    runs = []
+    for policy in (args.policy or "static").split(","):
+        config = config_of(argparse.Namespace(**{**vars(args), "policy": policy.strip()}))
+        output = replace(config.output, journal=str(folder / f"{policy.strip()}.jsonl"))
+        runs.append((policy.strip(), replace(config, output=output)))
+    return runs
+
+
+def conclude(args: argparse.Namespace, folder: Path, results: Sequence[VirtualResult]) -> int:
+    """Print the table and where things are."""
+    from rich.console import Console
+
+    from pals.views.report import outcome_table
+
+    outcomes = [r.outcome for r in results]
+    (folder / "outcomes.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+    console = Console(highlight=False, width=max(100, min(160, shutil.get_terminal_size((120, 40)).columns)))
+    title = f"EMULATED, virtual clock: real vLLM serves {args.model}, simulated boards ({args.boards})"
+    console.print(outcome_table(outcomes, title=title))
+    total_s, wall_s = sum(r.virtual_s for r in results), sum(r.wall_s for r in results)
+    console.print(f"{total_s:.0f} s of virtual time in {wall_s:.1f} s: {total_s / wall_s:.1f}x real time")
+    console.print(f"journals, for `pals replay`: {folder}", soft_wrap=True)
+    unanswered = sum(o.failed + o.wrong_length for o in outcomes)
+    if unanswered:
+        say(f"{unanswered} requests were not answered with exactly the tokens asked for")
+    return 1 if unanswered else 0
+
+
+def profile(args: argparse.Namespace, rest: list[str]) -> int:
+    """Sweep in virtual time and write the profile; 130 and a partial file on Ctrl-C."""
+    from pals.cli.agent import stopping
+    from pals.cli.profile import load_of, sweep_engine
+
+    specs, load = load_of(args.prompt_tokens, args.output_tokens)
+    stop = threading.Event()
+    with stopping(stop), node_of(args, rest) as node:
+        from pals.engines.virtual_engine import VirtualClosedLoop
+        from pals.experiments.virtual_run import running
+
+        with running(node) as live:
+            return sweep_engine(
+                args, live.nvml.boards, live.channel, driver=VirtualClosedLoop(live.engine, specs, seed=1), load=load,
+                clock=live.grid_clock(stop), folder=node.folder, emulated=True,
+            )  # fmt: skip
+
+
+@contextmanager
+def node_of(args: argparse.Namespace, rest: list[str]) -> Iterator[VirtualNode]:
+    """The node asked for, with a run directory of its own; this process becomes one that emulates."""
+    from pals.cli.serve import PARALLEL, cache_folder
+    from pals.engines.model_zoo import full_name, local_folder
+    from pals.plant.specs import parse_boards
+
+    spec, count = parse_boards(args.boards)
+    name, model = args.model, Path(args.model)
+    if not model.is_dir():
+        name = full_name(args.model)
+        model = local_folder(args.model, cache_folder())
+    parallel = any(a.split("=")[0] in PARALLEL for a in rest)
+    options = rest if parallel else [*rest, "--tensor-parallel-size", str(count)]
+    with tempfile.TemporaryDirectory(prefix="pals-virtual-") as scratch:
+        from pals.experiments.virtual_run import BANK_FILE, VirtualNode
+
+        folder = Path(scratch)
+        say(f"EMULATED, virtual clock: {count} × {spec.nvml_name}; no GPU is used, every watt and second is simulated")
+        with emulating(name, folder, folder / BANK_FILE):
+            yield VirtualNode(
+                model=model, options=options, spec=spec, count=count, board_seed=args.seed_boards, folder=folder
+            )
+
+
+@contextmanager
+def emulating(name: str, folder: Path, bank: Path) -> Iterator[None]:
+    """The environment that vLLM and the plugin read in this process; as it was afterwards."""
+    before = dict(os.environ)
+    os.environ |= {
+        "PALS_EMU": "1",
+        "PALS_EMU_BOARDS": str(bank),
+        "PALS_RUN_DIR": str(folder),
+        "PALS_MODEL_NAME": name,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1",  # ids draw the texts
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    }
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+def reproducing(argv: Sequence[str], policy: str) -> str:
+    """The command line of one policy's run, without the folder it wrote to: equal for runs that must be equal."""
+    kept: list[str] = []
+    skip = False
+    for arg in argv:
+        if skip or arg.split("=")[0] in ("--out", "--policy"):
+            skip = not skip and "=" not in arg
+            continue
+        kept.append(arg)
+    return shlex.join(["pals", *kept, "--policy", policy])

@@ -1,0 +1,39 @@
+"""The clock and boards that a run in one process hands to the emulated executor and to the plugin inside vLLM.
+
+vLLM builds scheduler and executor itself; what both are given is its configuration. So the world travels as vLLM's
+own `additional_config`, which takes any object that can say its hash. Without one, the clock is the wall's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pals.runtime.clock import Clock, WallClock
+
+if TYPE_CHECKING:
+    from pals.plant.boards import BoardBank
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmulatedWorld:
+    """One clock and one set of emulated boards."""
+
+    clock: Clock
+    bank: BoardBank
+
+    def compute_hash(self) -> str:
+        """What vLLM asks of an `additional_config`: its compiled code does not depend on the world."""
+        return "pals-emulated-world"
+
+
+def world_of(vllm_config: Any) -> EmulatedWorld | None:
+    """The world in a vLLM configuration, or None in an ordinary engine."""
+    given = getattr(vllm_config, "additional_config", None)
+    return given if isinstance(given, EmulatedWorld) else None
+
+
+def clock_of(vllm_config: Any) -> Clock:
+    """The clock an engine of this configuration lives by."""
+    world = world_of(vllm_config)
+    return world.clock if world is not None else WallClock()

@@ -1,0 +1,243 @@
+"""Real vLLM in this process on a virtual clock: its scheduler steps as fast as the host can, and no time passes but a step's.
+
+A request arrives at its time, also in the middle of a step, and reaches the scheduler before the next one, as through
+the API server's queue. Answers carry virtual times.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from pals.core.errors import ConfigError, EngineGoneError
+from pals.engines.emulated_world import EmulatedWorld
+from pals.engines.openai_client import RequestResult, RequestSpec, prompt
+from pals.plant.boards import BoardBank
+from pals.runtime.channel import find_engines
+from pals.runtime.clock import VirtualClock
+from pals.runtime.group import EngineGroup
+
+STUCK_STEPS = 10_000  # steps without a token or a moment passing
+Finished = Callable[[RequestResult], None]
+
+
+class VirtualEngine:
+    """One engine, all its ranks; a context manager that ends it."""
+
+    def __init__(self, model: Path, options: Sequence[str], *, clock: VirtualClock, bank: BoardBank) -> None:
+        """Start vLLM; `options` are those of `vllm serve` that concern the engine.
+
+        Raises:
+            ConfigError: an option vLLM refuses, or one that cannot work in one process.
+        """
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm.v1.executor.abstract import Executor
+
+        self.clock = clock
+        args = engine_args(model, options, EmulatedWorld(clock=clock, bank=bank))
+        try:
+            config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)  # the server's defaults
+            self._llm = LLMEngine(
+                config, executor_class=Executor.get_class(config), log_stats=False, multiprocess_mode=False
+            )
+        except ValueError as e:
+            raise ConfigError(f"vLLM does not start: {e}. Nothing was run") from e
+        self._core = self._llm.engine_core.engine_core
+        self._arrived: list[tuple[RequestResult, list[int], Finished]] = []
+        self._open: dict[str, tuple[RequestResult, Finished]] = {}
+        self._sent = 0
+
+    def channel(self, folder: Path) -> EngineGroup:
+        """The agent's end of the plugin's channel in `folder`.
+
+        Raises:
+            EngineGoneError: the plugin was not loaded.
+        """
+        mine = [e for e in find_engines(folder, self.clock.now_s) if e.info.pid == os.getpid()]
+        if not mine:
+            raise EngineGoneError(
+                f"vLLM runs without the PALS plugin: no channel appeared in {folder}. Is VLLM_PLUGINS set without 'pals', "
+                "or PALS_PLUGIN=0? Nothing was run"
+            )
+        return EngineGroup(mine)
+
+    def send(self, spec: RequestSpec, ids: list[int], finished: Finished) -> None:
+        """A request of exactly the tokens asked for arrives now; `finished` gets what came of it."""
+        self._arrived.append((RequestResult(spec=spec, sent_s=self.clock.now_s()), ids, finished))
+
+    def serve(self, *, until_s: float, done: Callable[[], bool]) -> None:
+        """Step until the clock has reached `until_s` or `done`, which is asked between steps; idle time is jumped over.
+
+        Raises:
+            EngineGoneError: the engine steps on the spot.
+        """
+        idle_steps = 0
+        while self.clock.now_s() < until_s and not done():
+            self._accept()
+            if not self._busy():
+                self.clock.wait_until(min(until_s, self.clock.next_due_s()))
+                continue
+            before_s = self.clock.now_s()
+            outputs = self._llm.step()
+            for output in outputs:
+                self._note(output)
+            idle_steps = 0 if outputs or self.clock.now_s() > before_s else idle_steps + 1
+            if idle_steps > STUCK_STEPS:
+                raise EngineGoneError(
+                    f"vLLM schedules nothing although {len(self._open)} requests are unfinished; the run is stopped at "
+                    f"{before_s:.3f} s of virtual time"
+                )
+
+    def close(self) -> None:
+        """End the engine; its channel is removed."""
+        self._llm.engine_core.shutdown()
+
+    def __enter__(self) -> VirtualEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _busy(self) -> bool:
+        """Whether a step would do something, be it to tell the scheduler what has finished."""
+        return bool(
+            self._llm.has_unfinished_requests()
+            or self._core.scheduler.has_requests()
+            or getattr(self._core, "batch_queue", None)
+        )
+
+    def _accept(self) -> None:
+        """Hand vLLM what arrived since the last step; what it refuses is a result too."""
+        from vllm import SamplingParams
+        from vllm.exceptions import VLLMError
+        from vllm.sampling_params import RequestOutputKind
+
+        arrived, self._arrived = self._arrived, []
+        for result, ids, finished in arrived:
+            rid = f"virtual-{self._sent}"
+            self._sent += 1
+            params = SamplingParams(
+                max_tokens=result.spec.output_tokens, ignore_eos=True, detokenize=False,
+                output_kind=RequestOutputKind.DELTA,
+            )  # fmt: skip
+            try:
+                self._llm.add_request(rid, {"prompt_token_ids": ids}, params)
+            except (ValueError, VLLMError) as e:
+                finished(_with(result, error=f"{type(e).__name__}: {e}"))
+                continue
+            self._open[rid] = (result, finished)
+
+    def _note(self, output: Any) -> None:
+        """Take a request's new tokens."""
+        result, finished = self._open[output.request_id]
+        new = sum(len(o.token_ids) for o in output.outputs)
+        now_s = self.clock.now_s()
+        if new:
+            first_s = now_s if result.first_token_s is None else result.first_token_s
+            result = _with(result, first_s=first_s, last_s=now_s, tokens=result.output_tokens + new)
+        self._open[output.request_id] = (result, finished)
+        if output.finished:
+            del self._open[output.request_id]
+            finished(result)
+
+
+def _with(
+    result: RequestResult,
+    *,
+    first_s: float | None = None,
+    last_s: float | None = None,
+    tokens: int = 0,
+    error: str | None = None,
+) -> RequestResult:
+    return RequestResult(
+        spec=result.spec, sent_s=result.sent_s, first_token_s=first_s, last_token_s=last_s, output_tokens=tokens,
+        error=error,
+    )  # fmt: skip
+
+
+def engine_args(model: Path, options: Sequence[str], world: EmulatedWorld) -> Any:
+    """vLLM's own engine arguments, parsed by its own parser, with the world in them.
+
+    Raises:
+        ConfigError: an option vLLM does not know or take; data-parallel ranks, which need a process each; another
+            `additional_config`.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"neither PALS nor vLLM's engine takes this: {message}. Nothing was started")
+
+    parser = EngineArgs.add_cli_args(Parser())
+    args = EngineArgs.from_cli_args(parser.parse_args(["--model", str(model), *options]))
+    if args.data_parallel_size > 1:
+        raise ConfigError(
+            "data-parallel ranks need a process each and virtual time has one: leave --data-parallel-size out, or use "
+            "`pals serve --emulate`. Nothing was started"
+        )
+    if args.additional_config:
+        raise ConfigError("--additional-config carries the virtual world here; leave it out. Nothing was started")
+    args.additional_config = world
+    args.disable_log_stats = True
+    return args
+
+
+class VirtualTrace:
+    """An open-loop load: every request of a trace at its time, whether or not earlier ones are answered."""
+
+    def __init__(self, engine: VirtualEngine, specs: Sequence[RequestSpec], *, seed: int, start_s: float) -> None:
+        rng = np.random.default_rng(seed)
+        self._results: list[RequestResult | None] = [None] * len(specs)
+        self._missing = len(specs)
+        for i, spec in enumerate(specs):
+            engine.clock.call_at(start_s + spec.at_s, self._arrival(engine, i, spec, prompt(spec, rng)))
+
+    @property
+    def answered(self) -> bool:
+        """Whether every request has its result."""
+        return self._missing == 0
+
+    @property
+    def results(self) -> list[RequestResult]:
+        """What came of the requests so far, in the load's order."""
+        return [r for r in self._results if r is not None]
+
+    def _arrival(self, engine: VirtualEngine, i: int, spec: RequestSpec, ids: list[int]) -> Callable[[], None]:
+        def finished(result: RequestResult) -> None:
+            self._results[i] = result
+            self._missing -= 1
+
+        return lambda: engine.send(spec, ids, finished)
+
+
+class VirtualClosedLoop:
+    """Keeps a settable number of requests in flight; a `LoadDriver` for sweeps."""
+
+    def __init__(self, engine: VirtualEngine, specs: Sequence[RequestSpec], *, seed: int) -> None:
+        self._engine, self._specs = engine, list(specs)
+        self._rng = np.random.default_rng(seed)
+        self._wanted = self._in_flight = self._next = 0
+
+    def set_concurrency(self, n: int) -> None:
+        """Keep `n` requests in flight from now on; those above it end by themselves."""
+        self._wanted = n
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._in_flight < self._wanted:
+            spec = self._specs[self._next % len(self._specs)]
+            self._next += 1
+            self._in_flight += 1
+            self._engine.send(spec, prompt(spec, self._rng), self._finished)
+
+    def _finished(self, result: RequestResult) -> None:
+        if result.error is not None:
+            raise ConfigError(f"vLLM refused a prompt of {result.spec.prompt_tokens} tokens ({result.error})")
+        self._in_flight -= 1
+        self._fill()
