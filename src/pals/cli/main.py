@@ -36,6 +36,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    from pals.cli.emulate import add_emulate  # it uses this module's parts
+
     p = Parser(prog="pals", description="Power-aware runtime for LLM serving.")
     p.add_argument("--version", action="version", version=f"pals {__version__}")
     commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -63,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("status", help="what runs here, and what is in force")
     commands.add_parser("restore", help="put boards back that a killed agent left limited")
     commands.add_parser("models", help="models that can be served emulated")
+    add_emulate(commands)
     demo = commands.add_parser(
         "demo", help="Mixtral-8x7B on 4 emulated A100s under three policies, in about five minutes"
     )
@@ -119,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("pals").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # every way of stopping runs the same orderly end
     args, rest = parser().parse_known_args(argv)
-    if rest and args.command != "serve":
+    if rest and args.command != "serve" and not getattr(args, "takes_engine_options", False):
         parser().error(f"unknown arguments for `pals {args.command}`: {' '.join(rest)}")
     try:
         return dispatch(args, rest)
@@ -151,6 +154,10 @@ def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
         from pals.cli.profile import profile
 
         return profile(args)
+    if args.command == "emulate":
+        from pals.cli.emulate import emulate
+
+        return emulate(args, rest)
     if args.command == "demo":
         from pals.experiments.demo import demo
 

@@ -128,6 +128,8 @@ class EmulatedExecutor(Executor):
             eos=eos[0] if isinstance(eos, list) else eos,
             environ=os.environ,
         )  # fmt: skip
+        share = config.cache_config.gpu_memory_utilization  # weights and KV cache: what vLLM takes on a real board
+        bank.register_process(os.getpid(), boards, round(share * bank.memory_bytes), time.monotonic())
         self._rank = RankStub(config, self._device, self._model)
         self._pending: BookedStep | None = None
 

@@ -131,6 +131,11 @@ class BoardBank:
         with self._locked(now_s):
             pass
 
+    def age_s(self, now_s: float) -> float:
+        """How long ago the readings were refreshed, s; infinite where they never were."""
+        refreshed_s = float(self._sections.head["refreshed_s"][0])
+        return math.inf if math.isnan(refreshed_s) else now_s - refreshed_s
+
     def virtual_time_s(self) -> float | None:
         """The boards' clock where a simulator drives it, else None."""
         virtual_s = float(self._sections.head["virtual_s"][0])
