@@ -54,9 +54,8 @@ def nvml(args: argparse.Namespace, rest: list[str]) -> int:
     from pals.cli.agent import stopping
     from pals.cli.serve import pals_cache
 
-    folder = library(pals_cache() / "nvml", os.environ)
     with boards(args) as bank:
-        environ = environment(folder, bank, os.environ)
+        environ = environment(library(pals_cache() / "nvml", os.environ), bank, os.environ)
         if command:
             return run(command, {**os.environ, **environ})
         say(f"EMULATED boards of {bank} for every program started with the line below")

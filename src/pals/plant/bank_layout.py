@@ -88,18 +88,18 @@ def map_sections(mapped: mmap.mmap, count: int) -> Sections:
     return Sections(*arrays)
 
 
-def read_head(mapped: mmap.mmap, name: str) -> Any:
-    """The head alone, checked.
+def read_head(data: bytes, name: str) -> Any:
+    """The head from the file's first bytes, checked.
 
     Raises:
         ConfigError: not a bank, or one of another version.
     """
-    head = np.ndarray((1,), HEAD, mapped, 0) if len(mapped) >= HEAD.itemsize else None
-    if head is None or head["magic"][0] != MAGIC or int(head["layout"][0]) != LAYOUT:
+    head = np.frombuffer(data, HEAD, 1)[0] if len(data) >= HEAD.itemsize else None
+    if head is None or head["magic"] != MAGIC or int(head["layout"]) != LAYOUT:
         raise ConfigError(
             f"{name} is not a file of emulated boards, or one of another PALS version; nothing was changed"
         )
-    return head[0].copy()
+    return head
 
 
 def c_header() -> str:

@@ -64,9 +64,10 @@ class BoardBank:
     """All emulated boards of one node; see the module."""
 
     def __init__(self, path: Path) -> None:
+        with path.open("rb") as f:
+            head = read_head(f.read(HEAD.itemsize), str(path))
         self._file = path.open("r+b")
         self._mapped = mmap.mmap(self._file.fileno(), 0)
-        head = read_head(self._mapped, str(path))
         self.path = path
         self.spec: BoardSpec = board_specs()[head["spec"].decode()]
         self.count = int(head["count"])

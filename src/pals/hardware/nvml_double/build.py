@@ -21,13 +21,15 @@ COMPILERS = ("cc", "gcc", "clang")
 NOT_SUPPORTED = 3
 
 
-def library(cache: Path, environ: Mapping[str, str]) -> Path:
+def library(cache: Path, environ: Mapping[str, str], sources: Mapping[str, str] | None = None) -> Path:
     """The folder that holds the library, built there where it is not yet; older builds stay for those who use them.
+
+    `sources` (file name → text) are those of this package by default; another text gives another folder.
 
     Raises:
         ConfigError: no C compiler, no nvidia-ml-py to take the names from, or the build failed.
     """
-    sources = _sources()
+    sources = all_sources() if sources is None else sources
     compiler = _compiler(environ)
     digest = hashlib.blake2b(repr((sorted(sources.items()), compiler, FLAGS)).encode(), digest_size=8).hexdigest()
     folder = cache / digest
@@ -58,7 +60,8 @@ def stubs(names: list[str]) -> str:
     return "\n".join(f"{head} {name}(void) {{ return {NOT_SUPPORTED}; }}" for name in names) + "\n"
 
 
-def _sources() -> dict[str, str]:
+def all_sources() -> dict[str, str]:
+    """What is compiled: the files of this package, the bank's layout, and the stubs."""
     here = files("pals.hardware.nvml_double")
     own = {f.name: f.read_text(encoding="utf-8") for f in here.iterdir() if f.name.endswith((".c", ".h"))}
     return {**own, "bank_layout.h": c_header(), "stubs.c": stubs(entry_points())}
