@@ -9,6 +9,7 @@ import ctypes
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,18 @@ def play(bank: BoardBank) -> list[list[Any]]:
     handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(2)]
     ask("by uuid", lambda: pynvml.nvmlDeviceGetIndex(pynvml.nvmlDeviceGetHandleByUUID(bank.uuid(1))))
     ask("by wrong uuid", pynvml.nvmlDeviceGetHandleByUUID, "GPU-11111111-0000-0000-0000-000000000000")
-    for now_s, change in steps(bank, handles, ask):
+    for now_s, changes in steps(bank, handles, ask):
         bank.set_virtual_time(now_s)
-        change()
+        for change in changes:
+            change()
         for i, handle in enumerate(handles):
             snapshot(f"{now_s} board {i}", handle, ask)
     return told
 
 
-def steps(bank: BoardBank, handles: list[Any], ask: Callable[..., None]) -> list[tuple[float, Callable[[], None]]]:
+def steps(
+    bank: BoardBank, handles: list[Any], ask: Callable[..., None]
+) -> list[tuple[float, list[Callable[[], None]]]]:
     """What happens when, s."""
 
     def limit(i: int, watts: float) -> None:
@@ -62,22 +66,23 @@ def steps(bank: BoardBank, handles: list[Any], ask: Callable[..., None]) -> list
     def fault(i: int, name: str, value: float = 1) -> None:
         bank.inject(i, name, value, 0.0)
 
-    def all_setters(i: int) -> None:
-        limit(i, 250), lock(i, 300, 900), release(i), limit(i, 20)
+    def all_setters(i: int) -> list[Callable[[], None]]:
+        return [partial(limit, i, 250), partial(lock, i, 300, 900), partial(release, i), partial(limit, i, 20)]
 
+    busy = Load(compute=0.5, memory=0.6)
     return [
-        (10.0, lambda: bank.book([0, 1], 10.0, 60.0, Load(compute=0.5, memory=0.6), 10.0)),
-        (12.3, lambda: (limit(0, 250), limit(1, 99.9), limit(1, 401))),  # type: ignore[return-value]
-        (14.0, lambda: (lock(1, 210, 1007), lock(0, 0, 900), lock(0, 900, 800))),  # type: ignore[return-value]
-        (15.0, lambda: lock(0, 100, 100)),
-        (16.0, lambda: (release(0), limit(0, 199.5))),  # type: ignore[return-value]
-        (18.0, lambda: (fault(0, "external_limit", 150), limit(0, 300))),  # type: ignore[return-value]
-        (20.0, lambda: (fault(1, "stuck"), release(1))),  # type: ignore[return-value]
-        (22.0, lambda: (fault(0, "denied"), all_setters(0))),  # type: ignore[return-value]
-        (23.0, lambda: (fault(0, "not_supported"), all_setters(0))),  # type: ignore[return-value]
-        (24.0, lambda: (fault(0, "lost"), all_setters(0))),  # type: ignore[return-value]
-        (26.0, lambda: (fault(0, "lost", 0), fault(1, "stuck", 0))),  # type: ignore[return-value]
-        (90.0, lambda: None),  # idle again
+        (10.0, [partial(bank.book, [0, 1], 10.0, 60.0, busy, 10.0)]),
+        (12.3, [partial(limit, 0, 250), partial(limit, 1, 99.9), partial(limit, 1, 401)]),
+        (14.0, [partial(lock, 1, 210, 1007), partial(lock, 0, 0, 900), partial(lock, 0, 900, 800)]),
+        (15.0, [partial(lock, 0, 100, 100)]),
+        (16.0, [partial(release, 0), partial(limit, 0, 199.5)]),
+        (18.0, [partial(fault, 0, "external_limit", 150), partial(limit, 0, 300)]),
+        (20.0, [partial(fault, 1, "stuck"), partial(release, 1)]),
+        (22.0, [partial(fault, 0, "denied"), *all_setters(0)]),
+        (23.0, [partial(fault, 0, "not_supported"), *all_setters(0)]),
+        (24.0, [partial(fault, 0, "lost"), *all_setters(0)]),
+        (26.0, [partial(fault, 0, "lost", 0), partial(fault, 1, "stuck", 0)]),
+        (90.0, []),  # idle again
     ]
 
 

@@ -327,6 +327,34 @@ print(json.dumps({"slow": time.monotonic() - began >= 0.05, "limit": n.nvmlDevic
     bank.close()
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pals.plant.boards import BoardBank
+class Killer:
+    compute = property(lambda self: os.kill(os.getpid(), signal.SIGKILL))
+BoardBank.open(Path(sys.argv[1])).book([0], 20.0, 30.0, Killer(), 20.0)
+"""
+
+
+def test_what_a_killed_writer_left_half_written_is_not_shown_until_somebody_writes_again(
+    lib: Path, bank: BoardBank
+) -> None:
+    killed = seen_from(lib, bank.path, sys.executable, "-c", KILLED, str(bank.path))
+    assert killed.returncode == -signal.SIGKILL
+    code = """
+import json, pynvml as n
+n.nvmlInit()
+try:
+    print(json.dumps({"count": n.nvmlDeviceGetCount()}))
+except n.NVMLError as e:
+    print(json.dumps({"error": e.value}))
+"""
+    assert python_from(lib, bank.path, code) == {"error": pynvml.NVML_ERROR_TIMEOUT}
+    bank.set_virtual_time(21.0)
+    assert python_from(lib, bank.path, code) == {"count": 2}
+
+
 def test_a_process_that_has_ended_is_listed_no_more(lib: Path, bank: BoardBank) -> None:
     ended = subprocess.Popen([sys.executable, "-c", "pass"])
     ended.wait()

@@ -82,10 +82,8 @@ def pick_engine(folder: Path, pid: int | None) -> EngineGroup:
 def emulated_bank(folder: Path) -> Path | None:
     """The emulated boards of this run directory, else those that PALS_EMU_BOARDS names, where there are any."""
     named = os.environ.get("PALS_EMU_BOARDS")
-    for bank in (folder / BANK_FILE, *((Path(named),) if named else ())):
-        if bank.exists():
-            return bank
-    return None
+    banks = [folder / BANK_FILE, *([Path(named)] if named else [])]
+    return next((bank for bank in banks if bank.exists()), None)
 
 
 @contextmanager

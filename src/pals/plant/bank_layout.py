@@ -7,6 +7,7 @@ Every member is eight bytes wide or a string of a multiple of eight, so no compi
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from pals.core.errors import ConfigError
+from pals.plant.specs import CLOCK_STEP_MHZ, DRIVER, BoardSpec
 
 MAGIC = b"PALSBANK"
 RING = 100  # ticks kept for the windowed mean
 SEGMENTS = 256
 PROCESSES = 64
+GIB = 2**30  # boards are named in GB and hold about that many GiB
 STALE_S = 2.0  # readings that nobody refreshed for so long are not shown as truth
 
 HEAD = np.dtype(
@@ -32,6 +35,7 @@ HEAD = np.dtype(
         ("refreshed_s", "f8"),  # when the readings were last brought up to date; NaN: never
         ("virtual_s", "f8"),  # the boards' clock where a simulator drives it; NaN: CLOCK_MONOTONIC
         ("keeper_pid", "i8"),  # who drives virtual time
+        ("sequence", "u8"),  # odd while somebody writes; who reads without the lock reads again when it moved
     ]
 )
 BOARD = np.dtype(
@@ -55,6 +59,9 @@ READING = np.dtype(
 PROCESS = np.dtype([("pid", "i8"), ("boards", "u8"), ("memory_bytes", "i8"), ("since_s", "f8")])
 SEGMENT = np.dtype([("start_s", "f8"), ("end_s", "f8"), ("compute", "f8"), ("memory", "f8"), ("boards", "u8")])
 CLOCKWORK = np.dtype([("time_s", "f8"), ("published_s", "f8"), ("busy_until_s", "f8"), ("ticks", "i8"), ("next", "i8")])
+_SAME_IN_SPEC = (
+    "nvml_name", "min_limit_w", "default_limit_w", "max_limit_w", "min_sm_clock_mhz", "max_sm_clock_mhz", "memory_clock_mhz",
+)  # fmt: skip
 _TYPES = {
     "head": HEAD, "board": BOARD, "reading": READING, "process": PROCESS, "segment": SEGMENT, "clockwork": CLOCKWORK,
 }  # fmt: skip
@@ -99,6 +106,37 @@ def read_head(data: bytes, name: str) -> Any:
         raise ConfigError(
             f"{name} is not a file of emulated boards, or one of another PALS version; nothing was changed"
         )
+    return head
+
+
+def board_uuid(spec_name: str, i: int) -> str:
+    """A UUID in NVIDIA's form, the same in every run; its first group of zeros says that the board is emulated."""
+    digits = hashlib.blake2b(f"{spec_name}/{i}".encode(), digest_size=12).hexdigest()
+    return f"GPU-00000000-{digits[:4]}-{digits[4:8]}-{digits[8:12]}-{digits[12:]}"
+
+
+def make_head(spec: BoardSpec, count: int, *, writable: bool, setter_latency_s: float) -> np.ndarray:
+    """What a bank says of itself, shape (1,)."""
+    head = np.zeros((1,), HEAD)
+    values = {
+        "magic": MAGIC,
+        "layout": LAYOUT,
+        "driver": DRIVER,
+        "spec": spec.name,
+        "count": count,
+        "writable": writable,
+        "setter_latency_s": setter_latency_s,
+        "capability_major": spec.capability[0],
+        "capability_minor": spec.capability[1],
+        "memory_bytes": round(spec.memory_gb * GIB),
+        "clock_step_mhz": CLOCK_STEP_MHZ,
+        "refreshed_s": math.nan,
+        "virtual_s": math.nan,
+    }
+    for name, value in values.items():
+        head[name] = value
+    for name in _SAME_IN_SPEC:
+        head[name] = getattr(spec, name)
     return head
 
 

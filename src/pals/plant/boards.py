@@ -8,7 +8,6 @@ simulator has set the bank's virtual time, that is the boards' clock, whatever `
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import math
 import mmap
 import os
@@ -17,14 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from pals.plant.bank_layout import HEAD, LAYOUT, MAGIC, RING, SEGMENTS, bank_size, map_sections, read_head
+from pals.plant.bank_layout import HEAD, RING, SEGMENTS, bank_size, board_uuid, make_head, map_sections, read_head
 from pals.plant.governor import TICK_S, govern
 from pals.plant.silicon import Load, core_power_w, hbm_power_w
-from pals.plant.specs import CLOCK_STEP_MHZ, DRIVER, BoardSpec, board_specs
+from pals.plant.specs import CLOCK_STEP_MHZ, BoardSpec, board_specs
 
 THROTTLE_IDLE, THROTTLE_POWER_CAP = 0x1, 0x4
 AWAKE_S = 3.0  # clocks stay up this long after the last kernel
@@ -32,7 +30,6 @@ PUBLISH_S = 0.05  # refresh of the energy counter
 UTILISATION_S = 0.25  # time constant of the utilisation readings
 THERMAL_K_PER_W, THERMAL_TAU_S, AMBIENT_C = 0.055, 40.0, 30.0
 NO_LIMIT_W = 1e9
-GIB = 2**30  # boards are named in GB and hold about that many GiB
 _METERS = ("power_avg_w", "power_instant_w", "energy_j")  # what a stuck sensor no longer moves
 
 
@@ -96,7 +93,7 @@ class BoardBank:
         """
         fresh = path.with_suffix(".new")
         with fresh.open("wb") as f:
-            f.write(_head(spec, count, writable=writable, setter_latency_s=setter_latency_s).tobytes())
+            f.write(make_head(spec, count, writable=writable, setter_latency_s=setter_latency_s).tobytes())
             f.truncate(bank_size(count))
         fresh.replace(path)
         bank = BoardBank(path)
@@ -263,12 +260,15 @@ class BoardBank:
         """Hold the file, everything up to date; yields the boards' time, s."""
         with self._thread_lock:
             fcntl.flock(self._file, fcntl.LOCK_EX)
+            sequence = int(self._sections.head["sequence"][0]) | 1  # odd already: its writer was killed
+            self._sections.head["sequence"] = sequence
             try:
                 virtual_s = self.virtual_time_s()
                 now_s = now_s if virtual_s is None else virtual_s
                 self._integrate(now_s)
                 yield now_s
             finally:
+                self._sections.head["sequence"] = sequence + 1
                 fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def _integrate(self, now_s: float) -> None:
@@ -299,7 +299,8 @@ class BoardBank:
         b, shown = self._boards, self._sections.readings
         window = min(RING, max(1, round(self.spec.power_window_s / TICK_S)))
         newest = int(self._clockwork["ticks"][0])
-        mean_w = b["ring_w"][:, (newest - np.arange(window)) % RING].mean(axis=1)
+        recent = slice(None) if window == RING else (newest - np.arange(window)) % RING
+        mean_w = b["ring_w"][:, recent].mean(axis=1)
         moving = b["stuck"] == 0
         for name, values in zip(_METERS, (mean_w, b["power_w"], b["published_j"]), strict=True):
             shown[name] = np.where(moving, values, shown[name])
@@ -360,34 +361,3 @@ class BoardBank:
         compute = np.minimum(1.0, (overlap * s["compute"]) @ member)
         memory = np.minimum(1.0, (overlap * s["memory"]) @ member)
         return compute, memory, np.minimum(1.0, overlap @ member)
-
-
-def board_uuid(spec_name: str, i: int) -> str:
-    """A UUID in NVIDIA's form, the same in every run; its first group of zeros says that the board is emulated."""
-    digits = hashlib.blake2b(f"{spec_name}/{i}".encode(), digest_size=12).hexdigest()
-    return f"GPU-00000000-{digits[:4]}-{digits[4:8]}-{digits[8:12]}-{digits[12:]}"
-
-
-def _head(spec: BoardSpec, count: int, *, writable: bool, setter_latency_s: float) -> Any:
-    """What a bank says of itself."""
-    head = np.zeros((1,), HEAD)
-    values = {
-        "magic": MAGIC,
-        "layout": LAYOUT,
-        "driver": DRIVER,
-        "spec": spec.name,
-        "count": count,
-        "writable": writable,
-        "setter_latency_s": setter_latency_s,
-        "capability_major": spec.capability[0],
-        "capability_minor": spec.capability[1],
-        "memory_bytes": round(spec.memory_gb * GIB),
-        "clock_step_mhz": CLOCK_STEP_MHZ,
-        "refreshed_s": math.nan,
-        "virtual_s": math.nan,
-    }
-    same = ("nvml_name", "min_limit_w", "default_limit_w", "max_limit_w")
-    same += ("min_sm_clock_mhz", "max_sm_clock_mhz", "memory_clock_mhz")
-    for name, value in {**values, **{name: getattr(spec, name) for name in same}}.items():
-        head[name] = value
-    return head

@@ -1,4 +1,4 @@
-/* Opens, locks and copies the mapped bank file. Physics is Python's alone: whoever keeps the bank (pals serve, pals
+/* Opens, copies and writes the mapped bank file. Physics is Python's alone: whoever keeps the bank (pals serve, pals
    emulate nvml, a simulator) integrates and publishes; here registers are written and published readings are copied.
 
    Staleness: readings that nobody refreshed for PALS_STALE_S are not shown. nvmlInit then answers DRIVER_NOT_LOADED, a
@@ -20,7 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 
-static const double LOCK_PATIENCE_S = 2.0;
+static const double PATIENCE_S = 2.0;
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static int users;
@@ -131,15 +131,6 @@ static void follow_fork(void) {
     bank.fd = fd, bank.owner = getpid();
 }
 
-static nvmlReturn_t lock_bank(int how) {
-    double until_s = monotonic_s() + LOCK_PATIENCE_S;
-    while (flock(bank.fd, how | LOCK_NB)) {
-        if (monotonic_s() > until_s) return NVML_ERROR_TIMEOUT; /* its holder is stopped */
-        sleep_s(0.0002);
-    }
-    return NVML_SUCCESS;
-}
-
 /* Where the boards went stale because another server took the path over, its boards are the ones to show. */
 static void follow_server(void) {
     struct stat info;
@@ -147,21 +138,40 @@ static void follow_server(void) {
     if (path && !stat(path, &info) && info.st_ino != bank.inode) open_bank();
 }
 
-static nvmlReturn_t enter(int how) {
+/* On success the mutex is held: the mapping stays while it is used. */
+static nvmlReturn_t enter(void) {
     pthread_mutex_lock(&mutex);
-    nvmlReturn_t code = users ? NVML_SUCCESS : NVML_ERROR_UNINITIALIZED;
-    if (code == NVML_SUCCESS) {
-        if (!is_fresh(bank.head)) follow_server();
-        follow_fork();
-        code = lock_bank(how);
+    if (!users) {
+        pthread_mutex_unlock(&mutex);
+        return NVML_ERROR_UNINITIALIZED;
     }
-    if (code != NVML_SUCCESS) pthread_mutex_unlock(&mutex);
-    return code;
+    if (!is_fresh(bank.head)) follow_server();
+    return NVML_SUCCESS;
 }
 
-static void leave(void) {
-    flock(bank.fd, LOCK_UN);
-    pthread_mutex_unlock(&mutex);
+/* Readers take no lock, so that no tool, however eager, delays the engine: they copy again while the sequence number is
+   odd or has moved. Where a writer was killed in between, the readings go stale and the copy is not shown. */
+static nvmlReturn_t copy_consistently(void (*copy)(pals_view *), pals_view *view) {
+    double until_s = monotonic_s() + PATIENCE_S;
+    for (;;) {
+        uint64_t before = __atomic_load_n(&bank.head->sequence, __ATOMIC_ACQUIRE);
+        copy(view);
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        uint64_t after = __atomic_load_n(&bank.head->sequence, __ATOMIC_RELAXED);
+        if ((before == after && before % 2 == 0) || !is_fresh(bank.head)) return NVML_SUCCESS;
+        if (monotonic_s() > until_s) return NVML_ERROR_TIMEOUT; /* the writer is stopped */
+        sleep_s(0.00002);
+    }
+}
+
+static nvmlReturn_t lock_to_write(void) {
+    follow_fork();
+    double until_s = monotonic_s() + PATIENCE_S;
+    while (flock(bank.fd, LOCK_EX | LOCK_NB)) {
+        if (monotonic_s() > until_s) return NVML_ERROR_TIMEOUT;
+        sleep_s(0.0002);
+    }
+    return NVML_SUCCESS;
 }
 
 nvmlReturn_t pals_begin(void) {
@@ -185,36 +195,38 @@ nvmlReturn_t pals_end(void) {
     return code;
 }
 
-nvmlReturn_t pals_head_of(pals_head *head) {
-    nvmlReturn_t code = enter(LOCK_SH);
-    if (code != NVML_SUCCESS) return code;
-    *head = *bank.head;
-    leave();
-    return NVML_SUCCESS;
-}
+static void copy_head(pals_view *view) { view->head = *bank.head; }
 
-static void copy_processes(pals_view *view) {
+static void copy_board(pals_view *view) {
     size_t n = 0;
+    copy_head(view);
+    view->board = bank.boards[view->index];
+    view->reading = bank.readings[view->index];
+    memset(view->processes, 0, sizeof view->processes);
     for (size_t k = 0; k < PALS_PROCESSES; k++) {
         const pals_process *p = &bank.processes[k];
         if (p->pid && (p->boards >> view->index) & 1) view->processes[n++] = *p;
     }
 }
 
+nvmlReturn_t pals_head_of(pals_head *head) {
+    pals_view view;
+    nvmlReturn_t code = enter();
+    if (code != NVML_SUCCESS) return code;
+    code = copy_consistently(copy_head, &view);
+    pthread_mutex_unlock(&mutex);
+    *head = view.head;
+    return code;
+}
+
 nvmlReturn_t pals_identify(nvmlDevice_t device, pals_view *view) {
-    nvmlReturn_t code = enter(LOCK_SH);
+    nvmlReturn_t code = enter();
     if (code != NVML_SUCCESS) return code;
     uintptr_t number = (uintptr_t)device;
-    memset(view, 0, sizeof *view);
-    view->head = *bank.head;
+    view->index = (unsigned int)number - 1;
     if (number < 1 || number > (uintptr_t)bank.head->count) code = NVML_ERROR_INVALID_ARGUMENT;
-    if (code == NVML_SUCCESS) {
-        view->index = (unsigned int)number - 1;
-        view->board = bank.boards[view->index];
-        view->reading = bank.readings[view->index];
-        copy_processes(view);
-    }
-    leave();
+    if (code == NVML_SUCCESS) code = copy_consistently(copy_board, view);
+    pthread_mutex_unlock(&mutex);
     return code;
 }
 
@@ -232,9 +244,17 @@ nvmlReturn_t pals_set(nvmlDevice_t device, int valid, void (*change)(pals_board 
     if (view.board.denied || !view.head.writable || !bank.writable) return NVML_ERROR_NO_PERMISSION;
     if (!valid) return NVML_ERROR_INVALID_ARGUMENT;
     if (isnan(view.head.virtual_s)) sleep_s(view.head.setter_latency_s); /* in virtual time only the simulator waits */
-    code = enter(LOCK_EX);
+    code = enter();
     if (code != NVML_SUCCESS) return code;
-    change(&bank.boards[view.index], a, b);
-    leave();
-    return NVML_SUCCESS;
+    if (view.index >= bank.head->count) code = NVML_ERROR_GPU_IS_LOST; /* another server's boards by now, and fewer */
+    if (code == NVML_SUCCESS) code = lock_to_write();
+    if (code == NVML_SUCCESS) {
+        uint64_t writing = bank.head->sequence | 1; /* odd already: its writer was killed */
+        __atomic_store_n(&bank.head->sequence, writing, __ATOMIC_SEQ_CST);
+        change(&bank.boards[view.index], a, b);
+        __atomic_store_n(&bank.head->sequence, writing + 1, __ATOMIC_SEQ_CST);
+        flock(bank.fd, LOCK_UN);
+    }
+    pthread_mutex_unlock(&mutex);
+    return code;
 }
