@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -159,6 +160,18 @@ def test_the_agents_metrics_and_status_tell_what_is_in_force(server: Server) -> 
     assert "8 of 32" in told
     assert "250 W" in told
     assert "Boards (emulated)" in told
+
+
+def test_tools_that_know_nothing_of_pals_see_the_boards_and_who_uses_them(server: Server) -> None:
+    pytest.importorskip("gpustat")
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler")
+    told = server.pals("emulate", "nvml", "--", sys.executable, "-m", "gpustat", "--json")
+
+    boards = json.loads(told.stdout)["gpus"]
+    assert [b["enforced.power.limit"] for b in boards] == [250, 250]
+    pid = find_engines(server.folder)[0].info.pid
+    assert [[p["pid"] for p in b["processes"]] for b in boards] == [[pid], [pid]]
 
 
 def test_a_second_agent_and_a_second_server_are_refused(server: Server) -> None:

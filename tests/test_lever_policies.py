@@ -17,7 +17,7 @@ from pals.control.policies import build_policy
 from pals.core.errors import ConfigError
 from pals.core.protocols import AnyController
 from pals.core.quantities import Budget, Decision, OperatingPoint, Slo
-from pals.experiments.demo import PROFILE
+from pals.experiments.scenarios import SCENARIOS
 from pals.models.clock_model import fit_clocks
 from pals.models.profile import Profile, ProfileRow, fit
 from pals.runtime.config import POLICIES
@@ -182,8 +182,8 @@ def test_few_clock_rows_lower_the_degree_and_still_predict_what_they_hold(
 def test_a_profile_with_clocks_round_trips_and_one_without_reads_and_writes_as_before() -> None:
     assert Profile.from_json(with_clocks().to_json()) == with_clocks()
     assert "requested_clock_mhz" not in profile().to_json()
-    committed = Profile.from_json(PROFILE.read_text())
-    written, kept = (text.split('"rows"')[1] for text in (committed.to_json(), PROFILE.read_text()))
+    committed = Profile.from_json(SCENARIOS[0].profile.read_text())
+    written, kept = (text.split('"rows"')[1] for text in (committed.to_json(), SCENARIOS[0].profile.read_text()))
     assert written == kept
     assert committed.model().clock is None
     with pytest.raises(ValueError, match="1200 MHz is unknown"):

@@ -81,9 +81,10 @@ def pick_engine(folder: Path, pid: int | None) -> EngineGroup:
 
 
 def emulated_bank(folder: Path) -> Path | None:
-    """The emulated boards of this run directory, where there are any."""
-    bank = folder / BANK_FILE
-    return bank if bank.exists() else None
+    """The emulated boards of this run directory, else those that PALS_EMU_BOARDS names, where there are any."""
+    named = os.environ.get("PALS_EMU_BOARDS")
+    banks = [folder / BANK_FILE, *([Path(named)] if named else [])]
+    return next((bank for bank in banks if bank.exists()), None)
 
 
 @contextmanager

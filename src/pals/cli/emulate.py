@@ -1,4 +1,4 @@
-"""`pals emulate …`: real vLLM on emulated boards in virtual time, in one process, without a server."""
+"""`pals emulate …`: real vLLM on emulated boards in virtual time without a server, and the boards for other people's tools."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pals.cli.emulate_nvml import add_nvml
 from pals.cli.main import add_agent_options, add_sweep_options, say
 from pals.core.errors import ConfigError
 
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
 
 def add_emulate(commands: Any) -> None:
     """The `emulate` command; each kind names its function, and whether unknown options go to vLLM."""
-    p = commands.add_parser("emulate", help="real vLLM on emulated boards in virtual time, without a server")
+    p = commands.add_parser("emulate", help="emulated boards in virtual time, or for tools that know nothing of PALS")
     kinds = p.add_subparsers(dest="emulate", metavar="WHAT", required=True)
     add_run(kinds)
     add_profile(kinds)
+    add_nvml(kinds)
 
 
 def emulate(args: argparse.Namespace, rest: list[str]) -> int:

@@ -20,6 +20,7 @@ from pals.engines.model_zoo import full_name, local_folder
 from pals.engines.vllm_launcher import launch_vllm, stop, wait_ready
 from pals.hardware.nvml import open_boards
 from pals.plant.boards import BoardBank
+from pals.plant.keeper import kept_fresh
 from pals.plant.specs import parse_boards
 from pals.runtime.agent import EXIT_ENGINE_GONE
 from pals.runtime.channel import find_engines, process_alive, run_dir
@@ -104,7 +105,8 @@ def target_of(args: argparse.Namespace, rest: list[str], folder: Path) -> Iterat
     say(f"EMULATED: {count} × {spec.nvml_name}; no GPU is used, every watt and second below is simulated")
     environ |= {"PALS_EMU": "1", "PALS_EMU_BOARDS": str(bank), "HF_HUB_OFFLINE": "1"}
     try:
-        yield Target(model=model, served_names=names, extra=extra, environ=environ)
+        with kept_fresh(bank):  # for those who read the boards through the C library, see docs/emulated-nvml.md
+            yield Target(model=model, served_names=names, extra=extra, environ=environ)
     finally:
         bank.unlink(missing_ok=True)
         (folder / OWNER_FILE).unlink(missing_ok=True)
@@ -124,9 +126,14 @@ def refuse_second_owner(folder: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where built model folders are kept: $XDG_CACHE_HOME/pals, else ~/.cache/pals."""
+    """Where built model folders are kept: below $XDG_CACHE_HOME/pals, else ~/.cache/pals."""
+    return pals_cache() / "models"
+
+
+def pals_cache() -> Path:
+    """Where whatever is built once is kept: $XDG_CACHE_HOME/pals, else ~/.cache/pals."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pals" / "models"
+    return (Path(base) if base else Path.home() / ".cache") / "pals"
 
 
 def port_of(text: str) -> int:

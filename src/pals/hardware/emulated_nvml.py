@@ -1,7 +1,8 @@
 """The plant beneath NVML: an object with the C library's function names that nvidia-ml-py calls as if it were one.
 
 nvidia-ml-py's wrappers, structs and error classes run unchanged: pointers arrive as `byref` objects (`._obj`), numbers
-as ctypes values, and whatever is missing here becomes its "function not found".
+as ctypes values, and whatever is missing here becomes its "function not found". The C library in `nvml_double` answers
+the same for other processes; a test compares the two call by call.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from pals.plant.boards import BoardBank, BoardReading
 from pals.plant.specs import CLOCK_STEP_MHZ, DRIVER
+from pals.runtime.channel import process_alive
 
 SUCCESS, INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, INSUFFICIENT_SIZE, GPU_IS_LOST = (
     0,
@@ -24,8 +26,11 @@ SUCCESS, INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, INSUFFICIENT
     15,
 )
 CLOCK_GRAPHICS, CLOCK_SM, CLOCK_MEM, CLOCK_VIDEO = range(4)
-FIELD_POWER_AVERAGE, FIELD_POWER_INSTANT = 185, 186
-VALUE_TYPE_UNSIGNED_INT = 1
+FIELD_TOTAL_ENERGY, FIELD_POWER_AVERAGE, FIELD_POWER_INSTANT = 83, 185, 186
+FIELD_POWER_MIN_LIMIT, FIELD_POWER_MAX_LIMIT, FIELD_POWER_DEFAULT_LIMIT = 187, 188, 189
+FIELD_POWER_CURRENT_LIMIT, FIELD_POWER_REQUESTED_LIMIT = 190, 192
+VALUE_TYPE_UNSIGNED_INT, VALUE_TYPE_UNSIGNED_LONG_LONG = 1, 3
+SENSOR_GPU = SCOPE_GPU = 0
 
 
 class EmulatedNvml:
@@ -66,32 +71,31 @@ class EmulatedNvml:
     def nvmlDeviceGetHandleByUUID(self, uuid: Any, handle: Any) -> int:
         wanted = uuid.value if hasattr(uuid, "value") else uuid
         for i in range(self._bank.count):
-            if self._uuid(i).encode() == wanted:
+            if self._bank.uuid(i).encode() == wanted:
                 return self.nvmlDeviceGetHandleByIndex_v2(i, handle)
         return NOT_FOUND
 
     def nvmlDeviceGetIndex(self, handle: Any, index: Any) -> int:
-        return _put(index, _board(handle))
+        return self._lost(handle) or _put(index, _board(handle))
 
     def nvmlDeviceGetName(self, handle: Any, text: Any, size: Any) -> int:
-        return _text(text, self._bank.spec.nvml_name)
+        return self._lost(handle) or _text(text, self._bank.spec.nvml_name)
 
     def nvmlDeviceGetUUID(self, handle: Any, text: Any, size: Any) -> int:
-        return _text(text, self._uuid(_board(handle)))
+        return self._lost(handle) or _text(text, self._bank.uuid(_board(handle)))
 
     def nvmlDeviceGetCudaComputeCapability(self, handle: Any, major: Any, minor: Any) -> int:
         _put(major, self._bank.spec.capability[0])
-        return _put(minor, self._bank.spec.capability[1])
+        return self._lost(handle) or _put(minor, self._bank.spec.capability[1])
 
     def nvmlDeviceGetMemoryInfo(self, handle: Any, info: Any) -> int:
-        if self._bank.faults(_board(handle))[0]:
-            return GPU_IS_LOST
-        total = int(self._bank.spec.memory_gb * 1e9)
-        info._obj.total, info._obj.free, info._obj.used = total, total // 10, total - total // 10
-        return SUCCESS
+        total = self._bank.memory_bytes
+        used = min(total, sum(p.memory_bytes for p in self._bank.processes(_board(handle)) if process_alive(p.pid)))
+        info._obj.total, info._obj.free, info._obj.used = total, total - used, used
+        return self._lost(handle)
 
     def nvmlDeviceGetPersistenceMode(self, handle: Any, mode: Any) -> int:
-        return _put(mode, 1)
+        return self._lost(handle) or _put(mode, 1)
 
     # --- sensors -----------------------------------------------------------------------------------------------
 
@@ -115,25 +119,26 @@ class EmulatedNvml:
         return self._sense(handle, high, lambda r: round(self._bank.spec.max_limit_w * 1000))
 
     def nvmlDeviceGetTemperature(self, handle: Any, sensor: Any, celsius: Any) -> int:
+        if _number(sensor) != SENSOR_GPU:
+            return INVALID_ARGUMENT
         return self._sense(handle, celsius, lambda r: round(r.temperature_c))
 
     def nvmlDeviceGetClockInfo(self, handle: Any, kind: Any, mhz: Any) -> int:
-        memory = _number(kind) == CLOCK_MEM
-        return self._sense(handle, mhz, lambda r: self._bank.spec.memory_clock_mhz if memory else r.sm_clock_mhz)
+        return self._clock_of(handle, kind, mhz, lambda r: r.sm_clock_mhz)
 
     def nvmlDeviceGetMaxClockInfo(self, handle: Any, kind: Any, mhz: Any) -> int:
-        spec = self._bank.spec
-        top = spec.memory_clock_mhz if _number(kind) == CLOCK_MEM else spec.max_sm_clock_mhz
-        return self._sense(handle, mhz, lambda r: top)
+        return self._clock_of(handle, kind, mhz, lambda r: self._bank.spec.max_sm_clock_mhz)
 
     def nvmlDeviceGetSupportedMemoryClocks(self, handle: Any, count: Any, clocks: Any) -> int:
-        return _list(count, clocks, [self._bank.spec.memory_clock_mhz])
+        return self._lost(handle) or _list(count, clocks, [self._bank.spec.memory_clock_mhz])
 
     def nvmlDeviceGetSupportedGraphicsClocks(self, handle: Any, memory_mhz: Any, count: Any, clocks: Any) -> int:
         spec = self._bank.spec
         if _number(memory_mhz) != spec.memory_clock_mhz:
-            return INVALID_ARGUMENT
-        return _list(count, clocks, range(spec.max_sm_clock_mhz, spec.min_sm_clock_mhz - 1, -CLOCK_STEP_MHZ))
+            return self._lost(handle) or NOT_FOUND
+        return self._lost(handle) or _list(
+            count, clocks, range(spec.max_sm_clock_mhz, spec.min_sm_clock_mhz - 1, -CLOCK_STEP_MHZ)
+        )
 
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: Any, bits: Any) -> int:
         return self._sense(handle, bits, lambda r: r.throttle)
@@ -142,52 +147,72 @@ class EmulatedNvml:
         return self._sense(handle, bits, lambda r: r.throttle)
 
     def nvmlDeviceGetUtilizationRates(self, handle: Any, rates: Any) -> int:
-        busy = 0 if self._bank.reading(_board(handle), self._clock()).throttle & 1 else 100
-        rates._obj.gpu, rates._obj.memory = busy, busy // 2
-        return SUCCESS
+        reading = self._bank.reading(_board(handle), self._clock())
+        rates._obj.gpu, rates._obj.memory = round(reading.busy * 100), round(reading.memory_busy * 100)
+        return self._lost(handle)
 
     def nvmlDeviceGetFieldValues(self, handle: Any, count: Any, values: Any) -> int:
-        reading = self._bank.reading(_board(handle), self._clock())
-        known = {FIELD_POWER_AVERAGE: reading.power_avg_w, FIELD_POWER_INSTANT: reading.power_instant_w}
+        reading, spec = self._bank.reading(_board(handle), self._clock()), self._bank.spec
+        known = {
+            FIELD_TOTAL_ENERGY: reading.energy_j,
+            FIELD_POWER_AVERAGE: reading.power_avg_w,
+            FIELD_POWER_INSTANT: reading.power_instant_w,
+            FIELD_POWER_MIN_LIMIT: spec.min_limit_w,
+            FIELD_POWER_MAX_LIMIT: spec.max_limit_w,
+            FIELD_POWER_DEFAULT_LIMIT: spec.default_limit_w,
+            FIELD_POWER_CURRENT_LIMIT: reading.enforced_limit_w,
+            FIELD_POWER_REQUESTED_LIMIT: reading.requested_limit_w,
+        }
         for value in values._obj:
-            value.nvmlReturn = SUCCESS if value.fieldId in known else NOT_SUPPORTED
-            value.valueType = VALUE_TYPE_UNSIGNED_INT
-            value.value.uiVal = round(known.get(value.fieldId, 0.0) * 1000)
-        return SUCCESS
+            metered = value.fieldId in known and value.scopeId == SCOPE_GPU
+            wide = metered and value.fieldId == FIELD_TOTAL_ENERGY
+            value.nvmlReturn = SUCCESS if metered else NOT_SUPPORTED
+            value.valueType = VALUE_TYPE_UNSIGNED_LONG_LONG if wide else VALUE_TYPE_UNSIGNED_INT
+            value.value.ullVal = round(known[value.fieldId] * 1000) if metered else 0
+        return self._lost(handle)
 
     # --- setters: root only, slow, and refusing what a board refuses -------------------------------------------
 
     def nvmlDeviceSetPowerManagementLimit(self, handle: Any, milliwatts: Any) -> int:
         watts, spec = _number(milliwatts) / 1000.0, self._bank.spec
         valid = spec.min_limit_w <= watts <= spec.max_limit_w
-        if self._bank.denies_limits(_board(handle)):
-            return NO_PERMISSION
-        return self._set(handle, valid, lambda i: self._bank.set_limit(i, watts, self._clock()))
+        refusal = NO_PERMISSION if self._bank.denies_limits(_board(handle)) else SUCCESS
+        return self._set(handle, valid, lambda i: self._bank.set_limit(i, watts, self._clock()), refusal)
 
     def nvmlDeviceSetGpuLockedClocks(self, handle: Any, low: Any, high: Any) -> int:
         low_mhz, high_mhz = float(_number(low)), float(_number(high))
         valid = 0 < low_mhz <= high_mhz
-        if self._bank.refuses_clock_locks(_board(handle)):
-            return NOT_SUPPORTED
-        return self._set(handle, valid, lambda i: self._bank.set_clock_lock(i, low_mhz, high_mhz, self._clock()))
+        refusal = self._no_clock_lock(handle)
+        return self._set(
+            handle, valid, lambda i: self._bank.set_clock_lock(i, low_mhz, high_mhz, self._clock()), refusal
+        )
 
     def nvmlDeviceResetGpuLockedClocks(self, handle: Any) -> int:
-        if self._bank.refuses_clock_locks(_board(handle)):
-            return NOT_SUPPORTED
-        return self._set(handle, True, lambda i: self._bank.reset_clock_lock(i, self._clock()))
+        refusal = self._no_clock_lock(handle)
+        return self._set(handle, True, lambda i: self._bank.reset_clock_lock(i, self._clock()), refusal)
 
     # --- helpers -----------------------------------------------------------------------------------------------
 
-    def _uuid(self, i: int) -> str:
-        return f"GPU-emulated-{self._bank.spec.name}-{i:04d}"
+    def _lost(self, handle: Any) -> int:
+        return GPU_IS_LOST if self._bank.faults(_board(handle))[0] else SUCCESS
 
     def _sense(self, handle: Any, out: Any, value: Callable[[BoardReading], int]) -> int:
-        i = _board(handle)
-        if self._bank.faults(i)[0]:
-            return GPU_IS_LOST
-        return _put(out, value(self._bank.reading(i, self._clock())))
+        return self._lost(handle) or _put(out, value(self._bank.reading(_board(handle), self._clock())))
 
-    def _set(self, handle: Any, valid: bool, write: Callable[[int], None]) -> int:
+    def _clock_of(self, handle: Any, kind: Any, mhz: Any, sm_clock: Callable[[BoardReading], int]) -> int:
+        if _number(kind) == CLOCK_VIDEO:  # not modelled
+            return self._lost(handle) or NOT_SUPPORTED
+        if _number(kind) == CLOCK_MEM:
+            return self._sense(handle, mhz, lambda r: self._bank.spec.memory_clock_mhz)
+        if _number(kind) not in (CLOCK_GRAPHICS, CLOCK_SM):
+            return INVALID_ARGUMENT
+        return self._sense(handle, mhz, sm_clock)
+
+    def _no_clock_lock(self, handle: Any) -> int:
+        return NOT_SUPPORTED if self._bank.refuses_clock_locks(_board(handle)) else SUCCESS
+
+    def _set(self, handle: Any, valid: bool, write: Callable[[int], None], refusal: int = SUCCESS) -> int:
+        """Write as a board would; `refusal` is what this one setter answers where a fault was injected for it alone."""
         i = _board(handle)
         lost, not_supported, denied = self._bank.faults(i)
         if lost:
@@ -196,9 +221,12 @@ class EmulatedNvml:
             return NOT_SUPPORTED
         if denied:
             return NO_PERMISSION
+        if refusal != SUCCESS:
+            return refusal
         if not valid:
             return INVALID_ARGUMENT
-        self._sleep(self._bank.setter_latency_s)
+        if self._bank.virtual_time_s() is None:  # in virtual time only the simulator waits
+            self._sleep(self._bank.setter_latency_s)
         write(i)
         return SUCCESS
 

@@ -1,14 +1,16 @@
 """Emulated boards in one mapped file that several processes share (each opens it; a bank must not cross a fork); physics is integrated lazily, in 10 ms ticks.
 
 Every public call takes `now_s` (CLOCK_MONOTONIC, or a test's own time), locks the file, integrates up to now, then
-reads or writes. The energy counter is the integral of power over every tick, published each 50 ms as boards do.
+reads or writes. The energy counter is the integral of power over every tick, published each 50 ms as boards do. Where a
+simulator has set the bank's virtual time, that is the boards' clock, whatever `now_s` says.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
+import math
 import mmap
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,17 @@ from pathlib import Path
 
 import numpy as np
 
+from pals.plant.bank_layout import (
+    FAULTS,
+    HEAD,
+    RING,
+    SEGMENTS,
+    bank_size,
+    board_uuid,
+    make_head,
+    map_sections,
+    read_head,
+)
 from pals.plant.governor import TICK_S, govern
 from pals.plant.silicon import Load, core_power_w, hbm_power_w
 from pals.plant.specs import CLOCK_STEP_MHZ, BoardSpec, board_specs
@@ -24,26 +37,10 @@ from pals.plant.specs import CLOCK_STEP_MHZ, BoardSpec, board_specs
 THROTTLE_IDLE, THROTTLE_POWER_CAP = 0x1, 0x4
 AWAKE_S = 3.0  # clocks stay up this long after the last kernel
 PUBLISH_S = 0.05  # refresh of the energy counter
-RING = 100  # ticks kept for the windowed mean
-SEGMENTS = 256
+UTILISATION_S = 0.25  # time constant of the utilisation readings
 THERMAL_K_PER_W, THERMAL_TAU_S, AMBIENT_C = 0.055, 40.0, 30.0
 NO_LIMIT_W = 1e9
-_HEAD = 1024
-_BOARD = np.dtype(
-    [
-        *(
-            (name, "f8")
-            for name in ["limit_w", "external_w", "lock_lo_mhz", "lock_hi_mhz", "clock_mhz", "filtered_w", "power_w"]
-        ),
-        *((name, "f8") for name in ["energy_j", "published_j", "temperature_c", "core_factor", "idle_factor"]),
-        *((name, "i8") for name in ["throttle", "lost", "not_supported", "denied", "limit_denied", "no_clock_lock"]),
-        ("ring_w", "f8", RING),
-    ]
-)
-_SEGMENT = np.dtype([("start_s", "f8"), ("end_s", "f8"), ("compute", "f8"), ("memory", "f8"), ("boards", "u8")])
-_CLOCKWORK = np.dtype(
-    [("time_s", "f8"), ("published_s", "f8"), ("busy_until_s", "f8"), ("ticks", "i8"), ("next", "i8")]
-)
+_METERS = ("power_avg_w", "power_instant_w", "energy_j")  # what a stuck sensor no longer moves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,24 +55,35 @@ class BoardReading:
     sm_clock_mhz: int
     temperature_c: float
     throttle: int
+    busy: float  # share of the last quarter second in which a kernel ran, 0..1
+    memory_busy: float  # share in which HBM was read or written, 0..1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoardProcess:
+    """A process that said it uses a board."""
+
+    pid: int
+    memory_bytes: int  # on each of its boards
 
 
 class BoardBank:
     """All emulated boards of one node; see the module."""
 
     def __init__(self, path: Path) -> None:
+        with path.open("rb") as f:
+            head = read_head(f.read(HEAD.itemsize), str(path))
         self._file = path.open("r+b")
         self._mapped = mmap.mmap(self._file.fileno(), 0)
-        head = json.loads(self._mapped[:_HEAD].rstrip(b"\0"))
         self.path = path
-        self.spec: BoardSpec = board_specs()[head["spec"]]
-        self.count: int = head["count"]
-        self.writable: bool = head["writable"]
-        self.setter_latency_s: float = head["setter_latency_s"]
-        self._boards = np.ndarray((self.count,), _BOARD, self._mapped, _HEAD)
-        at = _HEAD + self._boards.nbytes
-        self._segments = np.ndarray((SEGMENTS,), _SEGMENT, self._mapped, at)
-        self._clockwork = np.ndarray((1,), _CLOCKWORK, self._mapped, at + self._segments.nbytes)
+        self.spec: BoardSpec = board_specs()[head["spec"].decode()]
+        self.count = int(head["count"])
+        self.writable = bool(head["writable"])
+        self.memory_bytes = int(head["memory_bytes"])
+        self.setter_latency_s = float(head["setter_latency_s"])
+        self._sections = map_sections(self._mapped, self.count)
+        self._boards, self._segments = self._sections.boards, self._sections.segments
+        self._clockwork = self._sections.clockwork
         self._thread_lock = threading.Lock()
 
     @staticmethod
@@ -93,16 +101,15 @@ class BoardBank:
 
         `writable` False makes every setter answer "no permission". `now_s` is when time starts (None: at the first call).
         """
-        head = json.dumps(
-            {"spec": spec.name, "count": count, "writable": writable, "setter_latency_s": setter_latency_s}
-        ).encode()
-        size = _HEAD + count * _BOARD.itemsize + SEGMENTS * _SEGMENT.itemsize + _CLOCKWORK.itemsize
         fresh = path.with_suffix(".new")
-        fresh.write_bytes(head.ljust(size, b"\0"))
+        with fresh.open("wb") as f:
+            f.write(make_head(spec, count, writable=writable, setter_latency_s=setter_latency_s).tobytes())
+            f.truncate(bank_size(count))
         fresh.replace(path)
         bank = BoardBank(path)
         rng = np.random.default_rng(seed)
         b = bank._boards
+        b["uuid"] = [board_uuid(spec.name, i) for i in range(count)]
         b["limit_w"], b["external_w"] = spec.default_limit_w, NO_LIMIT_W
         b["lock_lo_mhz"], b["lock_hi_mhz"] = 0.0, spec.max_sm_clock_mhz
         b["clock_mhz"] = spec.min_sm_clock_mhz
@@ -123,9 +130,39 @@ class BoardBank:
 
     def close(self) -> None:
         """Unmap; the file stays."""
-        del self._boards, self._segments, self._clockwork
+        del self._boards, self._segments, self._clockwork, self._sections
         self._mapped.close()
         self._file.close()
+
+    def refresh(self, now_s: float) -> None:
+        """Bring the readings up to date for those who only read the file; see `plant/keeper.py`."""
+        with self._locked(now_s):
+            pass
+
+    def age_s(self, now_s: float) -> float:
+        """How long ago the readings were refreshed, s; infinite where they never were."""
+        refreshed_s = float(self._sections.head["refreshed_s"][0])
+        return math.inf if math.isnan(refreshed_s) else now_s - refreshed_s
+
+    def virtual_time_s(self) -> float | None:
+        """The boards' clock where a simulator drives it, else None."""
+        virtual_s = float(self._sections.head["virtual_s"][0])
+        return None if math.isnan(virtual_s) else virtual_s
+
+    def set_virtual_time(self, now_s: float) -> None:
+        """From now on the boards' clock is what the last call here said, for every process that uses the file.
+
+        Raises:
+            ValueError: time would run backwards; nothing was changed.
+        """
+        with self._locked(now_s):
+            head = self._sections.head
+            if now_s < float(self._clockwork["time_s"][0]):
+                raise ValueError(
+                    f"virtual time {now_s} s lies before the boards' {float(self._clockwork['time_s'][0])} s"
+                )
+            head["virtual_s"], head["keeper_pid"] = now_s, os.getpid()
+            self._integrate(now_s)
 
     def book(self, boards: Sequence[int], start_s: float, end_s: float, load: Load, now_s: float) -> None:
         """Keep `boards` busy with `load` from `start_s` to `end_s`; of the past, only what is not yet integrated counts."""
@@ -138,32 +175,54 @@ class BoardBank:
 
     def pace_mhz(self, boards: Sequence[int], now_s: float) -> float:
         """Clock of the slowest of `boards`: the rank that sets a tensor-parallel group's pace."""
-        with self._locked(now_s):
+        with self._locked(now_s) as now_s:
             idle = now_s > float(self._clockwork["busy_until_s"][0])
             clocks = self._boards["clock_mhz"][list(boards)]
             if idle:  # the first step after idling runs at what the boards rise to within a few ticks
-                clocks = np.maximum(
-                    clocks, np.minimum(self.spec.max_sm_clock_mhz, self._boards["lock_hi_mhz"][list(boards)])
-                )
+                clocks = np.maximum(clocks, self._clock_range_mhz()[1][list(boards)])
             return float(clocks.min())
 
     def reading(self, i: int, now_s: float) -> BoardReading:
-        """The sensors of board `i`."""
+        """The sensors of board `i`, and its limits."""
         with self._locked(now_s):
-            b = self._boards[i]
-            window = max(1, round(self.spec.power_window_s / TICK_S))
-            newest = int(self._clockwork["ticks"][0])
-            ring = b["ring_w"][[(newest - k) % RING for k in range(min(window, RING))]]
+            r, b = self._sections.readings[i], self._boards[i]
             return BoardReading(
-                power_avg_w=float(ring.mean()),
-                power_instant_w=float(b["power_w"]),
-                energy_j=float(b["published_j"]),
+                power_avg_w=float(r["power_avg_w"]),
+                power_instant_w=float(r["power_instant_w"]),
+                energy_j=float(r["energy_j"]),
                 enforced_limit_w=float(min(b["limit_w"], b["external_w"])),
                 requested_limit_w=float(b["limit_w"]),
-                sm_clock_mhz=int(b["clock_mhz"] // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ),
-                temperature_c=float(b["temperature_c"]),
-                throttle=int(b["throttle"]),
+                sm_clock_mhz=int(r["sm_clock_mhz"]),
+                temperature_c=float(r["temperature_c"]),
+                throttle=int(r["throttle"]),
+                busy=float(r["busy"]),
+                memory_busy=float(r["memory_busy"]),
             )
+
+    def uuid(self, i: int) -> str:
+        """The name of board `i` that stays; begins with GPU-00000000 on emulated boards."""
+        return str(self._boards["uuid"][i].decode())
+
+    def register_process(self, pid: int, boards: Sequence[int], memory_bytes: int, now_s: float) -> None:
+        """Say that `pid` uses `boards`, with `memory_bytes` on each; replaces what it said before, or the oldest entry."""
+        with self._locked(now_s):
+            table = self._sections.processes
+            slot = int(np.argmin(np.where(table["pid"] == pid, -np.inf, table["since_s"])))
+            table[slot] = (pid, sum(1 << i for i in boards), memory_bytes, now_s)
+
+    def forget_process(self, pid: int, now_s: float) -> None:
+        """Take `pid` off the list."""
+        with self._locked(now_s):
+            table = self._sections.processes
+            table[table["pid"] == pid] = (0, 0, 0, 0.0)
+
+    def processes(self, i: int) -> list[BoardProcess]:
+        """Who said it uses board `i`; whether it still lives is for the caller to see."""
+        return [
+            BoardProcess(pid=int(p["pid"]), memory_bytes=int(p["memory_bytes"]))
+            for p in self._sections.processes
+            if p["pid"] and (int(p["boards"]) >> i) & 1
+        ]
 
     def energy_integral_j(self, i: int, now_s: float) -> float:
         """The unpublished integral itself, J; for checks of the physics."""
@@ -189,13 +248,9 @@ class BoardBank:
             self._boards["limit_w"][i] = watts
 
     def set_clock_lock(self, i: int, low_mhz: float, high_mhz: float, now_s: float) -> None:
-        """Lock the SM clock; values are rounded down to the 15 MHz grid and into the board's range."""
+        """Lock the SM clock; it runs at the nearest clocks at or below, within the board's range."""
         with self._locked(now_s):
-            low, high = (
-                min(max(v // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ, self.spec.min_sm_clock_mhz), self.spec.max_sm_clock_mhz)
-                for v in (low_mhz, high_mhz)
-            )
-            self._boards["lock_lo_mhz"][i], self._boards["lock_hi_mhz"][i] = low, high
+            self._boards["lock_lo_mhz"][i], self._boards["lock_hi_mhz"][i] = low_mhz, high_mhz
 
     def reset_clock_lock(self, i: int, now_s: float) -> None:
         """Release the lock."""
@@ -203,7 +258,10 @@ class BoardBank:
             self._boards["lock_lo_mhz"][i], self._boards["lock_hi_mhz"][i] = 0.0, self.spec.max_sm_clock_mhz
 
     def inject(self, i: int, fault: str, value: float, now_s: float) -> None:
-        """Set a fault: "lost", "not_supported", "denied", "limit_denied", "no_clock_lock" (1 or 0), or "external_limit" (W; 0 removes it).
+        """Set a fault: "lost", "not_supported", "denied", "limit_denied", "no_clock_lock", "stuck" (1 or 0), or
+        "external_limit" (W; 0 removes it).
+
+        A stuck sensor shows the power and the energy it showed last; the board itself goes on.
 
         Raises:
             ValueError: unknown fault.
@@ -211,29 +269,32 @@ class BoardBank:
         with self._locked(now_s):
             if fault == "external_limit":
                 self._boards["external_w"][i] = value or NO_LIMIT_W
-            elif fault in ("lost", "not_supported", "denied", "limit_denied", "no_clock_lock"):
+            elif fault in FAULTS:
                 self._boards[fault][i] = int(value)
             else:
-                raise ValueError(
-                    f"unknown fault {fault!r}; known: lost, not_supported, denied, limit_denied, no_clock_lock, external_limit"
-                )
+                raise ValueError(f"unknown fault {fault!r}; known: {', '.join(FAULTS)}, external_limit")
 
     @contextmanager
-    def _locked(self, now_s: float) -> Iterator[None]:
+    def _locked(self, now_s: float) -> Iterator[float]:
+        """Hold the file, everything up to date; yields the boards' time, s."""
         with self._thread_lock:
             fcntl.flock(self._file, fcntl.LOCK_EX)
+            sequence = int(self._sections.head["sequence"][0]) | 1  # odd already: its writer was killed
+            self._sections.head["sequence"] = sequence
             try:
+                virtual_s = self.virtual_time_s()
+                now_s = now_s if virtual_s is None else virtual_s
                 self._integrate(now_s)
-                yield
+                yield now_s
             finally:
+                self._sections.head["sequence"] = sequence + 1
                 fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def _integrate(self, now_s: float) -> None:
         clockwork = self._clockwork[0]
         time_s = float(clockwork["time_s"])
         if time_s < 0:
-            clockwork["time_s"] = clockwork["published_s"] = now_s
-            return
+            clockwork["time_s"] = clockwork["published_s"] = time_s = now_s
         asleep_s = max(time_s, float(clockwork["busy_until_s"]) + AWAKE_S + 2 * RING * TICK_S)
         ticks = int((min(now_s, asleep_s) - time_s) / TICK_S + 1e-9)
         for first in range(0, ticks, 1000):
@@ -243,20 +304,50 @@ class BoardBank:
             idle_s = int((now_s - time_s) / TICK_S) * TICK_S
             self._boards["energy_j"] += self._boards["power_w"] * idle_s
             time_s += idle_s
+        moved = time_s > float(clockwork["time_s"])
         clockwork["time_s"] = time_s
         if time_s - float(clockwork["published_s"]) >= PUBLISH_S:
             clockwork["published_s"] = time_s
             self._boards["published_j"] = self._boards["energy_j"]
+        if moved or math.isnan(self._sections.head["refreshed_s"][0]):
+            self._show()
+        self._sections.head["refreshed_s"] = now_s
+
+    def _show(self) -> None:
+        """Put on the sensors what they show now; the one place where state becomes a reading."""
+        b, shown = self._boards, self._sections.readings
+        window = min(RING, max(1, round(self.spec.power_window_s / TICK_S)))
+        newest = int(self._clockwork["ticks"][0])
+        recent = slice(None) if window == RING else (newest - np.arange(window)) % RING
+        mean_w = b["ring_w"][:, recent].mean(axis=1)
+        moving = b["stuck"] == 0
+        for name, values in zip(_METERS, (mean_w, b["power_w"], b["published_j"]), strict=True):
+            shown[name] = np.where(moving, values, shown[name])
+        for name in ("temperature_c", "busy", "memory_busy", "throttle"):
+            shown[name] = b[name]
+        shown["sm_clock_mhz"] = b["clock_mhz"] // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ
+
+    def _clock_range_mhz(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest clock the locks allow, shape (boards,) each."""
+        low, high = (
+            np.clip(
+                self._boards[name] // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ,
+                self.spec.min_sm_clock_mhz,
+                self.spec.max_sm_clock_mhz,
+            )
+            for name in ("lock_lo_mhz", "lock_hi_mhz")
+        )
+        return low, high
 
     def _run_ticks(self, start_s: float, ticks: int) -> None:
-        compute, memory = self._loads(start_s, ticks)
+        compute, memory, busy = self._loads(start_s, ticks)
         b, spec, clockwork = self._boards, self.spec, self._clockwork[0]
         limit_w = np.minimum(b["limit_w"], b["external_w"])
-        floor = np.clip(b["lock_lo_mhz"], spec.min_sm_clock_mhz, spec.max_sm_clock_mhz)
-        ceiling = np.minimum(b["lock_hi_mhz"], spec.max_sm_clock_mhz)
+        floor, ceiling = self._clock_range_mhz()
         awake_until_s = float(clockwork["busy_until_s"]) + AWAKE_S
         newest = int(clockwork["ticks"])
         warm = 1.0 - np.exp(-TICK_S / THERMAL_TAU_S)
+        newer = 1.0 - np.exp(-TICK_S / UTILISATION_S)
         for k in range(ticks):
             awake = start_s + k * TICK_S < awake_until_s
             static_w = (spec.awake_w if awake else spec.idle_w) * b["idle_factor"]
@@ -265,6 +356,8 @@ class BoardBank:
             b["energy_j"] += power_w * TICK_S
             b["power_w"] = power_w
             b["temperature_c"] += (AMBIENT_C + THERMAL_K_PER_W * power_w - b["temperature_c"]) * warm
+            b["busy"] += (busy[k] - b["busy"]) * newer
+            b["memory_busy"] += (memory[k] - b["memory_busy"]) * newer
             top = ceiling if awake else np.full(self.count, float(spec.min_sm_clock_mhz))
             b["filtered_w"], b["clock_mhz"], limited = govern(
                 filtered_w=b["filtered_w"], power_w=power_w, limit_w=limit_w, core_w=core_w, clock_mhz=b["clock_mhz"],
@@ -275,8 +368,8 @@ class BoardBank:
             b["ring_w"][:, newest % RING] = power_w
         clockwork["ticks"] = newest
 
-    def _loads(self, start_s: float, ticks: int) -> tuple[np.ndarray, np.ndarray]:
-        """Compute and memory shares, shape (ticks, boards), from the booked segments."""
+    def _loads(self, start_s: float, ticks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Compute and memory shares, and the share of time a kernel runs, shape (ticks, boards), from the segments."""
         s = self._segments
         s = s[(s["end_s"] > start_s) & (s["start_s"] < start_s + ticks * TICK_S)]
         edges = start_s + TICK_S * np.arange(ticks)[:, None]
@@ -286,4 +379,4 @@ class BoardBank:
         member = (s["boards"][:, None] >> np.arange(self.count, dtype=np.uint64)) & 1
         compute = np.minimum(1.0, (overlap * s["compute"]) @ member)
         memory = np.minimum(1.0, (overlap * s["memory"]) @ member)
-        return compute, memory
+        return compute, memory, np.minimum(1.0, overlap @ member)
