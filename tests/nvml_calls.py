@@ -76,6 +76,7 @@ def steps(
         (14.0, [partial(lock, 1, 210, 1007), partial(lock, 0, 0, 900), partial(lock, 0, 900, 800)]),
         (15.0, [partial(lock, 0, 100, 100)]),
         (16.0, [partial(release, 0), partial(limit, 0, 199.5)]),
+        (16.05, []),  # on the way up: mean and instant differ
         (18.0, [partial(fault, 0, "external_limit", 150), partial(limit, 0, 300)]),
         (20.0, [partial(fault, 1, "stuck"), partial(release, 1)]),
         (21.0, [partial(fault, 0, "limit_denied"), *all_setters(0), partial(fault, 0, "limit_denied", 0)]),
