@@ -124,6 +124,8 @@ class Driver:
         from vllm.v1.outputs import ModelRunnerOutput
 
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        for new in output.scheduled_new_reqs:  # model runner V2 takes resumed requests for new ones
+            self._known[new.req_id] = len(getattr(new, "prefill_token_ids", None) or new.prompt_token_ids)
         cached = output.scheduled_cached_reqs
         computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for rid, given in zip(cached.req_ids, cached.num_output_tokens, strict=True):

@@ -51,9 +51,13 @@ def preempt_down(scheduler: Any, limit: int, now_s: float) -> int:
 
 
 def _last(scheduler: Any) -> Any:
-    if getattr(getattr(scheduler, "policy", None), "name", "") == "PRIORITY":
+    if _by_priority(scheduler):
         return max(scheduler.running, key=lambda r: (r.priority, r.arrival_time))
     return scheduler.running[-1]
+
+
+def _by_priority(scheduler: Any) -> bool:
+    return getattr(getattr(scheduler, "policy", None), "name", "") == "PRIORITY"
 
 
 def _stale_output(scheduler: Any) -> dict[str, bool]:
@@ -68,23 +72,24 @@ class TimeSlice:
 
     def __init__(self) -> None:
         self._turn = 0
-        self._last_turn: dict[str, int] = {}  # by request
+        self._last_turn: dict[str, int] = {}  # by request; kept until twice as many are known as run
         self._everyone: list[Any] | None = None  # while some are held out
+        self._chosen: set[str] = set()
 
     def hold(self, scheduler: Any, limit: int) -> None:
         """Leave `limit` requests in `running` for the coming step; none is held where no more than `limit` run."""
-        everyone = scheduler.running
+        everyone, last = scheduler.running, self._last_turn
         if len(everyone) <= limit:
-            self._last_turn = {}
+            last.clear()
             return
+        if len(last) > 2 * len(everyone):
+            last = self._last_turn = {r.request_id: last.get(r.request_id, 0) for r in everyone}
+        urgent_first = sorted(everyone, key=lambda r: r.priority) if _by_priority(scheduler) else everyone
+        queue = sorted(urgent_first, key=lambda r: last.get(r.request_id, 0))
         self._turn += 1
-        last = self._last_turn
-        queue = sorted(everyone, key=lambda r: (last.get(r.request_id, 0), getattr(r, "priority", 0)))
-        turn = {r.request_id for r in queue[:limit]}
-        self._last_turn = {
-            r.request_id: self._turn if r.request_id in turn else last.get(r.request_id, 0) for r in everyone
-        }
-        scheduler.running = [r for r in everyone if r.request_id in turn]
+        self._chosen = {r.request_id for r in queue[:limit]}
+        last.update(dict.fromkeys(self._chosen, self._turn))
+        scheduler.running = [r for r in everyone if r.request_id in self._chosen]
         self._everyone = everyone
 
     def put_back(self, scheduler: Any) -> None:
@@ -94,6 +99,5 @@ class TimeSlice:
             return
         planned = scheduler.running
         kept, known = {id(r) for r in planned}, {id(r) for r in everyone}
-        turn = {rid for rid, at in self._last_turn.items() if at == self._turn}
-        scheduler.running = [r for r in everyone if id(r) in kept or r.request_id not in turn]
+        scheduler.running = [r for r in everyone if id(r) in kept or r.request_id not in self._chosen]
         scheduler.running += [r for r in planned if id(r) not in known]

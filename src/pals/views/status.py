@@ -69,8 +69,9 @@ def _engines(engines: Sequence[tuple[EngineInfo, EngineSample]]) -> Table:
     ):
         table.add_column(column)
     for info, now in engines:
+        turns = f" ({now.scheduled} in turn)" if now.scheduled is not None and now.lowering == "time-slice" else ""
         table.add_row(
-            str(info.pid), info.model, f"{info.engine} {info.version}", info.parallelism, str(now.running),
+            str(info.pid), info.model, f"{info.engine} {info.version}", info.parallelism, f"{now.running}{turns}",
             str(now.waiting), f"{now.active_limit} of {now.launch_limit} ({now.lowering})", f"{now.kv_usage:.0%}",
         )  # fmt: skip
     return table
