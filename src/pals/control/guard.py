@@ -6,6 +6,7 @@ and not on a prediction. Where the boards' minimum limit stands above the budget
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -34,6 +35,20 @@ class Guard:
             boards=len(boards),
             launch_sequences=launch_sequences,
         )
+
+    @property
+    def least_budget_w(self) -> float:
+        """The smallest whole-watt budget that leaves every board at its minimum limit, W."""
+        return float(math.ceil(self.share_of([math.ceil(self.min_limit_w)] * self.boards) + 1e-6))
+
+    @property
+    def most_budget_w(self) -> float:
+        """The budget above which no limit rises any more, W."""
+        return float(math.ceil(self.share_of([math.ceil(self.max_limit_w)] * self.boards) + 1e-6))
+
+    def share_of(self, limits_w: Sequence[float]) -> float:
+        """The budget that allows these power limits, W."""
+        return sum(limits_w) / (1 - self.margin)
 
     def check(self, wanted: Decision, budget: Budget) -> Decision:
         """Return `wanted`, or the nearest decision that is allowed, with the reason changed to say so."""
