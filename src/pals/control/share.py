@@ -41,7 +41,7 @@ class Holding(Checked):
     @property
     def held_w(self) -> float:
         """Watts that nobody else may have: the share, or the limits in force where they exceed it."""
-        return self.granted_w if self.granted_w is not None and self.obeys else self.limits_w
+        return max(self.granted_w or 0.0, self.limits_w)
 
 
 def split(budget_w: float, claims: Sequence[Claim]) -> tuple[float, ...]:
