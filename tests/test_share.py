@@ -73,7 +73,7 @@ def test_no_order_of_events_raises_the_sum_above_the_budget(
             for i, (h, c) in enumerate(zip(holdings, claims, strict=True))
         ]
         wanted_w = targets(budget_w, holdings)
-        for i in sorted(range(len(claims)), key=lambda i: wanted_w[i] - holdings[i].held_w):
+        for i in sorted(range(len(claims)), key=lambda i: wanted_w[i] - holdings[i].limits_w):
             others = [h for j, h in enumerate(holdings) if j != i]
             share_w = grant(wanted_w[i], holdings[i], others, budget_w)
             before_w = sum(h.limits_w for h in holdings)

@@ -89,7 +89,5 @@ def targets(budget_w: float, holdings: Sequence[Holding]) -> tuple[float, ...]:
 
 
 def grant(target_w: float, mine: Holding, others: Sequence[Holding], budget_w: float) -> float:
-    """The share for the next tick: `target_w` at once where that lowers, else as far as the others leave room."""
-    if target_w <= mine.held_w:
-        return target_w
-    return max(mine.held_w, min(target_w, budget_w - sum(h.held_w for h in others)))
+    """The share for the next tick: `target_w` at once where that lowers limits, else as far as the others leave room."""
+    return min(target_w, max(mine.limits_w, budget_w - sum(h.held_w for h in others)))
