@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-from pals.cli.agent import emulated_bank, mend
+from pals.cli.agent import emulated_bank, living, mend
 from pals.cli.main import say
 from pals.control.guard import Guard
 from pals.control.policies import build_policy
-from pals.core.errors import ConfigError
+from pals.core.errors import ConfigError, EngineGoneError
 from pals.hardware.nvml import open_boards
 from pals.models.profile import Profile
-from pals.runtime.agent import STATUS_FILE
-from pals.runtime.channel import find_engines, run_dir
+from pals.runtime.agent import STATUS_FILES
+from pals.runtime.channel import process_alive, run_dir
+from pals.runtime.group import unique_name
 from pals.runtime.journal import read_journal
 from pals.runtime.replay import replay as replay_records
-from pals.views.status import print_status
+from pals.views.status import EngineNow, print_status
 
 
 def replay(args: argparse.Namespace) -> int:
@@ -37,13 +40,8 @@ def replay(args: argparse.Namespace) -> int:
 
 
 def status(args: argparse.Namespace) -> int:
-    """Print engines, boards and the agent's newest record."""
+    """Print engines, boards and the agent's newest records."""
     folder = run_dir(os.environ)
-    engines = [(e.info, e.read()) for e in find_engines(folder)]
-    try:
-        agent = json.loads((folder / STATUS_FILE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        agent = None
     bank = emulated_bank(folder)
     try:
         with open_boards(emulated=bank) as nvml:
@@ -51,8 +49,28 @@ def status(args: argparse.Namespace) -> int:
     except ConfigError as e:
         boards = []
         say(str(e))
-    print_status(folder, engines, boards, agent, emulated=bank is not None)
+    print_status(folder, engines_now(folder), boards, steered_now(folder), emulated=bank is not None)
     return 0
+
+
+def engines_now(folder: Path) -> list[EngineNow]:
+    """The living engines with their counters; one that ends meanwhile is left out."""
+    groups = living(folder)
+    found = []
+    for group in groups:
+        with contextlib.suppress(EngineGoneError):
+            found.append(EngineNow(name=unique_name(group, groups), info=group.info, sample=group.read()))
+    return found
+
+
+def steered_now(folder: Path) -> list[dict[str, Any]]:
+    """What the agent wrote of each engine last; a file being replaced or removed is left out."""
+    found = []
+    for path in sorted(folder.glob(STATUS_FILES)):
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            told = json.loads(path.read_text())
+            found.append({**told, "agent_alive": process_alive(told["agent_pid"])})
+    return found
 
 
 def restore(args: argparse.Namespace) -> int:

@@ -39,28 +39,41 @@ def wall_clock(stop: threading.Event) -> GridClock:
     return GridClock(now_s=time.monotonic, wait=lambda seconds: stop.wait(max(0.0, seconds)))
 
 
+def on_grid(clock: GridClock, period_s: float, step: Callable[[float], None]) -> None:
+    """Call `step` with the seconds since start on a drift-free grid, until told to stop. A late step skips grid points."""
+    start_s = clock.now_s()
+    slot = 0
+    while True:
+        step(clock.now_s() - start_s)
+        elapsed_s = clock.now_s() - start_s
+        slot = max(slot + 1, int(elapsed_s / period_s) + 1)
+        if clock.wait(start_s + slot * period_s - clock.now_s()):
+            return
+
+
 def run(rig: Rig, *, budget: BudgetSchedule, slo: Slo, clock: GridClock, sink: Callable[[TickRecord], None]) -> int:
-    """Tick until the clock says stop; return the number of ticks. A late tick skips grid points, never drifts.
+    """Tick one engine until the clock says stop; return the number of ticks.
 
     Raises:
         EngineGoneError: the engine ended.
     """
-    start_s = clock.now_s()
     state = TickState(controller=rig.controller.initial())
-    slot = 0
-    while True:
-        now_s = clock.now_s()
-        record, state = tick(rig, state, budget.at(now_s - start_s), slo, now_s)
+
+    def step(elapsed_s: float) -> None:
+        nonlocal state
+        record, state = tick(rig, state, budget.at(elapsed_s), slo, clock.now_s())
         sink(record)
-        elapsed_s = clock.now_s() - start_s
-        slot = max(slot + 1, int(elapsed_s / rig.period_s) + 1)
-        if clock.wait(start_s + slot * rig.period_s - clock.now_s()):
-            return state.index
+
+    on_grid(clock, rig.period_s, step)
+    return state.index
 
 
 @contextmanager
 def boards_as_found(meters: Sequence[PowerMeter], actuators: Sequence[PowerActuator], record: Path) -> Iterator[None]:
-    """Write down the limits found, and on the way out put them back, whatever happened inside."""
+    """Write down the limits found, and on the way out put them back, whatever happened inside.
+
+    Several engines of one agent share `record`: each adds its boards and takes them out again.
+    """
     if not actuators:
         yield
         return
@@ -78,17 +91,38 @@ def boards_as_found(meters: Sequence[PowerMeter], actuators: Sequence[PowerActua
         if failed:
             log.error("%d boards could not be put back; %s keeps what was found: run `pals restore`", failed, record)
         else:
-            record.unlink(missing_ok=True)
+            forget_found(record, meters)
             log.info("boards put back as found: %s", ", ".join(f"{m.info.found_limit_w:.0f} W" for m in meters))
 
 
 def write_found(record: Path, meters: Sequence[PowerMeter]) -> None:
-    """Write the limits found to `record`, atomically."""
+    """Add the limits found to what `record` holds of this process, atomically."""
     record.parent.mkdir(parents=True, exist_ok=True)
+    _replace_found(record, {**_found_by_us(record), **{m.info.uuid: m.info.found_limit_w for m in meters}})
+
+
+def forget_found(record: Path, meters: Sequence[PowerMeter]) -> None:
+    """Take boards that were put back out of `record`; the last one removes it."""
+    ours = {m.info.uuid for m in meters}
+    left_w = {uuid: w for uuid, w in _found_by_us(record).items() if uuid not in ours}
+    if left_w:
+        _replace_found(record, left_w)
+    else:
+        record.unlink(missing_ok=True)
+
+
+def _replace_found(record: Path, limits_w: dict[str, float]) -> None:
     fresh = record.with_suffix(".tmp")
-    found = {m.info.uuid: m.info.found_limit_w for m in meters}
-    fresh.write_text(json.dumps({"pid": os.getpid(), "limits_w": found}))
+    fresh.write_text(json.dumps({"pid": os.getpid(), "limits_w": limits_w}))
     fresh.replace(record)
+
+
+def _found_by_us(record: Path) -> dict[str, float]:
+    try:
+        data = json.loads(record.read_text())
+    except FileNotFoundError:
+        return {}
+    return {str(k): float(v) for k, v in data["limits_w"].items()} if data["pid"] == os.getpid() else {}
 
 
 def left_by_dead_agent(record: Path) -> dict[str, float]:
