@@ -50,6 +50,17 @@ class Guard:
         """The budget that allows these power limits, W."""
         return sum(limits_w) / (1 - self.margin)
 
+    def limit_beside(self, stuck_w: Sequence[float], wanted_w: float, budget: Budget) -> float:
+        """The limit for the other boards of the group where some stand at `stuck_w` and do not follow, W.
+
+        Boards of a group wait for the slowest, so the lowest limit in force suffices for all; what a board takes too much
+        the others do without, down to their minimum.
+        """
+        limit_w, rest = min(wanted_w, *stuck_w), self.boards - len(stuck_w)
+        if budget.power_w is not None and rest:
+            limit_w = min(limit_w, float(int((budget.power_w * (1 - self.margin) - sum(stuck_w)) / rest)))
+        return max(self.min_limit_w, limit_w)
+
     def check(self, wanted: Decision, budget: Budget) -> Decision:
         """Return `wanted`, or the nearest decision that is allowed, with the reason changed to say so."""
         limit_w, reason, detail = wanted.point.power_limit_w, wanted.reason, wanted.detail

@@ -2,6 +2,9 @@
 
 The power limit is written before the active-sequence limit: a falling budget bites in firmware at once, a rising
 target gets its watts first. A board or engine that fails is noted in the record and in the log; nothing is guessed.
+
+The boards of an engine move together, because the slowest sets the pace of all: where one does not follow, the others
+go to the lowest limit in force, and below it where the budget demands it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Any
 
 from pals.control.estimator import over_budget_s, remember, violations
 from pals.control.guard import Guard
-from pals.core.errors import DeviceLostError, NotSupportedError, PermissionDeniedError
+from pals.core.errors import DeviceLostError, PalsError, PermissionDeniedError
 from pals.core.protocols import AnyController, EngineActuator, EngineMeter, PowerActuator, PowerMeter
 from pals.core.quantities import (
     Budget,
@@ -58,6 +61,7 @@ class Rig:
     controller: AnyController
     guard: Guard
     period_s: float
+    stuck: frozenset[int] = frozenset()  # positions of boards that did not follow last time; they are asked first
 
     @property
     def mode(self) -> str:
@@ -74,6 +78,7 @@ class TickState:
     window: tuple[TelemetrySample, ...] = ()
     budget: Budget = field(default_factory=Budget)
     under_budget: tuple[TelemetrySample, ...] = ()  # samples since the budget last changed, at most the window's length
+    notes: tuple[str, ...] = ()  # logged already; repeated only in the records
 
 
 def tick(rig: Rig, state: TickState, budget: Budget, slo: Slo, now_s: float) -> tuple[TickRecord, TickState]:
@@ -86,7 +91,7 @@ def tick(rig: Rig, state: TickState, budget: Budget, slo: Slo, now_s: float) -> 
     sample = read_sample(rig, state.window[-1] if state.window else None, now_s, notes)
     decision, controller = rig.controller.step(state.controller, sample, budget, slo, now_s)
     guarded = rig.guard.check(decision, budget)
-    enforced = _apply(rig, guarded.point, sample, notes)
+    enforced = _apply(rig, guarded.point, budget, sample, notes)
     window = remember(state.window, sample, VIOLATION_PERIODS)
     since = () if budget != state.budget else remember(state.under_budget, sample, VIOLATION_PERIODS - 1)
     record = TickRecord(
@@ -103,10 +108,12 @@ def tick(rig: Rig, state: TickState, budget: Budget, slo: Slo, now_s: float) -> 
         notes=tuple(notes),
     )
     for note in notes:
-        log.warning("%s", note)
+        if note not in state.notes:
+            log.warning("%s", note)
     return record, replace(
-        state, controller=controller, index=state.index + 1, window=window, budget=budget, under_budget=since
-    )
+        state, controller=controller, index=state.index + 1, window=window, budget=budget, under_budget=since,
+        notes=tuple(notes),
+    )  # fmt: skip
 
 
 def read_sample(rig: Rig, previous: TelemetrySample | None, now_s: float, notes: list[str]) -> TelemetrySample:
@@ -139,33 +146,69 @@ def mean_power_w(before: Sequence[PowerSample], after: Sequence[PowerSample]) ->
     return total_w
 
 
-def _apply(rig: Rig, wanted: OperatingPoint, sample: TelemetrySample, notes: list[str]) -> tuple[float, ...]:
-    enforced: list[float] = [b.enforced_limit_w for b in sample.boards]
+def _apply(
+    rig: Rig, wanted: OperatingPoint, budget: Budget, sample: TelemetrySample, notes: list[str]
+) -> tuple[float, ...]:
+    enforced_w = [b.enforced_limit_w for b in sample.boards]
     if rig.actuators and len(sample.boards) == len(rig.actuators):
-        enforced = []
-        for i, actuator in enumerate(rig.actuators):
-            accepted = _apply_to_board(rig, actuator, wanted, sample.boards[i].enforced_limit_w, notes)
-            enforced.append(accepted)
-            if accepted < wanted.power_limit_w - 0.5 and rig.actuators:
-                notes.append(
-                    f"board {i}: {wanted.power_limit_w:.0f} W asked, {accepted:.0f} W in force: "
-                    "something else holds the limit lower (another agent, a BMC or the driver)"
-                )
+        try:
+            _apply_together(rig, wanted, budget, enforced_w, notes)
+        except PermissionDeniedError as e:
+            notes.append(f"{e} From here on PALS only advises: decisions are recorded, no board is written.")
+            _give_up(rig, enforced_w, notes)
     if rig.setter is not None:
         sequences = wanted.active_sequences or rig.guard.launch_sequences
         rig.setter.apply(sequences, lease_s=LEASE_PERIODS * rig.period_s)
-    return tuple(enforced)
+    return tuple(enforced_w)
 
 
-def _apply_to_board(
-    rig: Rig, actuator: PowerActuator, wanted: OperatingPoint, in_force_w: float, notes: list[str]
-) -> float:
+def _apply_together(
+    rig: Rig, wanted: OperatingPoint, budget: Budget, enforced_w: list[float], notes: list[str]
+) -> None:
+    """Bring all boards to one limit; `enforced_w` is updated with what is read back.
+
+    Raises:
+        PermissionDeniedError: some boards may have been written.
+    """
+    common, stuck_w = wanted, dict[int, float]()
+    for i in sorted(range(len(enforced_w)), key=lambda i: i not in rig.stuck):
+        enforced_w[i] = _apply_to_board(rig.actuators[i], common, enforced_w[i], notes)
+        if abs(enforced_w[i] - common.power_limit_w) > 0.5:
+            stuck_w[i] = enforced_w[i]
+            limit_w = rig.guard.limit_beside(tuple(stuck_w.values()), common.power_limit_w, budget)
+            notes.append(_told_stuck(rig, i, common.power_limit_w, enforced_w[i], limit_w))
+            common = replace(common, power_limit_w=limit_w)
+    for i, limit_w in enumerate(enforced_w):
+        if i not in stuck_w and limit_w > common.power_limit_w + 0.5:
+            enforced_w[i] = _apply_to_board(rig.actuators[i], common, limit_w, notes)
+    rig.stuck = frozenset(stuck_w)
+
+
+def _told_stuck(rig: Rig, position: int, asked_w: float, in_force_w: float, others_w: float) -> str:
+    index = rig.meters[position].info.index
+    why = "something else holds the limit lower (another agent, a BMC or the driver)" if in_force_w < asked_w else ""
+    beside = f"the engine's other boards go to {others_w:.0f} W" if len(rig.meters) > 1 else ""
+    told = "; ".join(t for t in (why, beside) if t)
+    return f"board {index}: {asked_w:.0f} W asked, {in_force_w:.0f} W in force{f': {told}' if told else ''}"
+
+
+def _apply_to_board(actuator: PowerActuator, wanted: OperatingPoint, in_force_w: float, notes: list[str]) -> float:
     """Apply to one board; on refusal note it and return the limit that was in force."""
     try:
         return actuator.apply(wanted).power_limit_w
-    except PermissionDeniedError as e:
-        notes.append(f"{e} From here on PALS only advises: decisions are recorded, no board is written.")
-        rig.actuators = ()
-    except (NotSupportedError, DeviceLostError) as e:
+    except PermissionDeniedError:
+        raise
+    except (PalsError, ValueError) as e:
         notes.append(str(e))
     return in_force_w
+
+
+def _give_up(rig: Rig, enforced_w: list[float], notes: list[str]) -> None:
+    """Write no board from here on; those already written are put back, so that the boards do not stand apart."""
+    for i, actuator in enumerate(rig.actuators):
+        try:
+            actuator.restore()
+            enforced_w[i] = rig.meters[i].read().enforced_limit_w
+        except (PalsError, ValueError) as e:
+            notes.append(str(e))
+    rig.actuators = ()
