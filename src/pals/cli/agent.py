@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import signal
 import threading
@@ -17,8 +19,8 @@ from pals.cli.main import say
 from pals.core.errors import ConfigError, EngineGoneError
 from pals.core.quantities import EngineInfo, OperatingPoint
 from pals.hardware.nvml import Nvml, open_boards
-from pals.runtime.agent import FOUND_RECORD, AgentSetup
-from pals.runtime.channel import find_engines, run_dir
+from pals.runtime.agent import FOUND_RECORD, STATUS_FILES, AgentSetup
+from pals.runtime.channel import find_engines, process_alive, run_dir
 from pals.runtime.config import Config, load_config
 from pals.runtime.group import EngineGroup, group_ranks
 from pals.runtime.loop import left_by_dead_agent, wall_clock
@@ -150,6 +152,7 @@ def steer(config: Config, folder: Path, find: Callable[[], Sequence[EngineGroup]
     )
     if wants_to_write and (emulated or os.geteuid() == 0):
         mend(folder, bank)
+    remove_stale_status(folder)
     warn_of_strangers(config, find())
     port = config.output.metrics_port
     metrics = AgentMetrics()
@@ -165,6 +168,14 @@ def steer(config: Config, folder: Path, find: Callable[[], Sequence[EngineGroup]
             say=say,
         )
         return control_engines(setup, wall_clock(stop))
+
+
+def remove_stale_status(folder: Path) -> None:
+    """Remove the status files of agents that were killed."""
+    for path in folder.glob(STATUS_FILES):
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+            if not process_alive(int(json.loads(path.read_text())["agent_pid"])):
+                path.unlink()
 
 
 def warn_of_strangers(config: Config, engines: Sequence[EngineGroup]) -> None:

@@ -16,10 +16,11 @@ from pals.control.policies import build_policy
 from pals.core.errors import ConfigError, EngineGoneError
 from pals.hardware.nvml import open_boards
 from pals.models.profile import Profile
-from pals.runtime.agent import STATUS_FILES
+from pals.runtime.agent import FOUND_RECORD, STATUS_FILES
 from pals.runtime.channel import process_alive, run_dir
 from pals.runtime.group import unique_name
 from pals.runtime.journal import read_journal
+from pals.runtime.loop import left_by_dead_agent
 from pals.runtime.replay import replay as replay_records
 from pals.views.status import EngineNow, print_status
 
@@ -49,28 +50,38 @@ def status(args: argparse.Namespace) -> int:
     except ConfigError as e:
         boards = []
         say(str(e))
-    print_status(folder, engines_now(folder), boards, steered_now(folder), emulated=bank is not None)
+    print_status(
+        folder, engines_now(folder), boards, steered_now(folder), emulated=bank is not None, limited=limited(folder)
+    )
+    return 0
+
+
+def limited(folder: Path) -> int:
+    """How many boards a killed agent left limited; none where the agent lives, or its record cannot be read."""
+    with contextlib.suppress(ConfigError):
+        return len(left_by_dead_agent(folder / FOUND_RECORD))
     return 0
 
 
 def engines_now(folder: Path) -> list[EngineNow]:
-    """The living engines with their counters; one that ends meanwhile is left out."""
+    """The living engines with their counters, by their boards; one that ends meanwhile is left out."""
     groups = living(folder)
     found = []
     for group in groups:
         with contextlib.suppress(EngineGoneError):
             found.append(EngineNow(name=unique_name(group, groups), info=group.info, sample=group.read()))
-    return found
+    return sorted(found, key=lambda e: e.info.boards)
 
 
 def steered_now(folder: Path) -> list[dict[str, Any]]:
-    """What the agent wrote of each engine last; a file being replaced or removed is left out."""
+    """What a living agent wrote of each engine last, by its boards; a file being replaced or removed is left out."""
     found = []
-    for path in sorted(folder.glob(STATUS_FILES)):
+    for path in folder.glob(STATUS_FILES):
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             told = json.loads(path.read_text())
-            found.append({**told, "agent_alive": process_alive(told["agent_pid"])})
-    return found
+            if process_alive(told["agent_pid"]):
+                found.append(told)
+    return sorted(found, key=lambda s: [b["index"] for b in s["header"]["boards"]])
 
 
 def restore(args: argparse.Namespace) -> int:

@@ -30,8 +30,12 @@ def print_status(
     steered: Sequence[dict[str, Any]],
     *,
     emulated: bool,
+    limited: int,
 ) -> None:
-    """Print what runs in this run directory; `steered` are the contents of the agent's status files."""
+    """Print what runs in this run directory.
+
+    `steered` are the contents of the living agent's status files; `limited` boards were left so by a killed one.
+    """
     console = Console(highlight=False)
     if engines:
         console.print(_engines(engines))
@@ -39,18 +43,17 @@ def print_status(
         console.print(f"no engine with PALS runs in {folder}")
     if boards:
         console.print(_boards(boards, engines, emulated=emulated))
-    now = [s for s in steered if s["agent_alive"]]
-    if dead := {s["agent_pid"] for s in steered if not s["agent_alive"]}:
+    if limited:
         console.print(
-            f"agent {', '.join(map(str, sorted(dead)))} was killed: boards stay limited until the next agent or `pals restore`"
+            f"an agent was killed: {limited} boards may stay limited until the next agent, or `pals restore`, puts them back"
         )
-    if not now:
+    if not steered:
         console.print("no agent: engines obey their launch limits, boards keep theirs")
         return
-    console.print(_agent_line(now))
-    for each in now:
+    console.print(_agent_line(steered))
+    for each in steered:
         _print_decision(console, each)
-    names = {s["name"] for s in now}
+    names = {s["name"] for s in steered}
     for engine in engines:
         if engine.name not in names and engine.info.name not in names:
             console.print(f"{engine.name}: not steered", markup=False)
