@@ -57,7 +57,7 @@ class AgentWorld:
     said: list[str] = field(default_factory=list)
     records: dict[str, list[TickRecord]] = field(default_factory=dict)
     sums_w: list[tuple[float, float]] = field(default_factory=list)
-    events: dict[float, Callable[[], None]] = field(default_factory=dict)  # by time: what happens on the node
+    events: dict[float, Callable[[], object]] = field(default_factory=dict)  # by time: what happens on the node
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

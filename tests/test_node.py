@@ -90,7 +90,7 @@ def test_an_engine_that_ends_is_dropped_and_the_last_one_ends_the_agent(node: Ag
 
 def test_an_engine_that_comes_later_is_taken_up_within_seconds(node: AgentWorld) -> None:
     node.add("a/first", boards=(0, 1), pid=node.spawn().pid)
-    node.events = {101.0: lambda: node.add("b/later", boards=(2, 3), pid=node.spawn().pid) and None}
+    node.events = {101.0: lambda: node.add("b/later", boards=(2, 3), pid=node.spawn().pid)}
 
     assert node.run(budget={"power_w": "800"}) == 0
 
@@ -104,7 +104,7 @@ def test_a_group_that_grows_by_a_rank_becomes_one_engine_again(node: AgentWorld)
     node.add("a/other", boards=(7,), pid=node.spawn().pid)
     rank = {"parallelism": "tp2 pp1 dp1 ep0", "data_parallel": True}
     node.add("m/dense", boards=(0, 1), pid=node.spawn().pid, rank=0, **rank)
-    node.events = {103.0: lambda: node.add("m/dense", boards=(2, 3), pid=node.spawn().pid, rank=1, **rank) and None}
+    node.events = {103.0: lambda: node.add("m/dense", boards=(2, 3), pid=node.spawn().pid, rank=1, **rank)}
 
     assert node.run(control={"power_limit_w": 300.0}) == 0
 
@@ -130,7 +130,7 @@ def test_boards_of_two_engines_at_once_are_refused_and_both_are_named(node: Agen
 
 def test_a_latecomer_on_taken_boards_is_told_once_and_the_others_go_on(node: AgentWorld) -> None:
     node.add("a/one", boards=(0, 1), pid=node.spawn().pid)
-    node.events = {101.0: lambda: node.add("b/two", boards=(1, 2), pid=node.spawn().pid) and None}
+    node.events = {101.0: lambda: node.add("b/two", boards=(1, 2), pid=node.spawn().pid)}
 
     assert node.run() == 0
 

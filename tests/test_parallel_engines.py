@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -118,12 +119,14 @@ def test_two_engines_on_one_bank_share_an_agent_a_budget_and_outlive_each_other(
         assert "1 more are steered on" in said
         assert said.count("boards put back as found: 700 W, 700 W") == 2
     finally:
-        for process in [p for p in (agent, one.process, two and two.process) if p is not None]:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                process.wait(timeout=120)
-        if agent is not None and agent.stderr is not None:
-            agent.stderr.close()
+        if agent is not None:
+            agent.kill()
+            agent.wait()
+            if agent.stderr is not None:
+                agent.stderr.close()
+        for server in (one, two):
+            if server is not None:
+                end(server)
     assert not (folder / "emulated-boards.bank").exists()
 
 
@@ -135,9 +138,8 @@ def metrics(server: Server) -> str:
         return ""
 
 
-def wait_until(holds: object, timeout_s: float = 60.0) -> None:
-    """Wait until the callable `holds` says so."""
-    assert callable(holds)
+def wait_until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Wait until `holds` says so."""
     end_s = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < end_s
