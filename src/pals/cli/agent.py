@@ -147,10 +147,7 @@ def steer(config: Config, folder: Path, find: Callable[[], Sequence[EngineGroup]
     """Run the agent on the engines that `find` finds; return its exit code."""
     bank = emulated_bank(folder)
     emulated = bank is not None
-    wants_to_write = (config.control.mode or ("auto" if emulated else "advise")) == "auto" or any(
-        c.control.mode == "auto" for c in config.engines.values()
-    )
-    if wants_to_write and (emulated or os.geteuid() == 0):
+    if will_write(config, emulated=emulated):
         mend(folder, bank)
     remove_stale_status(folder)
     warn_of_strangers(config, find())
@@ -168,6 +165,12 @@ def steer(config: Config, folder: Path, find: Callable[[], Sequence[EngineGroup]
             say=say,
         )
         return control_engines(setup, wall_clock(stop))
+
+
+def will_write(config: Config, *, emulated: bool) -> bool:
+    """Whether an agent of this process would write power limits of some engine."""
+    modes = {c.control.mode or ("auto" if emulated else "advise") for c in (config, *config.engines.values())}
+    return "auto" in modes and (emulated or os.geteuid() == 0)
 
 
 def remove_stale_status(folder: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from pals.cli.agent import config_of, living, steer, stopping, wait_for_channel
+from pals.cli.agent import config_of, living, steer, stopping, wait_for_channel, will_write
 from pals.cli.main import say
 from pals.cli.shared_bank import shared_bank
 from pals.core.errors import ConfigError
@@ -50,7 +50,7 @@ def serve(args: argparse.Namespace, rest: list[str]) -> int:
         check_port("127.0.0.1", config.output.metrics_port, "metrics port", "--metrics-port")
     folder = run_dir(os.environ)
     folder.mkdir(parents=True, exist_ok=True)
-    if not args.no_agent:
+    if not args.no_agent and will_write(config, emulated=bool(args.emulate)):
         refuse_second_agent(folder)
     with ExitStack() as exits:
         target = exits.enter_context(target_of(args, rest, folder))
