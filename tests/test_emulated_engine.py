@@ -166,9 +166,11 @@ def test_a_second_agent_and_a_second_server_are_refused(server: Server) -> None:
     assert taken.returncode == 2
     assert f"API port {server.port}" in taken.stderr
 
-    other = server.pals(
-        "serve", MODEL, "--emulate", "h100-sxm5-80gb", "--port", str(free_port()), "--metrics-port", "0"
-    )
+    steered = ["serve", MODEL, "--emulate", "h100-sxm5-80gb", "--port", str(free_port()), "--metrics-port", "0"]
+    second = server.pals(*steered)
+    assert second.returncode == 2
+    assert "or serve with --no-agent" in second.stderr
+    other = server.pals(*steered, "--no-agent")
     assert other.returncode == 2
     assert "another emulated server" in other.stderr
 

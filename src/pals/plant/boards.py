@@ -35,7 +35,10 @@ _BOARD = np.dtype(
             (name, "f8")
             for name in ["limit_w", "external_w", "lock_lo_mhz", "lock_hi_mhz", "clock_mhz", "filtered_w", "power_w"]
         ),
-        *((name, "f8") for name in ["energy_j", "published_j", "temperature_c", "core_factor", "idle_factor"]),
+        *(
+            (name, "f8")
+            for name in ["energy_j", "published_j", "temperature_c", "core_factor", "idle_factor", "busy_until_s"]
+        ),
         *((name, "i8") for name in ["throttle", "lost", "not_supported", "denied"]),
         ("ring_w", "f8", RING),
     ]
@@ -135,16 +138,17 @@ class BoardBank:
             self._segments[slot] = (start_s, end_s, load.compute, load.memory, sum(1 << i for i in boards))
             clockwork["next"] += 1
             clockwork["busy_until_s"] = max(float(clockwork["busy_until_s"]), end_s)
+            used = list(boards)
+            self._boards["busy_until_s"][used] = np.maximum(self._boards["busy_until_s"][used], end_s)
 
     def pace_mhz(self, boards: Sequence[int], now_s: float) -> float:
         """Clock of the slowest of `boards`: the rank that sets a tensor-parallel group's pace."""
         with self._locked(now_s):
-            idle = now_s > float(self._clockwork["busy_until_s"][0])
-            clocks = self._boards["clock_mhz"][list(boards)]
+            used = list(boards)
+            idle = now_s > float(self._boards["busy_until_s"][used].max())
+            clocks = self._boards["clock_mhz"][used]
             if idle:  # the first step after idling runs at what the boards rise to within a few ticks
-                clocks = np.maximum(
-                    clocks, np.minimum(self.spec.max_sm_clock_mhz, self._boards["lock_hi_mhz"][list(boards)])
-                )
+                clocks = np.maximum(clocks, np.minimum(self.spec.max_sm_clock_mhz, self._boards["lock_hi_mhz"][used]))
             return float(clocks.min())
 
     def reading(self, i: int, now_s: float) -> BoardReading:
@@ -244,23 +248,23 @@ class BoardBank:
         limit_w = np.minimum(b["limit_w"], b["external_w"])
         floor = np.clip(b["lock_lo_mhz"], spec.min_sm_clock_mhz, spec.max_sm_clock_mhz)
         ceiling = np.minimum(b["lock_hi_mhz"], spec.max_sm_clock_mhz)
-        awake_until_s = float(clockwork["busy_until_s"]) + AWAKE_S
+        awake_until_s = b["busy_until_s"] + AWAKE_S  # each board by itself: engines share the bank, not their load
         newest = int(clockwork["ticks"])
         warm = 1.0 - np.exp(-TICK_S / THERMAL_TAU_S)
         for k in range(ticks):
             awake = start_s + k * TICK_S < awake_until_s
-            static_w = (spec.awake_w if awake else spec.idle_w) * b["idle_factor"]
+            static_w = np.where(awake, spec.awake_w, spec.idle_w) * b["idle_factor"]
             core_w = core_power_w(spec, compute[k], memory[k], b["clock_mhz"]) * b["core_factor"]
             power_w = static_w + core_w + hbm_power_w(spec, memory[k])
             b["energy_j"] += power_w * TICK_S
             b["power_w"] = power_w
             b["temperature_c"] += (AMBIENT_C + THERMAL_K_PER_W * power_w - b["temperature_c"]) * warm
-            top = ceiling if awake else np.full(self.count, float(spec.min_sm_clock_mhz))
+            top = np.where(awake, ceiling, float(spec.min_sm_clock_mhz))
             b["filtered_w"], b["clock_mhz"], limited = govern(
                 filtered_w=b["filtered_w"], power_w=power_w, limit_w=limit_w, core_w=core_w, clock_mhz=b["clock_mhz"],
                 floor_mhz=floor, ceiling_mhz=top,
             )  # fmt: skip
-            b["throttle"] = np.where(limited & awake, THROTTLE_POWER_CAP, 0 if awake else THROTTLE_IDLE)
+            b["throttle"] = np.where(limited & awake, THROTTLE_POWER_CAP, np.where(awake, 0, THROTTLE_IDLE))
             newest += 1
             b["ring_w"][:, newest % RING] = power_w
         clockwork["ticks"] = newest
