@@ -14,7 +14,7 @@ from tests.worlds import telemetry
 from pals.control.guard import Guard
 from pals.control.policies import build_policy
 from pals.core.quantities import Budget, Slo
-from pals.experiments.demo import PROFILE
+from pals.experiments.scenarios import SCENARIOS
 from pals.models.profile import Profile
 
 TARGET_S, STEPS = 1e-3, 20000
@@ -23,7 +23,7 @@ GUARD = Guard(min_limit_w=100.0, max_limit_w=400.0, boards=4, launch_sequences=6
 
 def main() -> int:
     """Measure and print; 1 where the target is missed."""
-    profile = Profile.from_json(PROFILE.read_text())
+    profile = Profile.from_json(SCENARIOS[0].profile.read_text())
     policy = build_policy("pals-paper", {}, profile, GUARD)
     state = policy.initial()
     rng = np.random.default_rng(0)

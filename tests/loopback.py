@@ -22,8 +22,8 @@ async def http_server(answer: Callable[[bytes], Awaitable[bytes]]) -> AsyncItera
             body = await reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
             writer.write(await answer(body))
             await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return  # the client left early
+        except (asyncio.IncompleteReadError, IndexError, ConnectionError):
+            return  # the client left early, or is somebody else who came to this port
         finally:
             writer.close()
             with contextlib.suppress(ConnectionError):

@@ -47,8 +47,9 @@ def test_a_record_holds_the_clock_as_requested_accepted_and_measured() -> None:
     clock = Clock(until_s=103.0)
     records = locked(clock, [Board(clock, i) for i in range(2)], 1203)
     metrics = AgentMetrics()
+    watcher = metrics.engine("e", [0, 1])
     for record in records:
-        metrics.observe(record)
+        watcher.observe(record)
     last = records[-1]
 
     assert (last.decision.point.sm_clock_mhz, last.guarded.point.sm_clock_mhz) == (1203, 1200)
@@ -56,9 +57,9 @@ def test_a_record_holds_the_clock_as_requested_accepted_and_measured() -> None:
     assert last.accepted_clocks_mhz == (1200, 1200)
     assert [b.sm_clock_mhz for b in last.sample.boards] == [1200, 1200]
     value = metrics.registry.get_sample_value
-    assert value("pals_sm_clock_requested_hertz") == 1200e6
-    assert value("pals_sm_clock_accepted_hertz", {"board": "1"}) == 1200e6
-    assert value("pals_sm_clock_hertz", {"board": "1"}) == 1200e6
+    assert value("pals_sm_clock_requested_hertz", {"engine": "e"}) == 1200e6
+    assert value("pals_sm_clock_accepted_hertz", {"engine": "e", "board": "1"}) == 1200e6
+    assert value("pals_sm_clock_hertz", {"engine": "e", "board": "1"}) == 1200e6
     assert clock_text(encode(last)) == "SM clock ≤ 1200 MHz (accepted 1200/1200, measured 1200/1200)"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from pals.core.errors import ConfigError
 from pals.runtime.budgets import parse_budget
 from pals.runtime.config import Config, load_config
+from tests.worlds import engine_info
 
 
 def load(tmp_path: Path, text: str) -> Config:
@@ -49,11 +51,32 @@ def test_a_full_file_is_read_and_the_command_line_wins(tmp_path: Path) -> None:
         ("control = 3\n", "must be a table"),
         ("[control\n", "cannot read the configuration"),
         ('[control]\npolicy = "pals-paper"\n', "--target-tokens-s"),
+        ('[engine."a/b"]\npolcy = "static"\n', r"\[engine.'a/b'\].*did you mean 'policy'"),
+        ('[engine."a/b"]\nperiod_s = 1.0\n', "unknown key 'period_s'"),
+        ('[engine."a/b"]\npolicy = "pals-paper"\n', "--target-tokens-s"),
+        ('[engine."a/b"]\nttft_p95_s = 0\n', "must be positive"),
+        ("[engine]\npolicy = 3\n", "must be a table"),
     ],
 )
 def test_bad_input_says_what_and_what_to_do(tmp_path: Path, text: str, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         load(tmp_path, text)
+
+
+def test_an_engines_section_overrides_the_general_ones_and_the_command_line_both(tmp_path: Path) -> None:
+    path = tmp_path / "pals.toml"
+    path.write_text(
+        '[control]\npolicy = "pals-paper"\nprofile = "all.json"\n[budget]\npower_w = "900"\n'
+        '[engine."a/b"]\nprofile = "ab.json"\nthroughput_tokens_s = 500\n[engine.chat]\npolicy = "static"\n'
+    )
+    config = load_config(path, {"slo": {"ttft_p95_s": 1.5}})
+
+    own = config.of(replace(engine_info(), model="a/b"))
+    assert (own.control.policy, own.control.profile) == ("pals-paper", "ab.json")
+    assert (own.slo.throughput_tokens_s, own.slo.ttft_p95_s) == (500.0, 1.5)
+    assert config.of(replace(engine_info(), model="a/b", served_as="chat")).control.policy == "static"
+    with pytest.raises(ConfigError, match="steers x/y by a throughput target"):
+        config.of(replace(engine_info(), model="x/y"))
 
 
 def test_a_missing_file_is_an_error() -> None:

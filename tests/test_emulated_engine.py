@@ -44,13 +44,14 @@ class Server:
     metrics_port: int
     folder: Path
     environ: dict[str, str]
+    log_path: Path
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def log(self) -> str:
-        return (self.folder / "serve.log").read_text()
+        return self.log_path.read_text()
 
     def wait_for(self, words: str, timeout_s: float = 120.0) -> None:
         end_s = time.monotonic() + timeout_s
@@ -65,7 +66,9 @@ class Server:
         )
 
 
-def start(folder: Path, *extra: str, **more_environ: str) -> Server:
+def start(
+    folder: Path, *extra: str, model: str = MODEL, boards: str = "2xa100-sxm4-80gb", **more_environ: str
+) -> Server:
     folder.mkdir(exist_ok=True)
     port, metrics_port = free_port(), free_port()
     environ = {k: v for k, v in os.environ.items() if not k.startswith("PALS_")}
@@ -74,15 +77,16 @@ def start(folder: Path, *extra: str, **more_environ: str) -> Server:
         "XDG_CACHE_HOME": str(folder.parent / "cache"),
         "COLUMNS": "140",
     } | more_environ
-    with (folder / "serve.log").open("wb") as log:
+    log_path = folder / f"serve-{port}.log"
+    with log_path.open("wb") as log:
         process = subprocess.Popen(
             [
-                sys.executable, "-m", "pals.cli", "serve", MODEL, "--emulate", "2xa100-sxm4-80gb", "--port", str(port),
+                sys.executable, "-m", "pals.cli", "serve", model, "--emulate", boards, "--port", str(port),
                 "--metrics-port", str(metrics_port), "--max-num-seqs", "32", "--journal", str(folder / "j.jsonl"), *extra,
             ],
             stdout=log, stderr=subprocess.STDOUT, env=environ, start_new_session=True,
         )  # fmt: skip
-    return Server(process, port, metrics_port, folder, environ)
+    return Server(process, port, metrics_port, folder, environ, log_path)
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +157,8 @@ def test_a_json_schema_is_obeyed(server: Server) -> None:
 
 def test_the_agents_metrics_and_status_tell_what_is_in_force(server: Server) -> None:
     metrics = get(f"http://127.0.0.1:{server.metrics_port}/metrics")
-    assert 'pals_power_limit_enforced_watts{board="1"} 250.0' in metrics
-    assert "pals_active_sequence_limit 8.0" in metrics
+    assert f'pals_power_limit_enforced_watts{{board="1",engine="{MODEL}"}} 250.0' in metrics
+    assert f'pals_active_sequence_limit{{engine="{MODEL}"}} 8.0' in metrics
 
     told = server.pals("status").stdout
     assert "8 of 32" in told
@@ -183,9 +187,11 @@ def test_a_second_agent_and_a_second_server_are_refused(server: Server) -> None:
     assert taken.returncode == 2
     assert f"API port {server.port}" in taken.stderr
 
-    other = server.pals(
-        "serve", MODEL, "--emulate", "h100-sxm5-80gb", "--port", str(free_port()), "--metrics-port", "0"
-    )
+    steered = ["serve", MODEL, "--emulate", "h100-sxm5-80gb", "--port", str(free_port()), "--metrics-port", "0"]
+    second = server.pals(*steered)
+    assert second.returncode == 2
+    assert "or serve with --no-agent" in second.stderr
+    other = server.pals(*steered, "--no-agent")
     assert other.returncode == 2
     assert "another emulated server" in other.stderr
 

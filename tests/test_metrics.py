@@ -22,29 +22,60 @@ def observed() -> AgentMetrics:
     clock = Clock(until_s=110.0)
     boards = [Board(clock, i) for i in range(2)]
     metrics = AgentMetrics()
-    for record in go(
+    records = go(
         rig(clock, boards, Engine(clock, per_sequence=10.0)), clock, parse_budget("600"), Slo(throughput_tokens_s=1e5)
-    ):
-        metrics.observe(record)
+    )
+    for name, indices in (("model", [4, 5]), ("model:7", [6, 7])):
+        engine = metrics.engine(name, indices)
+        for record in records:
+            engine.observe(record)
+        if name == "model:7":
+            engine.close()
     return metrics
 
 
-def value(metrics: AgentMetrics, name: str, **labels: str) -> float | None:
-    return metrics.registry.get_sample_value(name, labels)
+def value(metrics: AgentMetrics, name: str, *, engine: str = "model", **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(name, {"engine": engine, **labels})
 
 
 def test_values_follow_the_records() -> None:
     metrics = observed()
 
     assert value(metrics, "pals_power_watts") == pytest.approx(2 * 294.0)
-    assert value(metrics, "pals_power_limit_enforced_watts", board="1") == 294.0
-    assert value(metrics, "pals_sm_clock_hertz", board="0") == 1410e6
+    assert value(metrics, "pals_power_limit_enforced_watts", board="5") == 294.0
+    assert value(metrics, "pals_sm_clock_hertz", board="4") == 1410e6
     assert value(metrics, "pals_tokens_per_second") == pytest.approx(640.0)
     assert value(metrics, "pals_joules_per_token") == pytest.approx(588.0 / 640.0)
     assert value(metrics, "pals_active_sequence_limit") == 64.0
     assert value(metrics, "pals_decisions_total", reason="guard-budget") == 20.0
     assert (value(metrics, "pals_violations_total", slo="throughput") or 0) > 15
     assert value(metrics, "pals_energy_joules_total") == pytest.approx(588.0 * 9.5)
+
+
+def test_an_engine_that_is_gone_leaves_its_counters_and_no_gauge() -> None:
+    metrics = observed()
+
+    assert value(metrics, "pals_power_limit_enforced_watts", engine="model:7", board="7") is None
+    assert value(metrics, "pals_power_watts", engine="model:7") is None
+    assert value(metrics, "pals_energy_joules_total", engine="model:7") == pytest.approx(588.0 * 9.5)
+
+
+def test_with_a_board_lost_no_reading_is_given_to_the_wrong_one() -> None:
+    clock = Clock(until_s=102.0)
+    boards = [Board(clock, i) for i in range(2)]
+    metrics = AgentMetrics()
+    engine = metrics.engine("model", [4, 5])
+    for record in go(rig(clock, boards, Engine(clock)), clock):
+        engine.observe(record)
+    assert value(metrics, "pals_board_power_watts", board="5") is not None
+
+    boards[0].lost = True
+    clock.until_s = 103.0
+    for record in go(rig(clock, boards, Engine(clock)), clock):
+        engine.observe(record)
+
+    assert value(metrics, "pals_board_power_watts", board="4") is None
+    assert value(metrics, "pals_board_power_watts", board="5") is None
 
 
 def test_the_endpoint_answers_and_a_taken_port_is_named() -> None:

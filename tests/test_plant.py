@@ -54,6 +54,17 @@ def test_a_lower_clock_never_draws_more(compute: float, memory: float, low: floa
     assert board_power_w(board_specs()[name], load, low) <= board_power_w(board_specs()[name], load, high) + 1e-9
 
 
+def test_boards_of_an_idle_engine_sleep_while_another_engine_works(bank: BoardBank) -> None:
+    bank.book((0, 1), 0.0, 8.0, FULL, 0.0)
+
+    busy, idle = bank.reading(0, 6.0), bank.reading(3, 6.0)
+
+    assert busy.sm_clock_mhz > 1000
+    assert (idle.sm_clock_mhz, idle.throttle & 1) == (A100.min_sm_clock_mhz, 1)
+    assert idle.power_instant_w < 1.2 * A100.idle_w
+    assert bank.pace_mhz((2, 3), 6.0) == A100.max_sm_clock_mhz  # they rise to it within a few ticks of a first step
+
+
 def test_energy_is_the_integral_of_power(bank: BoardBank) -> None:
     keep_busy(bank, 2.0)
     start_j = [bank.energy_integral_j(i, 0.5) for i in range(4)]

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pals.control.guard import Guard
 from pals.control.static import StaticPolicy
-from pals.core.errors import ConfigError, EngineGoneError
-from pals.core.quantities import OperatingPoint, Slo
+from pals.core.errors import ConfigError, EngineGoneError, NotSupportedError
+from pals.core.quantities import Budget, OperatingPoint, Slo
 from pals.runtime.budgets import BudgetSchedule, parse_budget
 from pals.runtime.loop import GridClock, boards_as_found, left_by_dead_agent, run
 from pals.runtime.tick import Rig, TickRecord
@@ -113,6 +115,69 @@ def test_a_lost_board_is_told_and_nothing_is_written_to_the_group() -> None:
     assert "lost" in record.notes[0]
     assert boards[0].written_w == []
     assert record.sample.power_w is None
+
+
+class Refusing(Board):
+    """A board whose driver refuses every write."""
+
+    def apply(self, wanted: OperatingPoint) -> OperatingPoint:
+        raise NotSupportedError(f"board {self.index}: not supported here")
+
+
+def group_of(clock: Clock, odd: Board) -> list[Board]:
+    return [Board(clock, 0, limit_w=300.0), Board(clock, 1, limit_w=300.0), odd, Board(clock, 3, limit_w=300.0)]
+
+
+def test_where_one_board_cannot_rise_its_group_does_not_rise_either() -> None:
+    clock = Clock(until_s=103.0)
+    boards = group_of(clock, Refusing(clock, 2, limit_w=300.0))
+    for b in boards:
+        b.found_w = 400.0
+
+    records = go(rig(clock, boards, Engine(clock), limit_w=400.0), clock)
+
+    assert [r.enforced_limits_w for r in records] == [(300.0,) * 4] * len(records)
+    assert "not supported here" in records[0].notes[0]
+    assert "the engine's other boards go to 300 W" in records[0].notes[1]
+    assert all(set(b.written_w[2:]) <= {300.0} for b in boards), "after the first tick nothing goes up and down again"
+
+
+def test_where_one_board_cannot_fall_the_others_keep_the_budget_for_it() -> None:
+    clock = Clock(until_s=106.0)
+    boards = group_of(clock, Refusing(clock, 2, limit_w=300.0))
+
+    records = go(rig(clock, boards, Engine(clock), limit_w=300.0), clock, parse_budget("0:1300,3:1000,4.5:500"))
+
+    assert records[0].enforced_limits_w == (300.0,) * 4
+    middle = [r for r in records if r.budget.power_w == 1000.0]
+    assert {r.enforced_limits_w for r in middle} == {(226.0, 226.0, 300.0, 226.0)}
+    assert sum(middle[0].enforced_limits_w) <= 980.0
+    low = records[-1]
+    assert low.enforced_limits_w == (100.0, 100.0, 300.0, 100.0)  # the boards' minimum; the note says what stands
+
+
+def test_boards_written_before_a_denied_one_are_put_back() -> None:
+    clock = Clock(until_s=102.0)
+    boards = [Board(clock, 0), Board(clock, 1, denied=True)]
+
+    records = go(rig(clock, boards, Engine(clock), limit_w=200.0), clock)
+
+    assert boards[0].written_w == [200.0]
+    assert {r.enforced_limits_w for r in records} == {(400.0, 400.0)}
+    assert records[-1].mode == "auto"  # the active-sequence limit is still obeyed
+
+
+@given(st.lists(st.floats(100, 400), min_size=1, max_size=7), st.floats(100, 400), st.floats(500, 4000))
+def test_the_limit_beside_stuck_boards_keeps_the_budget_or_stands_at_the_minimum(
+    stuck_w: list[float], wanted_w: float, budget_w: float
+) -> None:
+    guard = Guard(min_limit_w=100.0, max_limit_w=400.0, boards=8, launch_sequences=64)
+
+    limit_w = guard.limit_beside(stuck_w, wanted_w, Budget(power_w=budget_w))
+
+    assert 100.0 <= limit_w <= min(wanted_w, *stuck_w)
+    total_w = sum(stuck_w) + limit_w * (8 - len(stuck_w))
+    assert total_w <= budget_w * 0.98 + 1e-6 or limit_w == 100.0
 
 
 @pytest.mark.parametrize("gone_at_s", [1e9, 104.2])

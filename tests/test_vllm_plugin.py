@@ -170,6 +170,10 @@ def test_boards_follow_rank_and_visible_devices() -> None:
     assert boards_of(second, "") == (2, 3)
     assert boards_of(second, "4,5,6,7") == (6, 7)
     assert boards_of(second, "GPU-aaaa,GPU-bbbb,GPU-cccc,GPU-dddd") == ()  # unknown: nobody may guess
+    second.assigned_physical_gpu_ids = [3, 1, 7, 5]  # --device-ids, of all ranks
+    assert boards_of(second, "0,1") == (7, 5)
+    second.assigned_physical_gpu_ids = [7, 5]  # of this rank alone
+    assert boards_of(second, "") == (7, 5)
 
 
 def test_the_channel_of_a_real_link_says_what_the_engine_is(config: Any) -> None:

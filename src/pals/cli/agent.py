@@ -1,13 +1,15 @@
-"""`pals agent`: steer an engine that is already running; also the part of `pals serve` that steers."""
+"""`pals agent`: steer the engines that are already running; also the part of `pals serve` that steers."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,12 +17,14 @@ from typing import Any
 
 from pals.cli.main import say
 from pals.core.errors import ConfigError, EngineGoneError, PalsError
+from pals.core.quantities import EngineInfo
 from pals.hardware.nvml import Nvml, open_boards
-from pals.runtime.agent import FOUND_RECORD, AgentSetup, control_engine
-from pals.runtime.channel import find_engines, run_dir
+from pals.runtime.agent import FOUND_RECORD, STATUS_FILES, AgentSetup
+from pals.runtime.channel import find_engines, process_alive, run_dir
 from pals.runtime.config import Config, load_config
 from pals.runtime.group import EngineGroup, group_ranks
-from pals.runtime.loop import clocks_left_locked, left_by_dead_agent
+from pals.runtime.loop import clocks_left_locked, left_by_dead_agent, wall_clock
+from pals.runtime.node import control_engines
 from pals.views.metrics import AgentMetrics, serve_metrics
 
 BANK_FILE = "emulated-boards.bank"
@@ -30,10 +34,10 @@ def agent(args: argparse.Namespace) -> int:
     """Run the agent until SIGINT or SIGTERM."""
     config = config_of(args)
     folder = run_dir(os.environ)
-    channel = pick_engine(folder, args.engine)
+    engines_of(folder, args.engine)  # none, or not this one: say so before anything is opened
     stop = threading.Event()
     with stopping(stop):
-        return steer(config, folder, channel, stop)
+        return steer(config, folder, lambda: living(folder, args.engine), stop)
 
 
 def config_of(args: argparse.Namespace) -> Config:
@@ -60,24 +64,36 @@ def config_of(args: argparse.Namespace) -> Config:
     return load_config(Path(args.config) if args.config else None, overrides)
 
 
+def living(folder: Path, pid: int | None = None) -> list[EngineGroup]:
+    """The living engines in `folder`, or the one with this process id."""
+    engines = group_ranks(find_engines(folder))
+    return engines if pid is None else [g for g in engines if pid in g.pids]
+
+
+def engines_of(folder: Path, pid: int | None) -> list[EngineGroup]:
+    """The same, at least one.
+
+    Raises:
+        ConfigError: none.
+    """
+    if engines := living(folder, pid):
+        return engines
+    raise ConfigError(
+        f"no running engine with PALS {f'and process id {pid} ' if pid else ''}found in {folder}. Start one with "
+        "`pals serve MODEL`, or `vllm serve MODEL` where pals-llm is installed (same user, same PALS_RUN_DIR)"
+    )
+
+
 def pick_engine(folder: Path, pid: int | None) -> EngineGroup:
     """The one engine in `folder`, or the one with this process id.
 
     Raises:
         ConfigError: none, or several and no choice.
     """
-    engines = group_ranks(find_engines(folder))
-    if pid is not None:
-        engines = [g for g in engines if any(r.info.pid == pid for r in g.ranks)]
+    engines = engines_of(folder, pid)
     if len(engines) == 1:
         return engines[0]
-    if not engines:
-        raise ConfigError(
-            f"no running engine with PALS {f'and process id {pid} ' if pid else ''}found in {folder}. Start one with "
-            "`pals serve MODEL`, or `vllm serve MODEL` where pals-llm is installed (same user, same PALS_RUN_DIR)"
-        )
-    names = ", ".join(f"{e.info.pid} ({e.info.model})" for e in engines)
-    raise ConfigError(f"several engines run: {names}; choose one with --engine PID")
+    raise ConfigError(f"several engines run: {', '.join(e.told() for e in engines)}; choose one with --engine PID")
 
 
 def emulated_bank(folder: Path) -> Path | None:
@@ -91,16 +107,25 @@ def emulated_bank(folder: Path) -> Path | None:
 def boards_of(folder: Path, channel: EngineGroup | None, *, write: bool) -> Iterator[Nvml]:
     """Open the engine's boards; before that, mend what a killed agent left, if `write`."""
     bank = emulated_bank(folder)
-    indices = channel.info.boards if channel is not None else None
-    if indices == ():
-        raise ConfigError(
-            "the engine does not say which boards it uses (CUDA_VISIBLE_DEVICES lists no indices); PALS will not guess. "
-            "Nothing was changed: start the engine with board indices in CUDA_VISIBLE_DEVICES"
-        )
+    indices = known_boards(channel.info) if channel is not None else None
     if write:
         mend(folder, bank)
     with open_boards(emulated=bank, indices=indices) as nvml:
         yield nvml
+
+
+def known_boards(engine: EngineInfo) -> tuple[int, ...]:
+    """The indices of the engine's boards.
+
+    Raises:
+        ConfigError: it does not say.
+    """
+    if not engine.boards:
+        raise ConfigError(
+            f"the engine {engine.name} (process {engine.pid}) does not say which boards it uses (CUDA_VISIBLE_DEVICES lists "
+            "no indices); PALS will not guess. Nothing was changed: start the engine with board indices in CUDA_VISIBLE_DEVICES"
+        )
+    return engine.boards
 
 
 def mend(folder: Path, bank: Path | None, *, clock: Callable[[], float] = time.monotonic) -> int:
@@ -137,30 +162,64 @@ def mend(folder: Path, bank: Path | None, *, clock: Callable[[], float] = time.m
     return mended
 
 
-def steer(config: Config, folder: Path, channel: EngineGroup, stop: threading.Event) -> int:
-    """Run the agent on this engine; return its exit code."""
-    emulated = emulated_bank(folder) is not None
-    wants_to_write = (config.control.mode or ("auto" if emulated else "advise")) == "auto"
-    with boards_of(folder, channel, write=wants_to_write and (emulated or os.geteuid() == 0)) as nvml:
-        metrics = AgentMetrics()
-        port = config.output.metrics_port
-        close = serve_metrics(metrics, port) if port else lambda: None
-        try:
-            setup = AgentSetup(
-                boards=nvml.boards,
-                channel=channel,
-                config=config,
-                emulated=emulated,
-                may_write=all(b.can_write() for b in nvml.boards),
-                folder=folder,
-                sinks=(metrics.observe,),
-                say=say,
-            )
-            if port:
-                say(f"metrics at http://127.0.0.1:{port}/metrics")
-            return control_engine(setup, stop)
-        finally:
-            close()
+def steer(config: Config, folder: Path, find: Callable[[], Sequence[EngineGroup]], stop: threading.Event) -> int:
+    """Run the agent on the engines that `find` finds; return its exit code."""
+    bank = emulated_bank(folder)
+    emulated = bank is not None
+    if will_write(config, emulated=emulated):
+        mend(folder, bank)
+    remove_stale_status(folder)
+    warn_of_strangers(config, find())
+    port = config.output.metrics_port
+    metrics = AgentMetrics()
+    with open_boards(emulated=bank, indices=()) as nvml, serving_metrics(metrics, port):
+        setup = AgentSetup(
+            find=find,
+            open_boards=lambda group: nvml.open(known_boards(group.info)),
+            config=config,
+            emulated=emulated,
+            may_write=nvml.may_write,
+            folder=folder,
+            watch=metrics.engine,
+            say=say,
+        )
+        return control_engines(setup, wall_clock(stop))
+
+
+def will_write(config: Config, *, emulated: bool) -> bool:
+    """Whether an agent of this process would write power limits of some engine."""
+    modes = {c.control.mode or ("auto" if emulated else "advise") for c in (config, *config.engines.values())}
+    return "auto" in modes and (emulated or os.geteuid() == 0)
+
+
+def remove_stale_status(folder: Path) -> None:
+    """Remove the status files of agents that were killed."""
+    for path in folder.glob(STATUS_FILES):
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+            if not process_alive(int(json.loads(path.read_text())["agent_pid"])):
+                path.unlink()
+
+
+def warn_of_strangers(config: Config, engines: Sequence[EngineGroup]) -> None:
+    """Say which [engine] sections fit no engine that runs: it may come later, or the name is mistyped."""
+    names = [n for e in engines for n in (e.info.name, e.info.model)]
+    for name in config.engines:
+        if name not in names:
+            say(f"[engine.{name!r}]: no such engine runs yet; running: {', '.join(sorted(set(names))) or 'none'}")
+
+
+@contextmanager
+def serving_metrics(metrics: AgentMetrics, port: int) -> Iterator[None]:
+    """Expose the metrics as long as the context, unless `port` is 0."""
+    if not port:
+        yield
+        return
+    close = serve_metrics(metrics, port)
+    say(f"metrics at http://127.0.0.1:{port}/metrics")
+    try:
+        yield
+    finally:
+        close()
 
 
 @contextmanager
@@ -182,19 +241,30 @@ def stopping(stop: threading.Event, also: Callable[[], None] | None = None) -> I
             signal.signal(number, old)
 
 
-def wait_for_channel(folder: Path, known: set[int], timeout_s: float, alive: Callable[[], bool]) -> EngineGroup:
-    """Wait for an engine that was not `known`, with all its data-parallel ranks.
+def wait_for_channel(folder: Path, session: int, timeout_s: float, alive: Callable[[], bool]) -> EngineGroup:
+    """Wait for the engine of the process session `session`, with all its data-parallel ranks.
 
     Raises:
         EngineGoneError: none came.
     """
     end_s = time.monotonic() + timeout_s
+    mine: list[EngineGroup] = []
     while time.monotonic() < end_s and alive():
-        fresh = group_ranks([e for e in find_engines(folder) if e.info.pid not in known])
-        if fresh and fresh[-1].complete:
-            return fresh[-1]
+        mine = [g for g in living(folder) if all(session_of(pid) == session for pid in g.pids)]
+        if mine and mine[0].complete:
+            return mine[0]
         time.sleep(0.1)
+    if mine and alive():  # the other ranks are on other nodes
+        return mine[0]
     raise EngineGoneError(
-        f"vLLM runs without the PALS plugin: no channel (or not one of every rank) appeared in {folder}. Is pals-llm "
-        "installed in vLLM's environment, and is VLLM_PLUGINS unset or does it name 'pals'?"
+        f"vLLM runs without the PALS plugin: no channel appeared in {folder}. Is pals-llm installed in vLLM's environment, "
+        "and is VLLM_PLUGINS unset or does it name 'pals'?"
     )
+
+
+def session_of(pid: int) -> int:
+    """The process session of `pid`; 0 where it is gone."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0

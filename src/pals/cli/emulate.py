@@ -180,7 +180,7 @@ def node_of(args: argparse.Namespace, rest: list[str]) -> Iterator[VirtualNode]:
     if not model.is_dir():
         name = full_name(args.model)
         model = local_folder(args.model, cache_folder())
-    parallel = any(a.split("=")[0] in PARALLEL for a in rest)
+    parallel = any(a.split("=")[0] in flags for flags in PARALLEL for a in rest)
     options = rest if parallel else [*rest, "--tensor-parallel-size", str(count)]
     with tempfile.TemporaryDirectory(prefix="pals-virtual-") as scratch:
         from pals.experiments.virtual_run import BANK_FILE, VirtualNode

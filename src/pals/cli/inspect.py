@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-from pals.cli.agent import emulated_bank, mend
+from pals.cli.agent import emulated_bank, living, mend
 from pals.cli.main import say
 from pals.control.guard import Guard
 from pals.control.policies import build_policy
-from pals.core.errors import ConfigError
+from pals.core.errors import ConfigError, EngineGoneError
 from pals.hardware.nvml import open_boards
 from pals.models.profile import Profile
-from pals.runtime.agent import STATUS_FILE
-from pals.runtime.channel import find_engines, run_dir
+from pals.runtime.agent import FOUND_RECORD, STATUS_FILES
+from pals.runtime.channel import process_alive, run_dir
+from pals.runtime.group import unique_name
 from pals.runtime.journal import read_journal
+from pals.runtime.loop import left_by_dead_agent
 from pals.runtime.replay import replay as replay_records
-from pals.views.status import print_status
+from pals.views.status import EngineNow, print_status
 
 
 def replay(args: argparse.Namespace) -> int:
@@ -37,13 +41,8 @@ def replay(args: argparse.Namespace) -> int:
 
 
 def status(args: argparse.Namespace) -> int:
-    """Print engines, boards and the agent's newest record."""
+    """Print engines, boards and the agent's newest records."""
     folder = run_dir(os.environ)
-    engines = [(e.info, e.read()) for e in find_engines(folder)]
-    try:
-        agent = json.loads((folder / STATUS_FILE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        agent = None
     bank = emulated_bank(folder)
     try:
         with open_boards(emulated=bank) as nvml:
@@ -51,8 +50,38 @@ def status(args: argparse.Namespace) -> int:
     except ConfigError as e:
         boards = []
         say(str(e))
-    print_status(folder, engines, boards, agent, emulated=bank is not None)
+    print_status(
+        folder, engines_now(folder), boards, steered_now(folder), emulated=bank is not None, limited=limited(folder)
+    )
     return 0
+
+
+def limited(folder: Path) -> int:
+    """How many boards a killed agent left limited; none where the agent lives, or its record cannot be read."""
+    with contextlib.suppress(ConfigError):
+        return len(left_by_dead_agent(folder / FOUND_RECORD))
+    return 0
+
+
+def engines_now(folder: Path) -> list[EngineNow]:
+    """The living engines with their counters, by their boards; one that ends meanwhile is left out."""
+    groups = living(folder)
+    found = []
+    for group in groups:
+        with contextlib.suppress(EngineGoneError):
+            found.append(EngineNow(name=unique_name(group, groups), info=group.info, sample=group.read()))
+    return sorted(found, key=lambda e: e.info.boards)
+
+
+def steered_now(folder: Path) -> list[dict[str, Any]]:
+    """What a living agent wrote of each engine last, by its boards; a file being replaced or removed is left out."""
+    found = []
+    for path in folder.glob(STATUS_FILES):
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            told = json.loads(path.read_text())
+            if process_alive(told["agent_pid"]):
+                found.append(told)
+    return sorted(found, key=lambda s: [b["index"] for b in s["header"]["boards"]])
 
 
 def restore(args: argparse.Namespace) -> int:

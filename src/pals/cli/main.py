@@ -50,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("model", metavar="MODEL", help="model name or folder, as for `vllm serve`")
     serve.add_argument("--emulate", metavar="BOARDS", help="emulated boards, e.g. 4xa100-sxm4-80gb or h100-sxm5-80gb")
+    serve.add_argument(
+        "--boards", metavar="N,N,…", help="boards to use, as CUDA_VISIBLE_DEVICES (default: that, or all)"
+    )
     serve.add_argument("--no-agent", action="store_true", help="serve only; start `pals agent` apart")
     serve.add_argument("--seed-boards", type=int, default=0, help="seed of the emulated boards' variation (default 0)")
     serve.add_argument(
@@ -57,8 +60,10 @@ def parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--log", metavar="FILE", help="vLLM's log (default: in the run directory)")
     add_agent_options(serve)
-    agent = commands.add_parser("agent", help="steer an engine that already runs with PALS installed")
-    agent.add_argument("--engine", type=int, metavar="PID", help="which engine, where several run")
+    agent = commands.add_parser("agent", help="steer every engine that runs here with PALS installed")
+    agent.add_argument(
+        "--engine", type=int, metavar="PID", help="steer only this one (default: all, also those to come)"
+    )
     add_agent_options(agent)
     add_profile(commands)
     replay = commands.add_parser("replay", help="recompute every decision of a journal and compare")
@@ -91,9 +96,11 @@ def add_agent_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--target-tokens-s", type=float, metavar="X", help="throughput target, output tokens per second")
     p.add_argument("--ttft-p95-s", type=float, metavar="S", help="TTFT target")
     p.add_argument("--tpot-p95-s", type=float, metavar="S", help="TPOT target")
-    p.add_argument("--budget-w", metavar="W|STEPS", help="budget of all boards: 1200, or steps 0:none,30:1000,60:1600")
+    p.add_argument(
+        "--budget-w", metavar="W|STEPS", help="budget of all engines together: 1200, or steps 0:none,30:1000,60:1600"
+    )
     p.add_argument("--period-s", type=float, metavar="S", help="control period (default 0.5)")
-    p.add_argument("--journal", metavar="FILE", help="journal file (default: in the run directory)")
+    p.add_argument("--journal", metavar="FILE", help="journal file (default: in the run directory, one per engine)")
     p.add_argument(
         "--metrics-port", type=int, metavar="PORT", help="Prometheus port on 127.0.0.1 (default 9477; 0: off)"
     )

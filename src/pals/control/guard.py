@@ -6,6 +6,7 @@ and not on a prediction. Where the boards' minimum limit stands above the budget
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,31 @@ class Guard:
             launch_sequences=launch_sequences,
             sm_clocks_mhz=tuple(sorted(set.intersection(*(set(b.lockable_clocks_mhz) for b in boards)))),
         )
+
+    @property
+    def least_budget_w(self) -> float:
+        """The smallest whole-watt budget that leaves every board at its minimum limit, W."""
+        return float(math.ceil(self.share_of([math.ceil(self.min_limit_w)] * self.boards) + 1e-6))
+
+    @property
+    def most_budget_w(self) -> float:
+        """The budget above which no limit rises any more, W."""
+        return float(math.ceil(self.share_of([math.ceil(self.max_limit_w)] * self.boards) + 1e-6))
+
+    def share_of(self, limits_w: Sequence[float]) -> float:
+        """The budget that allows these power limits, W."""
+        return sum(limits_w) / (1 - self.margin)
+
+    def limit_beside(self, stuck_w: Sequence[float], wanted_w: float, budget: Budget) -> float:
+        """The limit for the other boards of the group where some stand at `stuck_w` and do not follow, W.
+
+        Boards of a group wait for the slowest, so the lowest limit in force suffices for all; what a board takes too much
+        the others do without, down to their minimum.
+        """
+        limit_w, rest = min(wanted_w, *stuck_w), self.boards - len(stuck_w)
+        if budget.power_w is not None and rest:
+            limit_w = min(limit_w, float(int((budget.power_w * (1 - self.margin) - sum(stuck_w)) / rest)))
+        return max(self.min_limit_w, limit_w)
 
     def check(self, wanted: Decision, budget: Budget) -> Decision:
         """Return `wanted`, or the nearest decision that is allowed, with the reason changed to say so."""

@@ -207,6 +207,13 @@ class EngineInfo:
     boards: tuple[int, ...]
     launch_sequences: int
     capabilities: dict[str, bool] = field(default_factory=dict)
+    served_as: str = ""  # the name in the API; empty: the model's
+    data_parallel: bool = False  # one rank of several: those of the same parent process belong together
+
+    @property
+    def name(self) -> str:
+        """What people call the engine: its served name."""
+        return self.served_as or self.model
 
 
 def fingerprint_of(engine: EngineInfo, boards: Sequence[BoardInfo]) -> Fingerprint:

@@ -106,11 +106,13 @@ class EmulatedExecutor(Executor):
         world = world_of(config)
         bank = world.bank if world is not None else open_bank()
         self._clock = clock_of(config)
-        boards = boards_of(parallel, "")
-        if max(boards) >= bank.count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        boards = boards_of(parallel, visible)
+        if not boards or max(boards) >= bank.count:
             raise ValueError(
-                f"{parallel.world_size} ranks × data-parallel {parallel.data_parallel_size} need boards {boards}, but "
-                f"{bank.count} are emulated; emulate more (--emulate Nx{bank.spec.name})"
+                f"{parallel.world_size} ranks × data-parallel {parallel.data_parallel_size} need boards "
+                f"{boards or 'that are not there'}, but of {bank.count} emulated {visible or 'all'} are visible; emulate more "
+                f"(--emulate Nx{bank.spec.name}) or choose others (--boards)"
             )
         expert_parallel = bool(getattr(parallel, "enable_expert_parallel", False))
         self._model = StepModel(

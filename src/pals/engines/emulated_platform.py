@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class EmulatedPlatform(Platform):
     dispatch_key = "CPU"
     dist_backend = "gloo"
     ray_device_key = "CPU"
+    device_control_env_var = "CUDA_VISIBLE_DEVICES"  # the emulated boards are chosen as real ones are
     supported_quantization: list[str] = []  # noqa: RUF012 - vLLM's class declares it so; empty means all
 
     @classmethod
@@ -65,7 +67,8 @@ class EmulatedPlatform(Platform):
 
     @classmethod
     def device_count(cls) -> int:
-        return int(open_bank().count)
+        visible = os.environ.get(cls.device_control_env_var, "")
+        return len(visible.split(",")) if visible else int(open_bank().count)
 
     @classmethod
     def supports_fp8(cls) -> bool:

@@ -166,17 +166,29 @@ def engine_info(scheduler: Any, launch_limit: int, capabilities: dict[str, bool]
         boards=boards_of(p, os.environ.get("CUDA_VISIBLE_DEVICES", "")),
         launch_sequences=launch_limit,
         capabilities=capabilities,
+        served_as=served_name(config.model_config),
+        data_parallel=getattr(p, "data_parallel_rank_local", None) is not None,
     )
 
 
+def served_name(model_config: Any) -> str:
+    """The first name the API knows the model by; empty where vLLM does not say."""
+    names = getattr(model_config, "served_model_name", None) or ""
+    return str(names[0] if isinstance(names, list) else names)
+
+
 def boards_of(parallel: Any, visible: str) -> tuple[int, ...]:
-    """Board indices of this data-parallel rank, through CUDA_VISIBLE_DEVICES; empty where that does not list numbers.
+    """Board indices of this data-parallel rank, through --device-ids or CUDA_VISIBLE_DEVICES; empty where unknown.
 
     Empty means unknown: an agent must not guess, or it would steer boards that belong to somebody else.
     """
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     first = (getattr(parallel, "data_parallel_rank_local", 0) or 0) * ranks
     local = range(first, first + ranks)
+    assigned = getattr(parallel, "assigned_physical_gpu_ids", None)
+    if assigned:  # of this rank alone, or of all
+        mine = assigned if len(assigned) == ranks else assigned[first : first + ranks]
+        return tuple(int(i) for i in mine) if len(mine) == ranks else ()
     if not visible:
         return tuple(local)
     listed = [v.strip() for v in visible.split(",")]

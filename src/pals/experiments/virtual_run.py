@@ -9,26 +9,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pals.core.errors import ConfigError
-from pals.core.quantities import Slo
 from pals.engines.openai_client import RequestSpec
 from pals.engines.virtual_engine import VirtualEngine, VirtualTrace
 from pals.experiments.outcome import Outcome, outcome
 from pals.hardware.nvml import Nvml, open_boards
 from pals.plant.boards import BoardBank
 from pals.plant.specs import BoardSpec
-from pals.runtime.agent import AgentSetup, VirtualTime, control_engine
-from pals.runtime.budgets import BudgetSchedule
+from pals.runtime.agent import AgentSetup, Session, open_session
 from pals.runtime.clock import VirtualClock
 from pals.runtime.config import Config
 from pals.runtime.group import EngineGroup
 from pals.runtime.journal import read_journal
-from pals.runtime.loop import GridClock, Ticker
-from pals.runtime.tick import Rig, TickRecord
+from pals.runtime.loop import GridClock
+from pals.runtime.tick import TickRecord
 
 BANK_FILE = "emulated-boards.bank"
 LEAD_S, TAIL_S = 0.5, 1.0  # ticks before the load and after the last token, so that the journal covers it
@@ -138,16 +136,18 @@ def serve_trace(
     """
     began_s = time.perf_counter()
     trace = VirtualTrace(live.engine, specs, seed=seed, start_s=live.clock.now_s() + LEAD_S)
+    journal = Path(str(config.output.journal))
     setup = AgentSetup(
-        boards=live.nvml.boards, channel=live.channel, config=config, emulated=True,
-        may_write=all(b.can_write() for b in live.nvml.boards), folder=live.folder, sinks=(), say=say,
+        find=lambda: (live.channel,), open_boards=lambda group: live.nvml.boards, config=config, emulated=True,
+        may_write=all(b.can_write() for b in live.nvml.boards), folder=live.folder, watch=lambda name, boards: Unwatched(),
+        say=say, virtual_command=command,
     )  # fmt: skip
-    control_engine(setup, stop, VirtualTime(drive=_Drive(live, trace, stop), command=command))
+    with closing(open_session(setup, live.channel, live.channel.info.name, journal)) as session:
+        drive(live, session, config, trace, stop)
     if stop.is_set():
         return None
     wall_s = time.perf_counter() - began_s
     now_s = live.clock.now_s()
-    journal = Path(str(config.output.journal))
     try:
         achieved = outcome(name, trace.results, list(read_journal(journal)[1]), config.slo)
     except ValueError as e:
@@ -155,24 +155,31 @@ def serve_trace(
     return VirtualResult(outcome=achieved, virtual_s=now_s, wall_s=wall_s)
 
 
-class _Drive:
-    """Ticks exactly on the grid, between steps or in the middle of one as an agent beside the engine would; see `Drive`."""
+class Unwatched:
+    """Nobody looks: the journal holds everything."""
 
-    def __init__(self, live: LiveNode, trace: VirtualTrace, stop: threading.Event) -> None:
-        self._live, self._trace, self._stop = live, trace, stop
+    def observe(self, record: TickRecord) -> None:
+        """Nothing."""
 
-    def __call__(self, rig: Rig, *, budget: BudgetSchedule, slo: Slo, sink: Callable[[TickRecord], None]) -> int:
-        clock, engine = self._live.clock, self._live.engine
-        ticker = Ticker(rig, budget=budget, slo=slo, sink=sink, start_s=clock.now_s())
+    def close(self) -> None:
+        """Nothing."""
 
-        def tick() -> None:
-            ticker.tick(clock.now_s())
-            clock.call_at(ticker.due_s(clock.now_s()), tick)
 
-        clock.call_at(clock.now_s(), tick)
-        try:
-            engine.serve(until_s=float("inf"), done=lambda: self._stop.is_set() or self._trace.answered)
-            engine.serve(until_s=clock.now_s() + TAIL_S, done=self._stop.is_set)
-        finally:
-            clock.drop_all()
-        return ticker.count
+def drive(live: LiveNode, session: Session, config: Config, trace: VirtualTrace, stop: threading.Event) -> None:
+    """Serve the trace, with ticks exactly on the grid: between steps, or in the middle of one as an agent beside would."""
+    clock, engine, period_s = live.clock, live.engine, config.control.period_s
+    start_s, slot = clock.now_s(), 0
+
+    def tick() -> None:
+        nonlocal slot
+        now_s = clock.now_s()
+        session.tick(config.budget.at(now_s - start_s), now_s)
+        slot += 1
+        clock.call_at(start_s + slot * period_s, tick)
+
+    clock.call_at(start_s, tick)
+    try:
+        engine.serve(until_s=float("inf"), done=lambda: stop.is_set() or trace.answered)
+        engine.serve(until_s=clock.now_s() + TAIL_S, done=stop.is_set)
+    finally:
+        clock.drop_all()

@@ -220,11 +220,28 @@ class NvmlBoard:
 
 
 class Nvml:
-    """An open NVML with its boards; a context manager."""
+    """An open NVML, the boards asked for, and the way to open others; a context manager."""
 
-    def __init__(self, boards: tuple[NvmlBoard, ...], close: Callable[[], None]) -> None:
-        self.boards = boards
-        self._close = close
+    def __init__(
+        self, open_one: Callable[[int], NvmlBoard], count: int, *, may_write: bool, close: Callable[[], None]
+    ) -> None:
+        self.boards: tuple[NvmlBoard, ...] = ()
+        self.may_write = may_write
+        self._open_one, self._count, self._close = open_one, count, close
+
+    def open(self, indices: Sequence[int] | None) -> tuple[NvmlBoard, ...]:
+        """Open boards (None: all) as they are now: a board's found limit is the one at this moment.
+
+        Raises:
+            ConfigError: an index that does not exist, or no board at all.
+        """
+        wanted = range(self._count) if indices is None else indices
+        missing = [i for i in wanted if not 0 <= i < self._count]
+        if missing or not self._count:
+            raise ConfigError(
+                f"boards {missing or 'none'} not found: NVML lists {self._count} boards; nothing was changed"
+            )
+        return tuple(self._open_one(i) for i in wanted)
 
     def close(self) -> None:
         """Shut NVML down; limits stay as they are (see `NvmlBoard.restore`)."""
@@ -246,7 +263,7 @@ def open_boards(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Nvml:
-    """Open NVML and its boards (`indices`, or all); `emulated` names a bank file to put beneath NVML.
+    """Open NVML and its boards (`indices`, or all; more with `Nvml.open`); `emulated` names a bank file to put beneath NVML.
 
     Raises:
         ConfigError: no driver, no board, or an index that does not exist.
@@ -254,12 +271,14 @@ def open_boards(
     nvml = _pynvml()
     close, may_write = _begin(nvml, emulated, clock, sleep)
     try:
-        count = nvml.nvmlDeviceGetCount()
-        wanted = range(count) if indices is None else indices
-        missing = [i for i in wanted if not 0 <= i < count]
-        if missing or not count:
-            raise ConfigError(f"boards {missing or 'none'} not found: NVML lists {count} boards; nothing was changed")
-        return Nvml(tuple(NvmlBoard(nvml, i, clock=clock, may_write=may_write) for i in wanted), close)
+        opened = Nvml(
+            lambda i: NvmlBoard(nvml, i, clock=clock, may_write=may_write),
+            nvml.nvmlDeviceGetCount(),
+            may_write=may_write,
+            close=close,
+        )
+        opened.boards = opened.open(indices)
+        return opened
     except BaseException:
         close()
         raise

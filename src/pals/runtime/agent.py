@@ -1,71 +1,67 @@
-"""The agent: one engine, its boards, one policy; wires the tick to the world and always leaves in order."""
+"""One engine under the agent: its boards, one policy, its journal and status; made by `open_session`, ended in order."""
 
 from __future__ import annotations
 
 import json
-import logging
+import os
+import re
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from pals.control.guard import Guard
 from pals.control.pals_paper import PaperSettings
 from pals.control.policies import build_policy
-from pals.core.errors import ConfigError, EngineGoneError, ProfileMismatchError
+from pals.control.share import Claim, Holding
+from pals.core.errors import ConfigError, ProfileMismatchError
 from pals.core.protocols import PowerActuator, PowerMeter
-from pals.core.quantities import Slo, fingerprint_of
+from pals.core.quantities import Budget, Slo, fingerprint_of
 from pals.models.profile import Profile
-from pals.runtime.budgets import BudgetSchedule
 from pals.runtime.config import Config
 from pals.runtime.group import EngineGroup
 from pals.runtime.journal import Journal, JournalHeader, encode
-from pals.runtime.loop import boards_as_found, run, wall_clock
-from pals.runtime.tick import Rig, TickRecord
+from pals.runtime.loop import boards_as_found
+from pals.runtime.tick import Rig, TickRecord, TickState, tick
 
-log = logging.getLogger("pals")
 FOUND_RECORD = "limits-found.json"
-STATUS_FILE = "agent-status.json"
+STATUS_FILES = "agent-status-*.json"  # one per engine
 EXIT_ENGINE_GONE = 3
+IDLE_AFTER_S = 5.0  # without a request for so long, an engine lends its share of the budget
 
 
 class Board(PowerMeter, PowerActuator, Protocol):
     """A board that can be read and, with privilege, written."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentSetup:
-    """What the agent steers and where it writes."""
+class Watcher(Protocol):
+    """Whoever looks at one engine's records as they come: metrics, a test."""
 
-    boards: Sequence[Board]
-    channel: EngineGroup
-    config: Config
-    emulated: bool
-    may_write: bool
-    folder: Path
-    sinks: Sequence[Callable[[TickRecord], None]]
-    say: Callable[[str], None]
+    def observe(self, record: TickRecord) -> None:
+        """Take one record."""
+        ...
 
-
-class Drive(Protocol):
-    """Lets time pass and ticks happen until the end; `pals.runtime.loop.run` with its clock given."""
-
-    def __call__(self, rig: Rig, *, budget: BudgetSchedule, slo: Slo, sink: Callable[[TickRecord], None]) -> int:
-        """Return the number of ticks."""
+    def close(self) -> None:
+        """The engine is no longer steered."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VirtualTime:
-    """A run in virtual time: how it is driven, and the command without what differs between equal runs."""
+class AgentSetup:
+    """What the agent steers and where it writes."""
 
-    drive: Drive
-    command: str
+    find: Callable[[], Sequence[EngineGroup]]  # the engines to steer that live now
+    open_boards: Callable[[EngineGroup], Sequence[Board]]  # as they are found now; raises ConfigError
+    config: Config
+    emulated: bool
+    may_write: bool
+    folder: Path
+    watch: Callable[[str, Sequence[int]], Watcher]  # by the engine's name and its boards' indices
+    say: Callable[[str], None]
+    virtual_command: str | None = None  # in virtual time: the command, without what differs between equal runs
 
 
 def load_profile(path: Path) -> Profile:
@@ -80,13 +76,13 @@ def load_profile(path: Path) -> Profile:
         raise ConfigError(f"cannot read the profile {path}: {e}; make one with `pals profile --out {path}`") from e
 
 
-def check_profile(profile: Profile, setup: AgentSetup, name: str) -> None:
+def check_profile(profile: Profile, group: EngineGroup, boards: Sequence[Board], name: str) -> None:
     """Refuse a profile measured on something else.
 
     Raises:
         ProfileMismatchError: naming every difference.
     """
-    here = fingerprint_of(setup.channel.info, [b.info for b in setup.boards])
+    here = fingerprint_of(group.info, [b.info for b in boards])
     if differences := profile.fingerprint.differences(here):
         raise ProfileMismatchError(
             f"{name} was measured on something else; it is not used and nothing was written:\n  "
@@ -95,19 +91,76 @@ def check_profile(profile: Profile, setup: AgentSetup, name: str) -> None:
         )
 
 
-def control_engine(setup: AgentSetup, stop: threading.Event, virtual: VirtualTime | None = None) -> int:
-    """Steer the engine until `stop` is set or the `virtual` run is over; return 0, or 3 when the engine ended by itself.
+class Session:
+    """One engine that is steered: tick it, ask what it holds, close it."""
+
+    def __init__(
+        self, *, name: str, group: EngineGroup, rig: Rig, slo: Slo, sink: Callable[[TickRecord], None], exits: ExitStack
+    ) -> None:
+        self.name, self.group, self.rig = name, group, rig
+        self._slo, self._sink, self._exits = slo, sink, exits
+        self._state = TickState(controller=rig.controller.initial())
+        self._granted_w: float | None = None
+        self._limits_w = [m.info.found_limit_w for m in rig.meters]
+        self._busy_at_s: float | None = None
+
+    def tick(self, budget: Budget, now_s: float) -> None:
+        """One control period with this share of the budget.
+
+        Raises:
+            EngineGoneError: the engine has ended.
+        """
+        record, self._state = tick(self.rig, self._state, budget, self._slo, now_s)
+        self._granted_w = budget.power_w
+        lost = len(self.rig.meters) - len(record.enforced_limits_w)  # they may draw what they like
+        self._limits_w = [*record.enforced_limits_w, *[self.rig.guard.max_limit_w] * lost]
+        engine = record.sample.engine
+        if engine is None or engine.running + engine.waiting or self._busy_at_s is None:
+            self._busy_at_s = now_s
+        self._sink(record)
+
+    def holding(self, now_s: float) -> Holding:
+        """What the engine may draw now, and what it could use."""
+        guard = self.rig.guard
+        idle = self._busy_at_s is not None and now_s - self._busy_at_s >= IDLE_AFTER_S
+        claim = Claim(boards=guard.boards, least_w=guard.least_budget_w, most_w=guard.most_budget_w, idle=idle)
+        return Holding(claim=claim, granted_w=self._granted_w, limits_w=guard.share_of(self._limits_w))
+
+    def close(self) -> None:
+        """Put the boards back as found, let the engine return to its launch limit, close what was opened."""
+        self._exits.close()
+
+
+def open_session(setup: AgentSetup, group: EngineGroup, name: str, journal_path: Path) -> Session:
+    """Begin to steer an engine; nothing is written to a board before the first tick.
 
     Raises:
-        ConfigError: bad settings or profile; nothing was written.
+        ConfigError: bad settings or profile, boards unknown or missing; nothing was written.
     """
-    control = setup.config.control
-    acts = _mode(setup) == "auto"
-    infos = [b.info for b in setup.boards]
-    guard = Guard.of(infos, setup.channel.info.launch_sequences)
+    config = setup.config.of(group.info)
+    rig, header = _assemble(setup, config, group)
+    with ExitStack() as exits:
+        sink = _sink(setup, name, header, journal_path, exits)
+        if rig.setter is not None:
+            exits.callback(rig.setter.release)
+        rig.locks.write_ahead = exits.enter_context(
+            boards_as_found(rig.meters, rig.actuators, setup.folder / FOUND_RECORD)
+        )
+        setup.say(
+            f"{name}: policy {header.policy}, mode {rig.mode}, every {rig.period_s:g} s; {indices_text(group.info.boards)} "
+            f"({header.boards[0].name}{', emulated' if setup.emulated else ''}); journal {journal_path}"
+        )
+        return Session(name=name, group=group, rig=rig, slo=config.slo, sink=sink, exits=exits.pop_all())
+
+
+def _assemble(setup: AgentSetup, config: Config, group: EngineGroup) -> tuple[Rig, JournalHeader]:
+    control, boards = config.control, setup.open_boards(group)
+    infos = [b.info for b in boards]
+    acts = _mode(setup, config) == "auto"
+    guard = Guard.of(infos, group.info.launch_sequences)
     profile = load_profile(Path(control.profile)) if control.profile else None
     if profile is not None:
-        check_profile(profile, setup, str(control.profile))
+        check_profile(profile, group, boards, str(control.profile))
     settings = (
         {
             "power_limit_w": control.power_limit_w,
@@ -118,10 +171,10 @@ def control_engine(setup: AgentSetup, stop: threading.Event, virtual: VirtualTim
         else asdict(PaperSettings())
     )
     rig = Rig(
-        meters=setup.boards,
-        actuators=setup.boards if acts else (),
-        engine=setup.channel,
-        setter=setup.channel if acts else None,
+        meters=boards,
+        actuators=boards if acts else (),
+        engine=group,
+        setter=group if acts else None,
         controller=build_policy(control.policy, settings, profile, guard),
         guard=guard,
         period_s=control.period_s,
@@ -132,18 +185,21 @@ def control_engine(setup: AgentSetup, stop: threading.Event, virtual: VirtualTim
         policy_settings=settings,
         profile_json=profile.to_json() if profile else None,
         boards=tuple(infos),
-        engine=setup.channel.info,
+        engine=group.info,
         period_s=control.period_s,
         emulated=setup.emulated,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         command=" ".join(["pals", *sys.argv[1:]]),
         lowering=control.lowering,
     )
-    _tell_lowering(setup, control.lowering)
-    if virtual is not None:
-        header = reproducible(header, virtual.command)
-    drive = virtual.drive if virtual is not None else partial(run, clock=wall_clock(stop))
-    return _run(setup, rig, header, stop, drive)
+    if setup.virtual_command is not None:
+        header = reproducible(header, setup.virtual_command)
+    if control.lowering != "drain" and not group.info.capabilities.get(control.lowering, False):
+        setup.say(
+            f"lowering {control.lowering} is asked for, but this engine's scheduler does not offer what it needs: a lowered "
+            "active-sequence limit drains instead"
+        )
+    return rig, header
 
 
 def reproducible(header: JournalHeader, command: str) -> JournalHeader:
@@ -157,17 +213,8 @@ def reproducible(header: JournalHeader, command: str) -> JournalHeader:
     )
 
 
-def _tell_lowering(setup: AgentSetup, lowering: str) -> None:
-    capabilities = setup.channel.info.capabilities
-    if lowering != "drain" and not capabilities.get(lowering, False):
-        setup.say(
-            f"lowering {lowering} is asked for, but this engine's scheduler does not offer what it needs: a lowered "
-            "active-sequence limit drains instead"
-        )
-
-
-def _mode(setup: AgentSetup) -> str:
-    mode = setup.config.control.mode or ("auto" if setup.emulated else "advise")
+def _mode(setup: AgentSetup, config: Config) -> str:
+    mode = config.control.mode or ("auto" if setup.emulated else "advise")
     if mode == "auto" and not setup.may_write:
         setup.say(
             "advise only: this process may not write power limits (needs root); decisions are recorded, "
@@ -177,51 +224,54 @@ def _mode(setup: AgentSetup) -> str:
     return mode
 
 
-def _run(setup: AgentSetup, rig: Rig, header: JournalHeader, stop: threading.Event, drive: Drive) -> int:
-    given = setup.config.output.journal
-    path = Path(given) if given else setup.folder / f"journal-{datetime.now(UTC):%Y%m%d-%H%M%S}.jsonl"
-    with ExitStack() as exits:
-        journal = Journal(path, header)
-        exits.callback(journal.close)
-        status = StatusFile(setup.folder / STATUS_FILE, header)
-        exits.callback(status.remove)
-        if rig.setter is not None:
-            exits.callback(rig.setter.release)
-        rig.locks.write_ahead = exits.enter_context(
-            boards_as_found(rig.meters, rig.actuators, setup.folder / FOUND_RECORD)
-        )
-        setup.say(
-            f"policy {header.policy}, mode {rig.mode}, every {rig.period_s:g} s; {len(setup.boards)} boards "
-            f"({header.boards[0].name}{', emulated' if setup.emulated else ''}); journal {path}"
-        )
+def _sink(
+    setup: AgentSetup, name: str, header: JournalHeader, journal_path: Path, exits: ExitStack
+) -> Callable[[TickRecord], None]:
+    """Where an engine's records go: journal, status file, watcher; closed by `exits`."""
+    journal = Journal(journal_path, header)
+    exits.callback(journal.close)
+    status = StatusFile(setup.folder / STATUS_FILES.replace("*", slug(name)), name, header)
+    exits.callback(status.remove)
+    watcher = setup.watch(name, [b.index for b in header.boards])
+    exits.callback(watcher.close)
 
-        def sink(record: TickRecord) -> None:
-            journal.append(record)
-            status.write(record)
-            for each in setup.sinks:
-                each(record)
+    def sink(record: TickRecord) -> None:
+        journal.append(record)
+        status.write(record)
+        watcher.observe(record)
 
-        try:
-            drive(rig, budget=setup.config.budget, slo=setup.config.slo, sink=sink)
-        except EngineGoneError as e:
-            if stop.is_set():
-                return 0
-            setup.say(f"{e}; the boards are put back as found and the agent stops")
-            return EXIT_ENGINE_GONE
-    return 0
+    return sink
+
+
+def slug(name: str) -> str:
+    """An engine's name as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "engine"
+
+
+def indices_text(boards: Sequence[int]) -> str:
+    """ "board 3", "boards 0-3" or "boards 0, 2, 5-7"."""
+    runs: list[list[int]] = []
+    for i in sorted(boards):
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    text = ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+    return f"board{'s' if len(boards) != 1 else ''} {text}"
 
 
 class StatusFile:
-    """The newest record, for `pals status`; replaced atomically each tick, removed at the end."""
+    """An engine's newest record, for `pals status`; replaced atomically each tick, removed at the end."""
 
-    def __init__(self, path: Path, header: JournalHeader) -> None:
+    def __init__(self, path: Path, name: str, header: JournalHeader) -> None:
         self._path = path
-        self._header = {k: v for k, v in encode(header).items() if k != "profile_json"}
+        told = {k: v for k, v in encode(header).items() if k != "profile_json"}
+        self._fixed = {"agent_pid": os.getpid(), "name": name, "header": told}
 
     def write(self, record: TickRecord) -> None:
         """Replace the file."""
         fresh = self._path.with_suffix(".tmp")
-        fresh.write_text(json.dumps({"header": self._header, "record": encode(record)}))
+        fresh.write_text(json.dumps({**self._fixed, "record": encode(record)}))
         fresh.replace(self._path)
 
     def remove(self) -> None:

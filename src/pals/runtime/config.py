@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pals.core.errors import ConfigError
-from pals.core.quantities import LOWERINGS, Slo
+from pals.core.quantities import LOWERINGS, EngineInfo, Slo
 from pals.runtime.budgets import BudgetSchedule, parse_budget
 
 POLICIES = ("static", "pals-paper", "cap-only", "batch-only", "clock-only")
@@ -48,6 +48,19 @@ class Config:
     slo: Slo = field(default_factory=Slo)
     budget: BudgetSchedule = field(default_factory=BudgetSchedule)
     output: OutputConfig = field(default_factory=OutputConfig)
+    engines: Mapping[str, Config] = field(default_factory=dict)  # by served name or model, where they differ from this
+
+    def of(self, engine: EngineInfo) -> Config:
+        """What holds for this engine.
+
+        Raises:
+            ConfigError: nothing is said of it, and what holds for all does not suffice.
+        """
+        for name in (engine.name, engine.model):
+            if name in self.engines:
+                return self.engines[name]
+        check_complete(self, f" {engine.name}")
+        return self
 
 
 _SECTIONS: dict[str, type] = {"control": ControlConfig, "slo": Slo, "output": OutputConfig}
@@ -67,14 +80,43 @@ def load_config(path: Path | None, overrides: Mapping[str, Mapping[str, Any]] | 
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
             raise ConfigError(f"cannot read the configuration {path}: {e}") from e
     source = str(path) if path is not None else "command line"
-    check_keys(data, [*_SECTIONS, "budget"], f"{source}: section")
-    merged = {name: dict(_table(data, name, source)) for name in (*_SECTIONS, "budget")}
-    for section, values in (overrides or {}).items():
-        merged[section].update({k: v for k, v in values.items() if v is not None})
+    check_keys(data, [*_SECTIONS, "budget", "engine"], f"{source}: section")
+    general = {name: _table(data, name, source) for name in (*_SECTIONS, "budget")}
+    engines = {
+        name: _build_config(_for_engine(general, values, f"{source}: [engine.{name!r}]"), overrides, source)
+        for name, values in _table(data, "engine", source).items()
+    }
+    for engine in engines.values():
+        check_complete(engine)
+    config = replace(_build_config(general, overrides, source), engines=engines)
+    if not engines:
+        check_complete(config)
+    return config
+
+
+def _build_config(
+    tables: Mapping[str, Mapping[str, Any]], overrides: Mapping[str, Mapping[str, Any]] | None, source: str
+) -> Config:
+    merged = {
+        name: {**values, **{k: v for k, v in (overrides or {}).get(name, {}).items() if v is not None}}
+        for name, values in tables.items()
+    }
     check_keys(merged["budget"], ["power_w"], f"{source}: [budget]")
     parts = {name: _build(kind, merged[name], f"{source}: [{name}]") for name, kind in _SECTIONS.items()}
     budget = parse_budget(str(merged["budget"]["power_w"])) if "power_w" in merged["budget"] else BudgetSchedule()
     return _validated(replace(Config(budget=budget), **parts))
+
+
+def _for_engine(general: Mapping[str, Mapping[str, Any]], values: Any, where: str) -> Mapping[str, Mapping[str, Any]]:
+    """The general tables with one engine's own values over them; all engines share one grid, one budget and one output."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be a table of keys, not {values!r}")
+    own = {name: [f.name for f in fields(_SECTIONS[name]) if f.name != "period_s"] for name in ("control", "slo")}
+    check_keys(values, [k for keys in own.values() for k in keys], where)
+    return {
+        name: {**table, **{k: v for k, v in values.items() if k in own.get(name, ())}}
+        for name, table in general.items()
+    }
 
 
 def _table(data: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
@@ -129,8 +171,12 @@ def _validated(config: Config) -> Config:
     for holds, message in rules:
         if not holds:
             raise ConfigError(f"{message}. Nothing was started.")
-    if c.policy != "static" and slo.throughput_tokens_s is None:
-        raise ConfigError(
-            f"policy {c.policy} steers by a throughput target: give --target-tokens-s (or [slo] throughput_tokens_s)"
-        )
     return config
+
+
+def check_complete(config: Config, told: str = "") -> None:
+    """Raise `ConfigError` where the policy lacks what it steers by."""
+    if config.control.policy != "static" and config.slo.throughput_tokens_s is None:
+        raise ConfigError(
+            f"policy {config.control.policy} steers{told} by a throughput target: give --target-tokens-s (or [slo] throughput_tokens_s)"
+        )

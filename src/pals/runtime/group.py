@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pals.core.errors import ConfigError
 from pals.core.quantities import LOWERINGS, EngineInfo, EngineSample
 from pals.runtime.channel import AgentChannel
 
@@ -33,18 +34,33 @@ class EngineGroup:
 
     @property
     def info(self) -> EngineInfo:
-        """The first rank's description, with the boards and launch limits of all."""
+        """The first rank's description, with the boards and launch limits of all; boards are () where a rank's are unknown.
+
+        Ranks of a dense model are independent for vLLM, which tells each that it is the only one: they are counted here.
+        """
         infos = [r.info for r in self.ranks]
+        known = all(i.boards for i in infos)
         return replace(
             infos[0],
             capabilities={k: all(i.capabilities.get(k, False) for i in infos) for k in infos[0].capabilities},
-            boards=tuple(sorted({b for i in infos for b in i.boards})),
+            boards=tuple(sorted({b for i in infos for b in i.boards})) if known else (),
             launch_sequences=sum(i.launch_sequences for i in infos),
+            parallelism=re.sub(r"\bdp1\b", f"dp{len(infos)}", infos[0].parallelism),
         )
 
     @property
+    def pids(self) -> frozenset[int]:
+        """The processes of all ranks."""
+        return frozenset(r.info.pid for r in self.ranks)
+
+    def told(self) -> str:
+        """The engine's name with its processes, for messages."""
+        processes = ", ".join(str(p) for p in sorted(self.pids))
+        return f"{self.info.name} (process{'es' if len(self.pids) > 1 else ''} {processes})"
+
+    @property
     def complete(self) -> bool:
-        """Whether as many ranks are here as the engine was started with."""
+        """Whether as many ranks are here as the engine was started with, as far as the ranks know."""
         wanted = re.search(r"dp(\d+)", self.ranks[0].info.parallelism)
         return wanted is None or len(self.ranks) >= int(wanted[1])
 
@@ -74,7 +90,9 @@ class EngineGroup:
         return EngineSample(**merged)
 
     def apply(self, active_sequences: int, *, lease_s: float, lowering: str = "drain") -> None:
-        """Ask every rank for its part, at least one, reached as `lowering` says.
+        """Ask every rank for its part; the parts add up to `active_sequences`, but each rank gets at least one.
+
+        They are reached as `lowering` says.
 
         Raises:
             ValueError: above the group's launch limit; nothing was changed.
@@ -84,9 +102,12 @@ class EngineGroup:
                 f"active-sequence limit {active_sequences} lies outside 1..{self.info.launch_sequences} "
                 "(the launch limits of all ranks); the last setpoint stays in force"
             )
-        for rank in self.ranks:
-            part = max(1, min(rank.info.launch_sequences, active_sequences // len(self.ranks)))
+        left = active_sequences
+        smallest_first = sorted(self.ranks, key=lambda r: r.info.launch_sequences)
+        for n, rank in enumerate(smallest_first):
+            part = max(1, min(rank.info.launch_sequences, left // (len(self.ranks) - n)))
             rank.apply(part, lease_s=lease_s, lowering=lowering)
+            left -= part
 
     def release(self) -> None:
         """Let every rank return to its launch limit."""
@@ -95,11 +116,32 @@ class EngineGroup:
 
 
 def group_ranks(engines: Sequence[AgentChannel]) -> list[EngineGroup]:
-    """Engines in groups: same model, same parallelism, same parent process."""
+    """Engines in groups: data-parallel ranks of one parent process together, every other engine alone."""
     groups: dict[tuple[str, str, int], list[AgentChannel]] = {}
     for engine in engines:
-        groups.setdefault((engine.info.model, engine.info.parallelism, parent_of(engine.info.pid)), []).append(engine)
+        info = engine.info
+        together = parent_of(info.pid) if info.data_parallel else -info.pid
+        groups.setdefault((info.model, info.parallelism, together), []).append(engine)
     return [EngineGroup(ranks) for ranks in groups.values()]
+
+
+def unique_name(group: EngineGroup, groups: Sequence[EngineGroup]) -> str:
+    """The engine's served name; with its process where another of `groups` serves under the same."""
+    info = group.info
+    same = [g for g in groups if g.info.name == info.name and g.pids != group.pids]
+    return f"{info.name}:{info.pid}" if same else info.name
+
+
+def refuse_shared_boards(groups: Sequence[EngineGroup]) -> None:
+    """Raise `ConfigError` where two engines use the same board: it cannot have two limits."""
+    for i, one in enumerate(groups):
+        for other in groups[i + 1 :]:
+            if both := sorted(set(one.info.boards) & set(other.info.boards)):
+                raise ConfigError(
+                    f"{one.told()} and {other.told()} both use boards {', '.join(map(str, both))}; a board cannot have two "
+                    "limits. Nothing was written: start one of them on other boards (CUDA_VISIBLE_DEVICES, or `pals serve "
+                    "--boards`), or steer only one with --engine PID"
+                )
 
 
 def parent_of(pid: int) -> int:

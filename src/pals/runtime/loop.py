@@ -39,50 +39,33 @@ def wall_clock(stop: threading.Event) -> GridClock:
     return GridClock(now_s=time.monotonic, wait=lambda seconds: stop.wait(max(0.0, seconds)))
 
 
-class Ticker:
-    """The ticks of one rig on a drift-free grid; whoever calls it decides how time passes."""
-
-    def __init__(
-        self, rig: Rig, *, budget: BudgetSchedule, slo: Slo, sink: Callable[[TickRecord], None], start_s: float
-    ) -> None:
-        self._rig, self._budget, self._slo, self._sink, self._start_s = rig, budget, slo, sink, start_s
-        self._state = TickState(controller=rig.controller.initial())
-        self._slot = 0
-
-    @property
-    def count(self) -> int:
-        """Ticks so far."""
-        return self._state.index
-
-    def tick(self, now_s: float) -> None:
-        """Run one control period and hand its record on.
-
-        Raises:
-            EngineGoneError: the engine ended.
-        """
-        budget = self._budget.at(now_s - self._start_s)
-        record, self._state = tick(self._rig, self._state, budget, self._slo, now_s)
-        self._sink(record)
-
-    def due_s(self, now_s: float) -> float:
-        """When the next tick is due: the next grid point, or, after a late tick, the first one not yet missed."""
-        period_s = self._rig.period_s
-        self._slot = max(self._slot + 1, int((now_s - self._start_s) / period_s) + 1)
-        return self._start_s + self._slot * period_s
+def on_grid(clock: GridClock, period_s: float, step: Callable[[float], None]) -> None:
+    """Call `step` with the seconds since start on a drift-free grid, until told to stop. A late step skips grid points."""
+    start_s = clock.now_s()
+    slot = 0
+    while True:
+        step(clock.now_s() - start_s)
+        elapsed_s = clock.now_s() - start_s
+        slot = max(slot + 1, int(elapsed_s / period_s) + 1)
+        if clock.wait(start_s + slot * period_s - clock.now_s()):
+            return
 
 
 def run(rig: Rig, *, budget: BudgetSchedule, slo: Slo, clock: GridClock, sink: Callable[[TickRecord], None]) -> int:
-    """Tick until the clock says stop; return the number of ticks. A late tick skips grid points, never drifts.
+    """Tick one engine until the clock says stop; return the number of ticks.
 
     Raises:
         EngineGoneError: the engine ended.
     """
-    ticker = Ticker(rig, budget=budget, slo=slo, sink=sink, start_s=clock.now_s())
-    while True:
-        ticker.tick(clock.now_s())
-        due_s = ticker.due_s(clock.now_s())
-        if clock.wait(due_s - clock.now_s()):
-            return ticker.count
+    state = TickState(controller=rig.controller.initial())
+
+    def step(elapsed_s: float) -> None:
+        nonlocal state
+        record, state = tick(rig, state, budget.at(elapsed_s), slo, clock.now_s())
+        sink(record)
+
+    on_grid(clock, rig.period_s, step)
+    return state.index
 
 
 @contextmanager
@@ -91,7 +74,8 @@ def boards_as_found(
 ) -> Iterator[Callable[[], None]]:
     """Write down the limits found, and on the way out put them back, whatever happened inside.
 
-    Yields what must be called before the first clock lock is written: it says so in the record.
+    Several engines of one agent share `record`: each adds its boards and takes them out again. Yields what must be
+    called before the first clock lock is written: it says so in the record.
     """
     if not actuators:
         yield lambda: None
@@ -110,17 +94,44 @@ def boards_as_found(
         if failed:
             log.error("%d boards could not be put back; %s keeps what was found: run `pals restore`", failed, record)
         else:
-            record.unlink(missing_ok=True)
+            forget_found(record, meters)
             log.info("boards put back as found: %s", ", ".join(f"{m.info.found_limit_w:.0f} W" for m in meters))
 
 
 def write_found(record: Path, meters: Sequence[PowerMeter], *, clocks_locked: bool = False) -> None:
-    """Write the limits found, and whether clock locks were or may have been written, to `record`, atomically."""
+    """Add the limits found, and whether clock locks may be written, to what `record` holds of this process, atomically."""
     record.parent.mkdir(parents=True, exist_ok=True)
+    known_w, locked = _found_by_us(record)
+    limits_w = {**known_w, **{m.info.uuid: m.info.found_limit_w for m in meters}}
+    _replace_found(record, limits_w, clocks_locked=locked or clocks_locked)
+
+
+def forget_found(record: Path, meters: Sequence[PowerMeter]) -> None:
+    """Take boards that were put back out of `record`; the last one removes it."""
+    ours = {m.info.uuid for m in meters}
+    known_w, locked = _found_by_us(record)
+    left_w = {uuid: w for uuid, w in known_w.items() if uuid not in ours}
+    if left_w:
+        _replace_found(record, left_w, clocks_locked=locked)
+    else:
+        record.unlink(missing_ok=True)
+
+
+def _replace_found(record: Path, limits_w: dict[str, float], *, clocks_locked: bool) -> None:
     fresh = record.with_suffix(".tmp")
-    found = {m.info.uuid: m.info.found_limit_w for m in meters}
-    fresh.write_text(json.dumps({"pid": os.getpid(), "limits_w": found, "clocks_locked": clocks_locked}))
+    fresh.write_text(json.dumps({"pid": os.getpid(), "limits_w": limits_w, "clocks_locked": clocks_locked}))
     fresh.replace(record)
+
+
+def _found_by_us(record: Path) -> tuple[dict[str, float], bool]:
+    """Limits by UUID that this process wrote down, and whether it may have locked clocks."""
+    try:
+        data = json.loads(record.read_text())
+    except FileNotFoundError:
+        return {}, False
+    if data["pid"] != os.getpid():
+        return {}, False
+    return {str(k): float(v) for k, v in data["limits_w"].items()}, bool(data.get("clocks_locked", False))
 
 
 def left_by_dead_agent(record: Path) -> dict[str, float]:

@@ -2,6 +2,9 @@
 
 The power limit is written before the active-sequence limit: a falling budget bites in firmware at once, a rising
 target gets its watts first. A board or engine that fails is noted in the record and in the log; nothing is guessed.
+
+The boards of an engine move together, because the slowest sets the pace of all: where one does not follow, the others
+go to the lowest limit in force, and below it where the budget demands it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Any
 
 from pals.control.estimator import over_budget_s, remember, violations
 from pals.control.guard import Guard
-from pals.core.errors import DeviceLostError, NotSupportedError, PermissionDeniedError
+from pals.core.errors import DeviceLostError, PalsError, PermissionDeniedError
 from pals.core.protocols import AnyController, EngineActuator, EngineMeter, PowerActuator, PowerMeter
 from pals.core.quantities import (
     Budget,
@@ -62,6 +65,7 @@ class Rig:
     period_s: float
     lowering: str = "drain"  # how the engine gets under a lowered active-sequence limit
     locks: ClockLocks = field(default_factory=ClockLocks)
+    stuck: frozenset[int] = frozenset()  # positions of boards that did not follow last time; they are asked first
 
     @property
     def mode(self) -> str:
@@ -78,6 +82,7 @@ class TickState:
     window: tuple[TelemetrySample, ...] = ()
     budget: Budget = field(default_factory=Budget)
     under_budget: tuple[TelemetrySample, ...] = ()  # samples since the budget last changed, at most the window's length
+    notes: tuple[str, ...] = ()  # logged already; repeated only in the records
 
 
 def tick(rig: Rig, state: TickState, budget: Budget, slo: Slo, now_s: float) -> tuple[TickRecord, TickState]:
@@ -90,7 +95,7 @@ def tick(rig: Rig, state: TickState, budget: Budget, slo: Slo, now_s: float) -> 
     sample = read_sample(rig, state.window[-1] if state.window else None, now_s, notes)
     decision, controller = rig.controller.step(state.controller, sample, budget, slo, now_s)
     guarded = rig.guard.check(decision, budget)
-    enforced = _apply(rig, guarded.point, sample, now_s, notes)
+    enforced = _apply(rig, guarded.point, budget, sample, now_s, notes)
     window = remember(state.window, sample, VIOLATION_PERIODS)
     since = () if budget != state.budget else remember(state.under_budget, sample, VIOLATION_PERIODS - 1)
     record = TickRecord(
@@ -108,10 +113,12 @@ def tick(rig: Rig, state: TickState, budget: Budget, slo: Slo, now_s: float) -> 
         notes=tuple(notes),
     )
     for note in notes:
-        log.warning("%s", note)
+        if note not in state.notes:
+            log.warning("%s", note)
     return record, replace(
-        state, controller=controller, index=state.index + 1, window=window, budget=budget, under_budget=since
-    )
+        state, controller=controller, index=state.index + 1, window=window, budget=budget, under_budget=since,
+        notes=tuple(notes),
+    )  # fmt: skip
 
 
 def read_sample(rig: Rig, previous: TelemetrySample | None, now_s: float, notes: list[str]) -> TelemetrySample:
@@ -145,55 +152,96 @@ def mean_power_w(before: Sequence[PowerSample], after: Sequence[PowerSample]) ->
 
 
 def _apply(
-    rig: Rig, wanted: OperatingPoint, sample: TelemetrySample, now_s: float, notes: list[str]
+    rig: Rig, wanted: OperatingPoint, budget: Budget, sample: TelemetrySample, now_s: float, notes: list[str]
 ) -> tuple[OperatingPoint, ...]:
     """Write boards, then engine; return what each board then has in force."""
-    enforced = [
+    in_force = [
         OperatingPoint(power_limit_w=b.enforced_limit_w, sm_clock_mhz=rig.locks.in_force_mhz(i))
         for i, b in enumerate(sample.boards)
     ]
     if rig.actuators and len(sample.boards) == len(rig.actuators):
-        for i, board in enumerate(sample.boards):
-            enforced[i] = _apply_to_board(rig, i, wanted, board, now_s, notes)
-            if enforced[i].power_limit_w < wanted.power_limit_w - 0.5 and rig.actuators:
-                notes.append(
-                    f"board {i}: {wanted.power_limit_w:.0f} W asked, {enforced[i].power_limit_w:.0f} W in force: "
-                    "something else holds the limit lower (another agent, a BMC or the driver)"
-                )
+        try:
+            _apply_together(rig, wanted, budget, sample, in_force, now_s, notes)
+        except PermissionDeniedError as e:
+            notes.append(f"{e} From here on PALS only advises: decisions are recorded, no board is written.")
+            _give_up(rig, in_force, notes)
     if rig.setter is not None:
         sequences = wanted.active_sequences or rig.guard.launch_sequences
         rig.setter.apply(sequences, lease_s=LEASE_PERIODS * rig.period_s, lowering=rig.lowering)
-    return tuple(enforced)
+    return tuple(in_force)
 
 
-def _apply_to_board(
-    rig: Rig, i: int, wanted: OperatingPoint, board: PowerSample, now_s: float, notes: list[str]
-) -> OperatingPoint:
-    """Apply to one board; on refusal note it and return what was in force."""
-    if i < len(rig.actuators) and (lost := rig.locks.check(i, board, now_s)):
-        notes.append(lost)
-        wanted_again = replace(wanted, sm_clock_mhz=None)  # released first: the adapter skips a lock it believes in
-        _write(rig, i, wanted_again, board, now_s, notes)
-    return _write(rig, i, rig.locks.allowed(i, wanted), board, now_s, notes)
+def _apply_together(
+    rig: Rig,
+    wanted: OperatingPoint,
+    budget: Budget,
+    sample: TelemetrySample,
+    in_force: list[OperatingPoint],
+    now_s: float,
+    notes: list[str],
+) -> None:
+    """Bring all boards to one point; `in_force` is updated with what is read back.
+
+    Raises:
+        PermissionDeniedError: some boards may have been written.
+    """
+    common, stuck_w = wanted, dict[int, float]()
+    for i in sorted(range(len(in_force)), key=lambda i: i not in rig.stuck):
+        if lost := rig.locks.check(i, sample.boards[i], now_s):
+            notes.append(lost)  # released first: the adapter skips a lock it believes in
+            in_force[i] = _write(rig, i, replace(common, sm_clock_mhz=None), in_force[i], now_s, notes)
+        in_force[i] = _write(rig, i, common, in_force[i], now_s, notes)
+        limit_w = in_force[i].power_limit_w
+        if abs(limit_w - common.power_limit_w) > 0.5:
+            stuck_w[i] = limit_w
+            beside_w = rig.guard.limit_beside(tuple(stuck_w.values()), common.power_limit_w, budget)
+            notes.append(_told_stuck(rig, i, common.power_limit_w, limit_w, beside_w))
+            common = replace(common, power_limit_w=beside_w)
+    for i, point in enumerate(in_force):
+        if i not in stuck_w and point.power_limit_w > common.power_limit_w + 0.5:
+            in_force[i] = _write(rig, i, common, point, now_s, notes)
+    rig.stuck = frozenset(stuck_w)
+
+
+def _told_stuck(rig: Rig, position: int, asked_w: float, in_force_w: float, others_w: float) -> str:
+    index = rig.meters[position].info.index
+    why = "something else holds the limit lower (another agent, a BMC or the driver)" if in_force_w < asked_w else ""
+    beside = f"the engine's other boards go to {others_w:.0f} W" if len(rig.meters) > 1 else ""
+    told = "; ".join(t for t in (why, beside) if t)
+    return f"board {index}: {asked_w:.0f} W asked, {in_force_w:.0f} W in force{f': {told}' if told else ''}"
 
 
 def _write(
-    rig: Rig, i: int, wanted: OperatingPoint, board: PowerSample, now_s: float, notes: list[str]
+    rig: Rig, i: int, wanted: OperatingPoint, in_force: OperatingPoint, now_s: float, notes: list[str]
 ) -> OperatingPoint:
-    if i < len(rig.actuators):  # none are left once a write was denied
+    """Write one board, without the clock lock where it refuses locks; on refusal note it and return what was in force.
+
+    Raises:
+        PermissionDeniedError: this process may not write.
+    """
+    allowed = rig.locks.allowed(i, wanted)
+    try:
+        accepted = rig.actuators[i].apply(allowed)
+    except PermissionDeniedError:
+        raise
+    except (PalsError, ValueError) as e:
+        notes.append(str(e))
+        if allowed.sm_clock_mhz is not None and not isinstance(e, DeviceLostError):
+            notes[-1] += " From here on this board is held by its power limit alone."
+            rig.locks.refuse(i)
+            return _write(rig, i, wanted, in_force, now_s, notes)
+        return in_force
+    rig.locks.accepted(i, accepted.sm_clock_mhz, now_s)
+    return accepted
+
+
+def _give_up(rig: Rig, in_force: list[OperatingPoint], notes: list[str]) -> None:
+    """Write no board from here on; those already written are put back, so that the boards do not stand apart."""
+    for i, actuator in enumerate(rig.actuators):
         try:
-            accepted = rig.actuators[i].apply(wanted)
-            rig.locks.accepted(i, accepted.sm_clock_mhz, now_s)
-            return accepted
-        except PermissionDeniedError as e:
-            notes.append(f"{e} From here on PALS only advises: decisions are recorded, no board is written.")
-            rig.actuators = ()
-        except (NotSupportedError, ValueError) as e:
+            actuator.restore()
+            limit_w = rig.meters[i].read().enforced_limit_w
+            in_force[i] = OperatingPoint(power_limit_w=limit_w, sm_clock_mhz=rig.locks.in_force_mhz(i))
+        except (PalsError, ValueError) as e:
             notes.append(str(e))
-            if wanted.sm_clock_mhz is not None:
-                notes[-1] += " From here on this board is held by its power limit alone."
-                rig.locks.refuse(i)
-                return _write(rig, i, replace(wanted, sm_clock_mhz=None), board, now_s, notes)
-        except DeviceLostError as e:
-            notes.append(str(e))
-    return OperatingPoint(power_limit_w=board.enforced_limit_w, sm_clock_mhz=rig.locks.in_force_mhz(i))
+    rig.actuators = ()

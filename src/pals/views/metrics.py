@@ -1,8 +1,11 @@
-"""Prometheus metrics of the agent: base units, one table (`METRICS`), filled from tick records alone."""
+"""Prometheus metrics of the agent: base units, one table (`METRICS`), filled from tick records alone.
+
+Every metric carries the engine's name; those of one board its index too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
@@ -14,28 +17,37 @@ from pals.runtime.tick import TickRecord
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One row of the table in the docs."""
+    """One row of the table in the docs; `extra` are its labels beside the engine."""
 
     name: str
     kind: type[Gauge] | type[Counter]
     text: str
-    labels: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All labels."""
+        return ("engine", *self.extra)
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("pals_power_watts", Gauge, "Power of all boards over the last period, from the energy counters"),
+    Metric("pals_power_watts", Gauge, "Power of the engine's boards over the last period, from the energy counters"),
     Metric("pals_board_power_watts", Gauge, "Power of one board as the driver reports it", ("board",)),
-    Metric("pals_energy_joules_total", Counter, "Energy of all boards since the agent started"),
+    Metric("pals_energy_joules_total", Counter, "Energy of the engine's boards since the agent took it up"),
     Metric("pals_power_limit_requested_watts", Gauge, "Power limit per board that PALS asked for"),
     Metric("pals_power_limit_enforced_watts", Gauge, "Power limit the driver reports in force", ("board",)),
     Metric("pals_sm_clock_requested_hertz", Gauge, "SM clock ceiling that PALS asked for; absent while there is none"),
     Metric("pals_sm_clock_accepted_hertz", Gauge, "SM clock lock the driver accepted; absent while none", ("board",)),
     Metric("pals_sm_clock_hertz", Gauge, "SM clock of one board, as measured: a lock has no getter", ("board",)),
-    Metric("pals_budget_watts", Gauge, "Power budget of all boards; absent while there is none"),
+    Metric(
+        "pals_budget_watts",
+        Gauge,
+        "The engine's share of the budget; the shares add up to it; absent while there is none",
+    ),
     Metric(
         "pals_over_budget_seconds_total",
         Counter,
-        "Time over budget, judged by the mean power of up to 2 s since the budget last changed",
+        "Time over the engine's share of the budget, judged by the mean power of up to 2 s since the share last changed",
     ),
     Metric("pals_active_sequence_limit", Gauge, "Active-sequence limit the engine now obeys"),
     Metric("pals_lowering_info", Gauge, "1 for the way the engine now gets under a lowered limit", ("lowering",)),
@@ -45,7 +57,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("pals_waiting_requests", Gauge, "Requests waiting for admission"),
     Metric("pals_oldest_waiting_seconds", Gauge, "Age of the oldest waiting request"),
     Metric("pals_kv_cache_usage_ratio", Gauge, "Share of the KV cache in use"),
-    Metric("pals_output_tokens_total", Counter, "Output tokens since the agent started"),
+    Metric("pals_output_tokens_total", Counter, "Output tokens since the agent took the engine up"),
     Metric("pals_tokens_per_second", Gauge, "Output tokens per second over the last period"),
     Metric("pals_joules_per_token", Gauge, "GPU energy per output token over the last period; absent without tokens"),
     Metric("pals_violations_total", Counter, "Missed targets: periods (throughput) or requests (ttft, tpot)", ("slo",)),
@@ -55,30 +67,48 @@ METRICS: tuple[Metric, ...] = (
 
 
 class AgentMetrics:
-    """Observes tick records; `registry` is what is exposed."""
+    """The metrics of one agent; `registry` is what is exposed."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._gauges = {
+        self.gauges = {
             m.name: Gauge(m.name, m.text, m.labels, registry=self.registry) for m in METRICS if m.kind is Gauge
         }
-        self._counters = {
+        self.counters = {
             m.name: Counter(m.name, m.text, m.labels, registry=self.registry) for m in METRICS if m.kind is Counter
         }
+
+    def engine(self, name: str, boards: Sequence[int]) -> EngineMetrics:
+        """What observes the records of one engine; `boards` are its boards' indices."""
+        return EngineMetrics(self, name, boards)
+
+
+class EngineMetrics:
+    """Observes one engine's tick records."""
+
+    def __init__(self, agent: AgentMetrics, name: str, boards: Sequence[int]) -> None:
+        self._agent, self._name, self._boards = agent, name, [str(b) for b in boards]
+        self._set: set[tuple[str, tuple[str, ...]]] = set()
         self._before: TickRecord | None = None
 
     def observe(self, record: TickRecord) -> None:
         """Take one record; a sink of the agent."""
         sample = record.sample
         self._gauge("pals_power_limit_requested_watts", record.guarded.point.power_limit_w)
-        for i, board in enumerate(sample.boards):
-            self._gauge("pals_board_power_watts", board.power_w, str(i))
-            self._gauge("pals_sm_clock_hertz", board.sm_clock_mhz * 1e6, str(i))
         self._gauge("pals_sm_clock_requested_hertz", _hertz(record.guarded.point.sm_clock_mhz))
-        for i, clock_mhz in enumerate(record.accepted_clocks_mhz):
-            self._gauge("pals_sm_clock_accepted_hertz", _hertz(clock_mhz), str(i))
-        for i, limit_w in enumerate(record.enforced_limits_w):
-            self._gauge("pals_power_limit_enforced_watts", limit_w, str(i))
+        if len(sample.boards) == len(self._boards):  # else one is lost, and which reading is whose is not known
+            for index, board in zip(self._boards, sample.boards, strict=True):
+                self._gauge("pals_board_power_watts", board.power_w, index)
+                self._gauge("pals_sm_clock_hertz", board.sm_clock_mhz * 1e6, index)
+            for index, limit_w in zip(self._boards, record.enforced_limits_w, strict=True):
+                self._gauge("pals_power_limit_enforced_watts", limit_w, index)
+            for index, clock_mhz in zip(self._boards, record.accepted_clocks_mhz, strict=False):
+                self._gauge("pals_sm_clock_accepted_hertz", _hertz(clock_mhz), index)
+        else:
+            self._forget(
+                "pals_board_power_watts", "pals_sm_clock_hertz", "pals_power_limit_enforced_watts",
+                "pals_sm_clock_accepted_hertz",
+            )  # fmt: skip
         for mode in ("auto", "advise"):
             self._gauge("pals_mode_info", float(record.mode == mode), mode)
         self._count("pals_decisions_total", 1, record.guarded.reason)
@@ -88,6 +118,10 @@ class AgentMetrics:
         if sample.engine is not None:
             self._engine(record, sample.engine)
         self._before = record
+
+    def close(self) -> None:
+        """The engine is no longer steered: its gauges go, its counters stay as they are."""
+        self._forget(*self._agent.gauges)
 
     def _budget(self, record: TickRecord) -> None:
         sample, budget_w = record.sample, record.budget.power_w
@@ -118,11 +152,18 @@ class AgentMetrics:
         known = power_w is not None and tokens > 0
         self._gauge("pals_joules_per_token", power_w * window_s / tokens if known and power_w else float("nan"))
 
-    def _gauge(self, name: str, value: float, *labels: str) -> None:
-        (self._gauges[name].labels(*labels) if labels else self._gauges[name]).set(value)
+    def _gauge(self, name: str, value: float, *extra: str) -> None:
+        labels = (self._name, *extra)
+        self._set.add((name, labels))
+        self._agent.gauges[name].labels(*labels).set(value)
 
-    def _count(self, name: str, amount: float, *labels: str) -> None:
-        (self._counters[name].labels(*labels) if labels else self._counters[name]).inc(amount)
+    def _count(self, name: str, amount: float, *extra: str) -> None:
+        self._agent.counters[name].labels(self._name, *extra).inc(amount)
+
+    def _forget(self, *names: str) -> None:
+        for name, labels in [s for s in self._set if s[0] in names]:
+            self._agent.gauges[name].remove(*labels)
+            self._set.remove((name, labels))
 
 
 def _hertz(clock_mhz: int | None) -> float:
@@ -152,5 +193,5 @@ def serve_metrics(metrics: AgentMetrics, port: int) -> Callable[[], None]:
 
 def metrics_table() -> str:
     """The Markdown table of `docs/metrics.md`."""
-    rows = [f"| `{m.name}` | {m.kind.__name__.lower()} | {', '.join(m.labels) or '–'} | {m.text} |" for m in METRICS]
+    rows = [f"| `{m.name}` | {m.kind.__name__.lower()} | {', '.join(m.labels)} | {m.text} |" for m in METRICS]
     return "\n".join(["| metric | type | labels | meaning |", "| --- | --- | --- | --- |", *rows])

@@ -1,48 +1,88 @@
-"""`pals status`: engines, boards and the agent's newest decision, for a terminal."""
+"""`pals status`: engines, boards and the agent's newest decisions, for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pals.core.quantities import BoardInfo, EngineInfo, EngineSample, PowerSample
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineNow:
+    """An engine and its counters."""
+
+    name: str
+    info: EngineInfo
+    sample: EngineSample
+
+
 def print_status(
     folder: Path,
-    engines: Sequence[tuple[EngineInfo, EngineSample]],
+    engines: Sequence[EngineNow],
     boards: Sequence[tuple[BoardInfo, PowerSample]],
-    agent: dict[str, Any] | None,
+    steered: Sequence[dict[str, Any]],
     *,
     emulated: bool,
+    limited: int,
 ) -> None:
-    """Print what runs in this run directory."""
+    """Print what runs in this run directory.
+
+    `steered` are the contents of the living agent's status files; `limited` boards were left so by a killed one.
+    """
     console = Console(highlight=False)
     if engines:
         console.print(_engines(engines))
     else:
         console.print(f"no engine with PALS runs in {folder}")
     if boards:
-        console.print(_boards(boards, emulated=emulated))
-    if agent is None:
+        console.print(_boards(boards, engines, emulated=emulated))
+    if limited:
+        console.print(
+            f"an agent was killed: {limited} boards may stay limited until the next agent, or `pals restore`, puts them back"
+        )
+    if not steered:
         console.print("no agent: engines obey their launch limits, boards keep theirs")
         return
-    record, header = agent["record"], agent["header"]
-    point = record["guarded"]["point"]
-    budget_w = record["budget"]["power_w"]
-    power_w = record["sample"]["power_w"]
+    console.print(_agent_line(steered))
+    for each in steered:
+        _print_decision(console, each)
+    names = {s["name"] for s in steered}
+    for engine in engines:
+        if engine.name not in names and engine.info.name not in names:
+            console.print(f"{engine.name}: not steered", markup=False)
+
+
+def _agent_line(now: Sequence[dict[str, Any]]) -> str:
+    shares_w = [s["record"]["budget"]["power_w"] for s in now]
+    pids = ", ".join(str(p) for p in sorted({s["agent_pid"] for s in now}))
+    budget = "no budget" if None in shares_w else f"budget {sum(shares_w):.0f} W"
+    shared = f" shared by {len(now)} engines" if len(now) > 1 and None not in shares_w else ""
+    return f"agent: process {pids}, {budget}{shared}"
+
+
+def _print_decision(console: Console, each: dict[str, Any]) -> None:
+    record, header = each["record"], each["header"]
+    point, share_w, power_w = record["guarded"]["point"], record["budget"]["power_w"], record["sample"]["power_w"]
+    detail = record["guarded"]["detail"]
+    console.print(Text(each["name"], "bold"), end="")
     console.print(
-        f"agent: policy {header['policy']}, mode {record['mode']}, tick {record['index']}\n"
+        f": policy {header['policy']}, mode {record['mode']}, tick {record['index']}\n"
         f"  asked: {point['power_limit_w']:.0f} W per board, {clock_text(record)}, "
         f"{point['active_sequences'] or 'launch'} active sequences, reached by {header.get('lowering', 'drain')}\n"
-        f"  why: {record['guarded']['reason']} ({record['guarded']['detail']})\n"
+        f"  why: {record['guarded']['reason']}{f' ({detail})' if detail else ''}\n"
         f"  power: {'unknown' if power_w is None else f'{power_w:.0f} W'}"
-        f"{'' if budget_w is None else f' of a budget of {budget_w:.0f} W'}"
+        f"{'' if share_w is None else f' of {share_w:.0f} W granted'}",
+        markup=False,
     )
+    for note in record["notes"]:
+        console.print(f"  note: {note}", markup=False)
 
 
 def clock_text(record: dict[str, Any]) -> str:
@@ -55,35 +95,42 @@ def clock_text(record: dict[str, Any]) -> str:
     return f"SM clock ≤ {asked} MHz (accepted {'/'.join(accepted)}, measured {'/'.join(measured)})"
 
 
-def _engines(engines: Sequence[tuple[EngineInfo, EngineSample]]) -> Table:
+def _engines(engines: Sequence[EngineNow]) -> Table:
     table = Table(title="Engines", title_justify="left")
-    for column in (
-        "process",
-        "model",
-        "engine",
-        "parallelism",
-        "running",
-        "waiting",
-        "active limit (lowering)",
-        "KV cache",
-    ):
+    for column in ("engine", "process", "version", "parallelism", "running", "waiting", "active limit", "KV cache"):
         table.add_column(column)
-    for info, now in engines:
+    for e in engines:
+        info, now = e.info, e.sample
         turns = f" ({now.scheduled} in turn)" if now.scheduled is not None and now.lowering == "time-slice" else ""
+        lowering = "" if now.lowering == "drain" else f" ({now.lowering})"
         table.add_row(
-            str(info.pid), info.model, f"{info.engine} {info.version}", info.parallelism, f"{now.running}{turns}",
-            str(now.waiting), f"{now.active_limit} of {now.launch_limit} ({now.lowering})", f"{now.kv_usage:.0%}",
+            e.name, str(info.pid), f"{info.engine} {info.version}", _parallelism(info.parallelism),
+            f"{now.running}{turns}", str(now.waiting), f"{now.active_limit} of {now.launch_limit}{lowering}",
+            f"{now.kv_usage:.0%}",
         )  # fmt: skip
     return table
 
 
-def _boards(boards: Sequence[tuple[BoardInfo, PowerSample]], *, emulated: bool) -> Table:
-    table = Table(title="Boards (emulated)" if emulated else "Boards", title_justify="left")
-    for column in ("board", "name", "power", "limit in force", "range", "SM clock", "limited by power"):
+def _parallelism(told: str) -> str:
+    """ "tp4 pp1 dp2 ep1" without what is 1 anyway, and without the flag "ep0"."""
+    parts = [p for p in told.split() if p[2:] not in ("0", "1") or p == "ep1"]
+    return " ".join("ep" if p == "ep1" else p for p in parts) or "none"
+
+
+def _boards(boards: Sequence[tuple[BoardInfo, PowerSample]], engines: Sequence[EngineNow], *, emulated: bool) -> Table:
+    name = {info.name for info, _ in boards}
+    title = f"Boards{' (emulated)' if emulated else ''}: {', '.join(sorted(name))}"
+    table = Table(title=title, title_justify="left")
+    for column in ("board", "engine", "power", "limit in force", "range", "SM clock", "limited by power"):
         table.add_column(column)
+    before = None
     for info, now in boards:
+        users = ", ".join(e.name for e in engines if info.index in e.info.boards) or "–"
+        if before is not None and users != before:
+            table.add_section()
+        before = users
         table.add_row(
-            str(info.index), info.name, f"{now.power_w:.0f} W", f"{now.enforced_limit_w:.0f} W",
+            str(info.index), users, f"{now.power_w:.0f} W", f"{now.enforced_limit_w:.0f} W",
             f"{info.min_limit_w:.0f}..{info.max_limit_w:.0f} W", f"{now.sm_clock_mhz} MHz",
             "yes" if now.throttled_by_power else "no",
         )  # fmt: skip

@@ -1,0 +1,144 @@
+"""The agent: every engine of this node, one budget, one grid; engines come and go while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pals.control.share import grant, targets
+from pals.core.errors import ConfigError, EngineGoneError
+from pals.core.quantities import Budget
+from pals.runtime.agent import EXIT_ENGINE_GONE, AgentSetup, Session, open_session, slug
+from pals.runtime.group import EngineGroup, refuse_shared_boards, unique_name
+from pals.runtime.loop import GridClock, on_grid
+
+LOOK_EVERY_S = 2.0  # for engines that have come
+
+
+def control_engines(setup: AgentSetup, clock: GridClock) -> int:
+    """Steer every engine that `setup.find` finds until the clock says stop; 0 then, 3 when the last one has ended.
+
+    Raises:
+        ConfigError: bad settings or profile, shared boards, or no engine at the start; nothing was written.
+    """
+    node = Node(setup, clock)
+    with node.open_at_start():
+        try:
+            on_grid(clock, setup.config.control.period_s, node.step)
+        except EngineGoneError as e:
+            if clock.wait(0.0):  # told to stop just now: the engine ends because we all do
+                return 0
+            setup.say(str(e))
+            return EXIT_ENGINE_GONE
+    return 0
+
+
+class Node:
+    """The engines that are steered now."""
+
+    def __init__(self, setup: AgentSetup, clock: GridClock) -> None:
+        self.sessions: list[Session] = []
+        self._setup, self._clock = setup, clock
+        self._refused: set[frozenset[int]] = set()
+        self._seen: set[frozenset[int]] = set()
+        self._journals: set[Path] = set()
+        self._looked_at_s = 0.0
+
+    @contextmanager
+    def open_at_start(self) -> Iterator[None]:
+        """Open the engines found; whatever happens inside, every engine's boards are put back at the end."""
+        with ExitStack() as exits:
+            exits.callback(self._close_all)
+            groups = list(self._setup.find())
+            refuse_shared_boards(groups)
+            for group in groups:
+                self._open(group, groups)
+            if not self.sessions:
+                raise ConfigError("no running engine to steer. Nothing was written")
+            yield
+
+    def step(self, elapsed_s: float) -> None:
+        """One slot of the grid: look for engines now and then, then tick each.
+
+        Raises:
+            EngineGoneError: the last engine has ended.
+        """
+        if elapsed_s - self._looked_at_s >= LOOK_EVERY_S:
+            self._looked_at_s = elapsed_s
+            self._look()
+        budget = self._setup.config.budget.at(elapsed_s)
+        for session, target_w in self._lowering_first(budget):
+            self._tick(session, budget, target_w)
+
+    def _lowering_first(self, budget: Budget) -> list[tuple[Session, float]]:
+        """The engines with the shares they should come to; those whose limits must fall are first."""
+        if budget.power_w is None:
+            return [(s, 0.0) for s in self.sessions]
+        holdings = [s.holding(self._clock.now_s()) for s in self.sessions]
+        wanted_w = targets(budget.power_w, holdings)
+        order = sorted(range(len(holdings)), key=lambda i: wanted_w[i] - holdings[i].limits_w)
+        return [(self.sessions[i], wanted_w[i]) for i in order]
+
+    def _tick(self, session: Session, budget: Budget, target_w: float) -> None:
+        now_s = self._clock.now_s()
+        share = budget
+        if budget.power_w is not None:
+            others = [s.holding(now_s) for s in self.sessions if s is not session]
+            share = Budget(power_w=grant(target_w, session.holding(now_s), others, budget.power_w))
+        try:
+            session.tick(share, now_s)
+        except EngineGoneError as e:
+            self._close(session)
+            if not self.sessions:
+                raise EngineGoneError(f"{e}; the boards are put back as found and the agent stops") from e
+            self._setup.say(f"{e}; its boards are put back as found, {len(self.sessions)} more are steered on")
+
+    def _look(self) -> None:
+        """Take up engines that have come; a group that has grown by a rank is taken up anew.
+
+        The ranks of a data-parallel engine come one by one: it is taken up when two looks in a row saw the same ones.
+        """
+        groups = list(self._setup.find())
+        known = self._refused | {s.group.pids for s in self.sessions}
+        seen, self._seen = self._seen, {g.pids for g in groups}
+        for group in groups:
+            if group.pids in known or (group.info.data_parallel and group.pids not in seen):
+                continue
+            for grown in [s for s in self.sessions if s.group.pids < group.pids]:
+                self._close(grown)
+            try:
+                refuse_shared_boards([group, *(s.group for s in self.sessions)])
+                self._open(group, groups)
+            except (ConfigError, EngineGoneError) as e:
+                self._refused.add(group.pids)
+                self._setup.say(f"{group.told()} is not steered: {e}")
+
+    def _open(self, group: EngineGroup, groups: Sequence[EngineGroup]) -> None:
+        name = unique_name(group, groups)
+        self.sessions.append(open_session(self._setup, group, name, self._journal(name, alone=len(groups) == 1)))
+
+    def _journal(self, name: str, *, alone: bool) -> Path:
+        """The file asked for, with the engine's name in it where there are several; never one that was written already."""
+        setup = self._setup
+        if given := setup.config.output.journal:
+            path = Path(given)
+            path = path if alone else path.with_stem(f"{path.stem}-{slug(name)}")
+        else:
+            path = setup.folder / f"journal-{slug(name)}-{datetime.now(UTC):%Y%m%d-%H%M%S}.jsonl"
+        first, n = path, 1
+        while path in self._journals:
+            n += 1
+            path = first.with_stem(f"{first.stem}-{n}")
+        self._journals.add(path)
+        return path
+
+    def _close(self, session: Session) -> None:
+        self.sessions.remove(session)
+        session.close()
+
+    def _close_all(self) -> None:
+        with ExitStack() as exits:  # one that fails to close keeps none of the others from closing
+            for session in self.sessions:
+                exits.callback(session.close)
