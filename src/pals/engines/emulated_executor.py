@@ -129,7 +129,7 @@ class EmulatedExecutor(Executor):
             environ=os.environ,
         )  # fmt: skip
         share = config.cache_config.gpu_memory_utilization  # weights and KV cache: what vLLM takes on a real board
-        bank.register_process(os.getpid(), boards, round(share * bank.memory_bytes), time.monotonic())
+        bank.register_process(os.getpid(), boards, round(share * bank.memory_bytes))
         self._rank = RankStub(config, self._device, self._model)
         self._pending: BookedStep | None = None
 
