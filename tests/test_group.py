@@ -30,7 +30,7 @@ def ranks_of(folder: Path, count: int, *, parallelism: str, boards_each: int, la
         )
         channels.append(EngineChannel(folder, info, name=f"rank{rank}"))
         channels[-1].publish(
-            [*(float(i + rank) for i in range(len(GAUGES) - 1)), 2.0 * rank], [rank] * BUCKETS, [1] * BUCKETS
+            [*(float(i + rank) for i in range(len(GAUGES) - 1)), 2.0 * min(rank, 1)], [rank] * BUCKETS, [1] * BUCKETS
         )
     return channels
 

@@ -44,7 +44,7 @@ def bank(tmp_path: Path) -> Iterator[BoardBank]:
     made = BoardBank.create(tmp_path / "bank", A100, 2, seed=5, now_s=10.0)
     made.set_virtual_time(10.0)
     made.book([0, 1], 10.0, 60.0, Load(compute=0.5, memory=0.6), 10.0)
-    made.register_process(os.getpid(), [1], 30 * 2**30, 10.0)
+    made.register_process(os.getpid(), [1], 30 * 2**30)
     made.set_virtual_time(20.0)
     yield made
     made.close()
@@ -358,7 +358,7 @@ except n.NVMLError as e:
 def test_a_process_that_has_ended_is_listed_no_more(lib: Path, bank: BoardBank) -> None:
     ended = subprocess.Popen([sys.executable, "-c", "pass"])
     ended.wait()
-    bank.register_process(ended.pid, [0, 1], 10 * 2**30, 20.0)
+    bank.register_process(ended.pid, [0, 1], 10 * 2**30)
     code = """
 import json, pynvml as n
 n.nvmlInit()
@@ -367,7 +367,7 @@ print(json.dumps({"pids": [[p.pid for p in n.nvmlDeviceGetComputeRunningProcesse
                   "used": [n.nvmlDeviceGetMemoryInfo(h).used for h in hs]}))
 """
     assert python_from(lib, bank.path, code) == {"pids": [[], [os.getpid()]], "used": [0, 30 * 2**30]}
-    bank.forget_process(os.getpid(), 20.0)
+    bank.forget_process(os.getpid())
     assert bank.processes(1) != []  # the ended one's entry stays, and is not shown
     assert python_from(lib, bank.path, code) == {"pids": [[], []], "used": [0, 0]}
 

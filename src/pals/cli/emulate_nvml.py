@@ -95,7 +95,7 @@ def boards(args: argparse.Namespace) -> Iterator[Path]:
     bank = BoardBank.create(path, spec, count, seed=args.seed_boards, writable=not args.unprivileged)
     load = Load(compute=args.load, memory=args.load) if args.load else None
     if load is not None:
-        bank.register_process(os.getpid(), range(count), round(args.load * bank.memory_bytes), time.monotonic())
+        bank.register_process(os.getpid(), range(count), round(args.load * bank.memory_bytes))
     bank.close()
     try:
         with kept_fresh(path, load=load):

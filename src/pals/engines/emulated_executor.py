@@ -132,7 +132,7 @@ class EmulatedExecutor(Executor):
             clock=self._clock.now_s,
         )  # fmt: skip
         share = config.cache_config.gpu_memory_utilization  # weights and KV cache: what vLLM takes on a real board
-        bank.register_process(os.getpid(), boards, round(share * bank.memory_bytes), self._clock.now_s())
+        bank.register_process(os.getpid(), boards, round(share * bank.memory_bytes))
         self._rank = RankStub(config, self._device, self._model, self._clock)
         self._pending: BookedStep | None = None
 

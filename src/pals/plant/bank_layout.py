@@ -57,7 +57,7 @@ READING = np.dtype(
         *((name, "i8") for name in ("sm_clock_mhz", "throttle")),
     ]
 )
-PROCESS = np.dtype([("pid", "i8"), ("boards", "u8"), ("memory_bytes", "i8"), ("since_s", "f8")])
+PROCESS = np.dtype([("pid", "i8"), ("boards", "u8"), ("memory_bytes", "i8"), ("order", "i8")])
 SEGMENT = np.dtype([("start_s", "f8"), ("end_s", "f8"), ("compute", "f8"), ("memory", "f8"), ("boards", "u8")])
 CLOCKWORK = np.dtype([("time_s", "f8"), ("published_s", "f8"), ("busy_until_s", "f8"), ("ticks", "i8"), ("next", "i8")])
 _SAME_IN_SPEC = (

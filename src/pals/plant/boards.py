@@ -206,18 +206,18 @@ class BoardBank:
         """The name of board `i` that stays; begins with GPU-00000000 on emulated boards."""
         return str(self._boards["uuid"][i].decode())
 
-    def register_process(self, pid: int, boards: Sequence[int], memory_bytes: int, now_s: float) -> None:
+    def register_process(self, pid: int, boards: Sequence[int], memory_bytes: int) -> None:
         """Say that `pid` uses `boards`, with `memory_bytes` on each; replaces what it said before, or the oldest entry."""
-        with self._locked(now_s):
+        with self._held():
             table = self._sections.processes
-            slot = int(np.argmin(np.where(table["pid"] == pid, -np.inf, table["since_s"])))
-            table[slot] = (pid, sum(1 << i for i in boards), memory_bytes, now_s)
+            slot = int(np.argmin(np.where(table["pid"] == pid, -1, table["order"])))
+            table[slot] = (pid, sum(1 << i for i in boards), memory_bytes, int(table["order"].max()) + 1)
 
-    def forget_process(self, pid: int, now_s: float) -> None:
+    def forget_process(self, pid: int) -> None:
         """Take `pid` off the list."""
-        with self._locked(now_s):
+        with self._held():
             table = self._sections.processes
-            table[table["pid"] == pid] = (0, 0, 0, 0.0)
+            table[table["pid"] == pid] = (0, 0, 0, 0)
 
     def processes(self, i: int) -> list[BoardProcess]:
         """Who said it uses board `i`; whether it still lives is for the caller to see."""
@@ -280,15 +280,21 @@ class BoardBank:
     @contextmanager
     def _locked(self, now_s: float) -> Iterator[float]:
         """Hold the file, everything up to date; yields the boards' time, s."""
+        with self._held():
+            virtual_s = self.virtual_time_s()
+            now_s = now_s if virtual_s is None else virtual_s
+            self._integrate(now_s)
+            yield now_s
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold the file as it is."""
         with self._thread_lock:
             fcntl.flock(self._file, fcntl.LOCK_EX)
             sequence = int(self._sections.head["sequence"][0]) | 1  # odd already: its writer was killed
             self._sections.head["sequence"] = sequence
             try:
-                virtual_s = self.virtual_time_s()
-                now_s = now_s if virtual_s is None else virtual_s
-                self._integrate(now_s)
-                yield now_s
+                yield
             finally:
                 self._sections.head["sequence"] = sequence + 1
                 fcntl.flock(self._file, fcntl.LOCK_UN)
