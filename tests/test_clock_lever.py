@@ -173,7 +173,7 @@ def test_a_board_that_refuses_its_limit_still_loses_its_lock_and_keeps_no_other_
         with boards_as_found(nvml.boards, nvml.boards, record):
             for board in nvml.boards:
                 board.apply(OperatingPoint(power_limit_w=200.0, sm_clock_mhz=1005))
-            world.bank.inject(0, "limit_denied", 1, world.clock.now)
+            world.bank.inject(0, "denied", 2, world.clock.now)
         assert world.clocks_mhz() == [
             1410,
             1410,

@@ -36,7 +36,7 @@ _BOARD = np.dtype(
             for name in ["limit_w", "external_w", "lock_lo_mhz", "lock_hi_mhz", "clock_mhz", "filtered_w", "power_w"]
         ),
         *((name, "f8") for name in ["energy_j", "published_j", "temperature_c", "core_factor", "idle_factor"]),
-        *((name, "i8") for name in ["throttle", "lost", "not_supported", "denied", "limit_denied", "no_clock_lock"]),
+        *((name, "i8") for name in ["throttle", "lost", "not_supported", "denied"]),
         ("ring_w", "f8", RING),
     ]
 )
@@ -173,15 +173,15 @@ class BoardBank:
     def faults(self, i: int) -> tuple[bool, bool, bool]:
         """Whether board `i` is lost, supports no setters, or denies them."""
         b = self._boards[i]
-        return bool(b["lost"]), bool(b["not_supported"]), bool(b["denied"]) or not self.writable
+        return bool(b["lost"]), bool(b["not_supported"] == 1), bool(b["denied"] == 1) or not self.writable
 
     def refuses_clock_locks(self, i: int) -> bool:
         """Whether board `i` supports limits but no clock locks."""
-        return bool(self._boards["no_clock_lock"][i])
+        return bool(self._boards["not_supported"][i] == 2)
 
     def denies_limits(self, i: int) -> bool:
         """Whether board `i` lets its clock be locked and denies power limits."""
-        return bool(self._boards["limit_denied"][i])
+        return bool(self._boards["denied"][i] == 2)
 
     def set_limit(self, i: int, watts: float, now_s: float) -> None:
         """Change the limit that NVML set; the range was checked by the caller."""
@@ -203,7 +203,9 @@ class BoardBank:
             self._boards["lock_lo_mhz"][i], self._boards["lock_hi_mhz"][i] = 0.0, self.spec.max_sm_clock_mhz
 
     def inject(self, i: int, fault: str, value: float, now_s: float) -> None:
-        """Set a fault: "lost", "not_supported", "denied", "limit_denied", "no_clock_lock" (1 or 0), or "external_limit" (W; 0 removes it).
+        """Set a fault: "lost", "not_supported", "denied" (1; 0 removes it), or "external_limit" (W; 0 removes it).
+
+        "not_supported" 2 concerns clock locks alone, "denied" 2 power limits alone.
 
         Raises:
             ValueError: unknown fault.
@@ -211,12 +213,10 @@ class BoardBank:
         with self._locked(now_s):
             if fault == "external_limit":
                 self._boards["external_w"][i] = value or NO_LIMIT_W
-            elif fault in ("lost", "not_supported", "denied", "limit_denied", "no_clock_lock"):
+            elif fault in ("lost", "not_supported", "denied"):
                 self._boards[fault][i] = int(value)
             else:
-                raise ValueError(
-                    f"unknown fault {fault!r}; known: lost, not_supported, denied, limit_denied, no_clock_lock, external_limit"
-                )
+                raise ValueError(f"unknown fault {fault!r}; known: lost, not_supported, denied, external_limit")
 
     @contextmanager
     def _locked(self, now_s: float) -> Iterator[None]:

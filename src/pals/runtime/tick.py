@@ -100,8 +100,8 @@ def tick(rig: Rig, state: TickState, budget: Budget, slo: Slo, now_s: float) -> 
         slo=slo,
         decision=decision,
         guarded=guarded,
-        enforced_limits_w=tuple(p.power_limit_w for p in enforced),
-        accepted_clocks_mhz=tuple(p.sm_clock_mhz for p in enforced),
+        enforced_limits_w=enforced,
+        accepted_clocks_mhz=tuple(rig.locks.in_force_mhz(i) for i in range(len(sample.boards))),
         mode=rig.mode,
         violations=violations(window, slo),
         over_budget_s=over_budget_s(since, budget),
@@ -146,18 +146,18 @@ def mean_power_w(before: Sequence[PowerSample], after: Sequence[PowerSample]) ->
 
 def _apply(
     rig: Rig, wanted: OperatingPoint, sample: TelemetrySample, now_s: float, notes: list[str]
-) -> tuple[OperatingPoint, ...]:
-    """Write boards, then engine; return what each board then has in force."""
-    enforced = [
-        OperatingPoint(power_limit_w=b.enforced_limit_w, sm_clock_mhz=rig.locks.in_force_mhz(i))
-        for i, b in enumerate(sample.boards)
-    ]
+) -> tuple[float, ...]:
+    enforced: list[float] = [b.enforced_limit_w for b in sample.boards]
     if rig.actuators and len(sample.boards) == len(rig.actuators):
-        for i, board in enumerate(sample.boards):
-            enforced[i] = _apply_to_board(rig, i, wanted, board, now_s, notes)
-            if enforced[i].power_limit_w < wanted.power_limit_w - 0.5 and rig.actuators:
+        enforced = []
+        for i, actuator in enumerate(rig.actuators):
+            accepted = _apply_to_board(
+                rig, actuator, wanted, position=i, board=sample.boards[i], now_s=now_s, notes=notes
+            )
+            enforced.append(accepted)
+            if accepted < wanted.power_limit_w - 0.5 and rig.actuators:
                 notes.append(
-                    f"board {i}: {wanted.power_limit_w:.0f} W asked, {enforced[i].power_limit_w:.0f} W in force: "
+                    f"board {i}: {wanted.power_limit_w:.0f} W asked, {accepted:.0f} W in force: "
                     "something else holds the limit lower (another agent, a BMC or the driver)"
                 )
     if rig.setter is not None:
@@ -167,33 +167,21 @@ def _apply(
 
 
 def _apply_to_board(
-    rig: Rig, i: int, wanted: OperatingPoint, board: PowerSample, now_s: float, notes: list[str]
-) -> OperatingPoint:
-    """Apply to one board; on refusal note it and return what was in force."""
-    if i < len(rig.actuators) and (lost := rig.locks.check(i, board, now_s)):
-        notes.append(lost)
-        wanted_again = replace(wanted, sm_clock_mhz=None)  # released first: the adapter skips a lock it believes in
-        _write(rig, i, wanted_again, board, now_s, notes)
-    return _write(rig, i, rig.locks.allowed(i, wanted), board, now_s, notes)
-
-
-def _write(
-    rig: Rig, i: int, wanted: OperatingPoint, board: PowerSample, now_s: float, notes: list[str]
-) -> OperatingPoint:
-    if i < len(rig.actuators):  # none are left once a write was denied
-        try:
-            accepted = rig.actuators[i].apply(wanted)
-            rig.locks.accepted(i, accepted.sm_clock_mhz, now_s)
-            return accepted
-        except PermissionDeniedError as e:
-            notes.append(f"{e} From here on PALS only advises: decisions are recorded, no board is written.")
-            rig.actuators = ()
-        except (NotSupportedError, ValueError) as e:
-            notes.append(str(e))
-            if wanted.sm_clock_mhz is not None:
-                notes[-1] += " From here on this board is held by its power limit alone."
-                rig.locks.refuse(i)
-                return _write(rig, i, replace(wanted, sm_clock_mhz=None), board, now_s, notes)
-        except DeviceLostError as e:
-            notes.append(str(e))
-    return OperatingPoint(power_limit_w=board.enforced_limit_w, sm_clock_mhz=rig.locks.in_force_mhz(i))
+    rig: Rig,
+    actuator: PowerActuator,
+    wanted: OperatingPoint,
+    *,
+    position: int,
+    board: PowerSample,
+    now_s: float,
+    notes: list[str],
+) -> float:
+    """Apply to one board; on refusal note it and return the limit that was in force."""
+    try:
+        return rig.locks.apply(position, actuator, wanted, board, now_s=now_s, notes=notes).power_limit_w
+    except PermissionDeniedError as e:
+        notes.append(f"{e} From here on PALS only advises: decisions are recorded, no board is written.")
+        rig.actuators = ()
+    except (NotSupportedError, DeviceLostError) as e:
+        notes.append(str(e))
+    return board.enforced_limit_w
