@@ -161,3 +161,15 @@ def test_stock_nvidia_ml_py_reads_the_emulated_boards(world: World) -> None:
         assert instant.value.uiVal / 1000 == pytest.approx(pynvml.nvmlDeviceGetPowerUsage(handle) / 1000, rel=0.05)
         with pytest.raises(pynvml.NVMLError_FunctionNotFound):
             pynvml.nvmlDeviceGetFanSpeed(handle)
+
+
+def test_supported_clocks_are_listed_and_a_board_without_locks_keeps_its_limit_lever(world: World) -> None:
+    with world.open() as nvml:
+        info = nvml.boards[0].info
+        assert info.sm_clocks_mhz == tuple(range(345, 1981, 15))
+        world.bank.inject(0, "no_clock_lock", 1, world.now)
+        with pytest.raises(NotSupportedError, match="400 W is still in force"):
+            nvml.boards[0].apply(point(400.0, 1200))
+        assert nvml.boards[0].apply(point(300.0)) == point(300.0)
+        nvml.boards[0].put_back(700.0, unlock=True)  # no lock to release is no failure
+        assert nvml.boards[0].read().enforced_limit_w == 700.0

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from pals.core.errors import NotSupportedError
+from pals.core.protocols import PowerActuator
 from pals.core.quantities import OperatingPoint, PowerSample
 
 SETTLE_S = 1.0  # a lock takes tens of ms; earlier than this a high clock says nothing
@@ -17,7 +19,7 @@ MARGIN_MHZ = 30  # two steps
 
 
 class ClockLocks:
-    """The locks of one rig's boards, by position."""
+    """The locks of one rig's boards, by position; the tick's way of writing to a board."""
 
     def __init__(self, write_ahead: Callable[[], None] = lambda: None) -> None:
         self.write_ahead = write_ahead
@@ -26,12 +28,13 @@ class ClockLocks:
         self._refusing: set[int] = set()
         self._locked_again: set[int] = set()
 
-    def allowed(self, i: int, wanted: OperatingPoint) -> OperatingPoint:
-        """`wanted`, without the lock where board `i` refuses them."""
-        if wanted.sm_clock_mhz is None or i in self._refusing:
-            return replace(wanted, sm_clock_mhz=None)
-        self.prepare(wanted)
-        return wanted
+    def in_force_mhz(self, i: int) -> int | None:
+        """The lock board `i` accepted last; None where none is."""
+        return self._accepted[i][0] if i in self._accepted else None
+
+    def released(self, i: int) -> None:
+        """Board `i` was put back: it holds no lock of ours any more."""
+        self._accepted.pop(i, None)
 
     def prepare(self, wanted: OperatingPoint) -> None:
         """Whoever writes `wanted` calls this before: the first lock is announced ahead."""
@@ -39,23 +42,46 @@ class ClockLocks:
             self.write_ahead()
             self._written_ahead = True
 
-    def accepted(self, i: int, sm_clock_mhz: int | None, now_s: float) -> None:
-        """The driver accepted this lock, or the release."""
+    def apply(
+        self,
+        i: int,
+        actuator: PowerActuator,
+        wanted: OperatingPoint,
+        board: PowerSample,
+        *,
+        now_s: float,
+        notes: list[str],
+    ) -> OperatingPoint:
+        """Write `wanted` to board `i`, without the lock where it refuses locks; `board` is its newest sample.
+
+        Raises:
+            What `actuator.apply` raises, except for a lock that is not supported: that is noted, once.
+        """
+        limit_only = replace(wanted, sm_clock_mhz=None)
+        if lost := self._lost(i, board, now_s):
+            notes.append(f"board {i}: {lost}")
+            actuator.apply(limit_only)  # the adapter would skip a lock it believes in
+        if i in self._refusing:
+            wanted = limit_only
+        self.prepare(wanted)
+        try:
+            accepted = actuator.apply(wanted)
+        except (NotSupportedError, ValueError) as e:
+            if wanted.sm_clock_mhz is None:
+                raise
+            notes.append(f"{e} From here on this board is held by its power limit alone.")
+            self._refusing.add(i)
+            accepted = actuator.apply(limit_only)
+        self._accept(i, accepted.sm_clock_mhz, now_s)
+        return accepted
+
+    def _accept(self, i: int, sm_clock_mhz: int | None, now_s: float) -> None:
         if sm_clock_mhz is None:
             self._accepted.pop(i, None)
-        elif self._accepted.get(i, (None,))[0] != sm_clock_mhz:
+        elif self.in_force_mhz(i) != sm_clock_mhz:
             self._accepted[i] = (sm_clock_mhz, now_s)
 
-    def in_force_mhz(self, i: int) -> int | None:
-        """The lock board `i` accepted last; None where none is."""
-        return self._accepted[i][0] if i in self._accepted else None
-
-    def refuse(self, i: int) -> None:
-        """Board `i` is not asked for a lock again."""
-        self._refusing.add(i)
-        self._accepted.pop(i, None)
-
-    def check(self, i: int, board: PowerSample, now_s: float) -> str | None:
+    def _lost(self, i: int, board: PowerSample, now_s: float) -> str | None:
         """Why board `i`'s lock must be written again, or is given up; None while it holds."""
         if i not in self._accepted:
             return None
@@ -65,10 +91,10 @@ class ClockLocks:
             return None
         if now_s - since_s < SETTLE_S:
             return None
-        told = f"board {i}: locked at {lock_mhz} MHz, {board.sm_clock_mhz} MHz measured: "
-        self._accepted.pop(i)
+        told = f"locked at {lock_mhz} MHz, {board.sm_clock_mhz} MHz measured: "
+        del self._accepted[i]
         if i in self._locked_again:
-            self.refuse(i)
+            self._refusing.add(i)
             return told + "its clock lock does not hold; from here on it is held by its power limit alone"
         self._locked_again.add(i)
         return told + "something else released the lock; it is locked again"

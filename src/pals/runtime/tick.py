@@ -105,8 +105,8 @@ def tick(rig: Rig, state: TickState, budget: Budget, slo: Slo, now_s: float) -> 
         slo=slo,
         decision=decision,
         guarded=guarded,
-        enforced_limits_w=tuple(p.power_limit_w for p in enforced),
-        accepted_clocks_mhz=tuple(p.sm_clock_mhz for p in enforced),
+        enforced_limits_w=enforced,
+        accepted_clocks_mhz=tuple(rig.locks.in_force_mhz(i) for i in range(len(sample.boards))),
         mode=rig.mode,
         violations=violations(window, slo),
         over_budget_s=over_budget_s(since, budget),
@@ -187,10 +187,7 @@ def _apply_together(
     """
     common, stuck_w = wanted, dict[int, float]()
     for i in sorted(range(len(in_force)), key=lambda i: i not in rig.stuck):
-        if lost := rig.locks.check(i, sample.boards[i], now_s):
-            notes.append(lost)  # released first: the adapter skips a lock it believes in
-            in_force[i] = _write(rig, i, replace(common, sm_clock_mhz=None), in_force[i], now_s, notes)
-        in_force[i] = _write(rig, i, common, in_force[i], now_s, notes)
+        in_force[i] = _write(rig, i, common, sample.boards[i], in_force[i], now_s, notes)
         limit_w = in_force[i].power_limit_w
         if abs(limit_w - common.power_limit_w) > 0.5:
             stuck_w[i] = limit_w
@@ -199,7 +196,7 @@ def _apply_together(
             common = replace(common, power_limit_w=beside_w)
     for i, point in enumerate(in_force):
         if i not in stuck_w and point.power_limit_w > common.power_limit_w + 0.5:
-            in_force[i] = _write(rig, i, common, point, now_s, notes)
+            in_force[i] = _write(rig, i, common, sample.boards[i], point, now_s, notes)
     rig.stuck = frozenset(stuck_w)
 
 
@@ -212,27 +209,26 @@ def _told_stuck(rig: Rig, position: int, asked_w: float, in_force_w: float, othe
 
 
 def _write(
-    rig: Rig, i: int, wanted: OperatingPoint, in_force: OperatingPoint, now_s: float, notes: list[str]
+    rig: Rig,
+    i: int,
+    wanted: OperatingPoint,
+    board: PowerSample,
+    in_force: OperatingPoint,
+    now_s: float,
+    notes: list[str],
 ) -> OperatingPoint:
-    """Write one board, without the clock lock where it refuses locks; on refusal note it and return what was in force.
+    """Write one board; on refusal note it and return what was in force.
 
     Raises:
         PermissionDeniedError: this process may not write.
     """
-    allowed = rig.locks.allowed(i, wanted)
     try:
-        accepted = rig.actuators[i].apply(allowed)
+        return rig.locks.apply(i, rig.actuators[i], wanted, board, now_s=now_s, notes=notes)
     except PermissionDeniedError:
         raise
     except (PalsError, ValueError) as e:
         notes.append(str(e))
-        if allowed.sm_clock_mhz is not None and not isinstance(e, DeviceLostError):
-            notes[-1] += " From here on this board is held by its power limit alone."
-            rig.locks.refuse(i)
-            return _write(rig, i, wanted, in_force, now_s, notes)
-        return in_force
-    rig.locks.accepted(i, accepted.sm_clock_mhz, now_s)
-    return accepted
+    return in_force
 
 
 def _give_up(rig: Rig, in_force: list[OperatingPoint], notes: list[str]) -> None:
@@ -241,7 +237,8 @@ def _give_up(rig: Rig, in_force: list[OperatingPoint], notes: list[str]) -> None
         try:
             actuator.restore()
             limit_w = rig.meters[i].read().enforced_limit_w
-            in_force[i] = OperatingPoint(power_limit_w=limit_w, sm_clock_mhz=rig.locks.in_force_mhz(i))
+            rig.locks.released(i)
+            in_force[i] = OperatingPoint(power_limit_w=limit_w)
         except (PalsError, ValueError) as e:
             notes.append(str(e))
     rig.actuators = ()
