@@ -128,15 +128,20 @@ def test_boards_of_two_engines_at_once_are_refused_and_both_are_named(node: Agen
     assert all(b.written_w == [] for b in node.boards)
 
 
-def test_a_latecomer_on_taken_boards_is_told_once_and_the_others_go_on(node: AgentWorld) -> None:
-    node.add("a/one", boards=(0, 1), pid=node.spawn().pid)
-    node.events = {101.0: lambda: node.add("b/two", boards=(1, 2), pid=node.spawn().pid)}
+def test_a_latecomer_on_taken_boards_is_told_once_and_waits_until_they_are_free(node: AgentWorld) -> None:
+    first = node.spawn()
+    node.add("a/one", boards=(0, 1), pid=first.pid)
+    node.add("c/three", boards=(7,), pid=node.spawn().pid)
+    node.events = {
+        101.0: lambda: node.add("b/two", boards=(1, 2), pid=node.spawn().pid),
+        106.0: lambda: node.kill(first),
+    }
 
     assert node.run() == 0
 
-    assert "b/two" not in node.records
     assert len([s for s in node.said if "b/two" in s and "is not steered" in s]) == 1
-    assert len(node.records["a/one"]) >= 19
+    assert len(node.records["c/three"]) >= 19
+    assert 106.0 < node.records["b/two"][0].sample.time_s <= 108.5
 
 
 def test_sections_of_an_engine_override_the_general_ones(node: AgentWorld) -> None:

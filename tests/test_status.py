@@ -54,7 +54,7 @@ def test_two_engines_their_boards_and_their_shares(node: AgentWorld, capsys: pyt
     assert "asked: 245 W per board" in told[0]
     assert "why: guard-budget (400 W wanted, 245 W allowed)" in told[0]
     assert told[0].count("of 500 W granted") == 2
-    assert "tp2 ep" in told[0]
+    assert "2-3 (tp2 ep)" in told[0]
 
 
 def test_without_an_agent_and_after_a_killed_one(node: AgentWorld, capsys: pytest.CaptureFixture[str]) -> None:

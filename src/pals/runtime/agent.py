@@ -250,14 +250,18 @@ def slug(name: str) -> str:
 
 def indices_text(boards: Sequence[int]) -> str:
     """ "board 3", "boards 0-3" or "boards 0, 2, 5-7"."""
+    return f"board{'s' if len(boards) != 1 else ''} {runs_text(boards)}"
+
+
+def runs_text(boards: Sequence[int]) -> str:
+    """ "3", "0-3" or "0, 2, 5-7"."""
     runs: list[list[int]] = []
     for i in sorted(boards):
         if runs and i == runs[-1][-1] + 1:
             runs[-1].append(i)
         else:
             runs.append([i])
-    text = ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-    return f"board{'s' if len(boards) != 1 else ''} {text}"
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
 class StatusFile:

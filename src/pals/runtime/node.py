@@ -136,6 +136,7 @@ class Node:
 
     def _close(self, session: Session) -> None:
         self.sessions.remove(session)
+        self._refused.clear()  # what stood in the way may be gone
         session.close()
 
     def _close_all(self) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pals.core.quantities import BoardInfo, EngineInfo, EngineSample, PowerSample
+from pals.runtime.agent import runs_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,15 +97,17 @@ def clock_text(record: dict[str, Any]) -> str:
 
 
 def _engines(engines: Sequence[EngineNow]) -> Table:
-    table = Table(title="Engines", title_justify="left")
-    for column in ("engine", "process", "version", "parallelism", "running", "waiting", "active limit", "KV cache"):
-        table.add_column(column)
+    versions = sorted({f"{e.info.engine} {e.info.version}" for e in engines})
+    table = Table(title=f"Engines: {', '.join(versions)}", title_justify="left")
+    table.add_column("engine", overflow="fold")  # alone gives way in a narrow terminal
+    for column in ("process", "boards", "running", "waiting", "active limit", "KV"):
+        table.add_column(column, no_wrap=True)
     for e in engines:
         info, now = e.info, e.sample
         turns = f" ({now.scheduled} in turn)" if now.scheduled is not None and now.lowering == "time-slice" else ""
         lowering = "" if now.lowering == "drain" else f" ({now.lowering})"
         table.add_row(
-            e.name, str(info.pid), f"{info.engine} {info.version}", _parallelism(info.parallelism),
+            e.name, str(info.pid), f"{runs_text(info.boards) or 'unknown'}{_parallelism(info.parallelism)}",
             f"{now.running}{turns}", str(now.waiting), f"{now.active_limit} of {now.launch_limit}{lowering}",
             f"{now.kv_usage:.0%}",
         )  # fmt: skip
@@ -112,25 +115,25 @@ def _engines(engines: Sequence[EngineNow]) -> Table:
 
 
 def _parallelism(told: str) -> str:
-    """ "tp4 pp1 dp2 ep1" without what is 1 anyway, and without the flag "ep0"."""
-    parts = [p for p in told.split() if p[2:] not in ("0", "1") or p == "ep1"]
-    return " ".join("ep" if p == "ep1" else p for p in parts) or "none"
+    """ " (tp4 dp2 ep)" of "tp4 pp1 dp2 ep1": without what is 1 anyway."""
+    parts = [p.replace("ep1", "ep") for p in told.split() if p == "ep1" or p[2:] not in ("0", "1")]
+    return f" ({' '.join(parts)})" if parts else ""
 
 
 def _boards(boards: Sequence[tuple[BoardInfo, PowerSample]], engines: Sequence[EngineNow], *, emulated: bool) -> Table:
-    name = {info.name for info, _ in boards}
-    title = f"Boards{' (emulated)' if emulated else ''}: {', '.join(sorted(name))}"
-    table = Table(title=title, title_justify="left")
-    for column in ("board", "engine", "power", "limit in force", "range", "SM clock", "limited by power"):
+    """All boards; a line divides those of different engines."""
+    names = sorted({info.name for info, _ in boards})
+    table = Table(title=f"Boards{' (emulated)' if emulated else ''}: {', '.join(names)}", title_justify="left")
+    for column in ("board", "power", "limit in force", "range", "SM clock", "limited by power"):
         table.add_column(column)
     before = None
     for info, now in boards:
-        users = ", ".join(e.name for e in engines if info.index in e.info.boards) or "–"
+        users = [e.name for e in engines if info.index in e.info.boards]
         if before is not None and users != before:
             table.add_section()
         before = users
         table.add_row(
-            str(info.index), users, f"{now.power_w:.0f} W", f"{now.enforced_limit_w:.0f} W",
+            str(info.index), f"{now.power_w:.0f} W", f"{now.enforced_limit_w:.0f} W",
             f"{info.min_limit_w:.0f}..{info.max_limit_w:.0f} W", f"{now.sm_clock_mhz} MHz",
             "yes" if now.throttled_by_power else "no",
         )  # fmt: skip
