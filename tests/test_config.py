@@ -37,6 +37,8 @@ def test_a_full_file_is_read_and_the_command_line_wins(tmp_path: Path) -> None:
         ("[contrl]\n", "did you mean 'control'"),
         ('[control]\npolcy = "static"\n', "did you mean 'policy'"),
         ('[control]\npolicy = "pals"\n', "did you mean 'pals-paper'"),
+        ("[output]\nmetrics_port = 9400\ndcgm_port = 9400\n", "must differ"),
+        ("[output]\ndcgm_port = 70000\n", "0..65535"),
         ('[control]\nmode = "canary"\n', "unknown key 'canary'"),
         ('[control]\nperiod_s = "fast"\n', "not a float"),
         ("[control]\nperiod_s = 0.001\n", r"0\.05\.\.60"),

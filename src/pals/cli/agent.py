@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,8 @@ from pals.runtime.channel import find_engines, run_dir
 from pals.runtime.config import Config, load_config
 from pals.runtime.group import EngineGroup, group_ranks
 from pals.runtime.loop import left_by_dead_agent
+from pals.runtime.tick import TickRecord
+from pals.views.dcgm import DcgmCollector, serve_dcgm
 from pals.views.metrics import AgentMetrics, serve_metrics
 
 BANK_FILE = "emulated-boards.bank"
@@ -54,7 +56,7 @@ def config_of(args: argparse.Namespace) -> Config:
             "tpot_p95_s": args.tpot_p95_s,
         },
         "budget": {"power_w": args.budget_w},
-        "output": {"journal": args.journal, "metrics_port": args.metrics_port},
+        "output": {"journal": args.journal, "metrics_port": args.metrics_port, "dcgm_port": args.dcgm_port},
     }
     return load_config(Path(args.config) if args.config else None, overrides)
 
@@ -123,7 +125,10 @@ def steer(config: Config, folder: Path, channel: EngineGroup, stop: threading.Ev
     """Run the agent on this engine; return its exit code."""
     emulated = emulated_bank(folder) is not None
     wants_to_write = (config.control.mode or ("auto" if emulated else "advise")) == "auto"
-    with boards_of(folder, channel, write=wants_to_write and (emulated or os.geteuid() == 0)) as nvml:
+    with (
+        boards_of(folder, channel, write=wants_to_write and (emulated or os.geteuid() == 0)) as nvml,
+        dcgm_endpoint(config.output.dcgm_port, nvml, emulated=emulated) as dcgm,
+    ):
         metrics = AgentMetrics()
         port = config.output.metrics_port
         close = serve_metrics(metrics, port) if port else lambda: None
@@ -135,7 +140,7 @@ def steer(config: Config, folder: Path, channel: EngineGroup, stop: threading.Ev
                 emulated=emulated,
                 may_write=all(b.can_write() for b in nvml.boards),
                 folder=folder,
-                sinks=(metrics.observe,),
+                sinks=(metrics.observe, *dcgm),
                 say=say,
             )
             if port:
@@ -143,6 +148,21 @@ def steer(config: Config, folder: Path, channel: EngineGroup, stop: threading.Ev
             return control_engine(setup, stop)
         finally:
             close()
+
+
+@contextmanager
+def dcgm_endpoint(port: int, nvml: Nvml, *, emulated: bool) -> Iterator[Sequence[Callable[[TickRecord], None]]]:
+    """Expose the boards as dcgm-exporter would, where `port` is not 0; yields the sinks that feed it."""
+    if not port:
+        yield ()
+        return
+    collector = DcgmCollector(emulated=emulated)
+    close = serve_dcgm(collector, port)
+    say(f"boards as dcgm-exporter shows them at http://127.0.0.1:{port}/metrics")
+    try:
+        yield (collector.observer([b.info for b in nvml.boards]),)
+    finally:
+        close()
 
 
 @contextmanager

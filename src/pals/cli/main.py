@@ -90,6 +90,12 @@ def add_agent_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--metrics-port", type=int, metavar="PORT", help="Prometheus port on 127.0.0.1 (default 9477; 0: off)"
     )
+    p.add_argument(
+        "--dcgm-port",
+        type=int,
+        metavar="PORT",
+        help="also show the boards as dcgm-exporter does, on 127.0.0.1 (its own port is 9400; default 0: off)",
+    )
 
 
 def add_profile(commands: argparse._SubParsersAction[Parser]) -> None:

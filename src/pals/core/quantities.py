@@ -59,6 +59,8 @@ class PowerSample(Checked):
     sm_clock_mhz: int
     temperature_c: float | None = None
     throttled_by_power: bool = False
+    memory_clock_mhz: int | None = None
+    busy_ratio: float | None = None  # share of the driver's last window in which a kernel ran
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

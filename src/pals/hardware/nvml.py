@@ -75,6 +75,7 @@ class NvmlBoard:
             DeviceLostError: the board is gone.
         """
         n = self._nvml
+        memory_mhz = self._optional(n.nvmlDeviceGetClockInfo, n.NVML_CLOCK_MEM)
         energy_j = self._get("read its energy counter", n.nvmlDeviceGetTotalEnergyConsumption) / 1000.0
         return PowerSample(
             time_s=self._clock(),
@@ -86,6 +87,8 @@ class NvmlBoard:
             throttled_by_power=bool(
                 int(self._optional(n.nvmlDeviceGetCurrentClocksThrottleReasons) or 0) & THROTTLE_POWER_CAP
             ),
+            memory_clock_mhz=None if memory_mhz is None else int(memory_mhz),
+            busy_ratio=self._busy_ratio(),
         )
 
     def apply(self, wanted: OperatingPoint) -> OperatingPoint:
@@ -159,6 +162,12 @@ class NvmlBoard:
         try:
             return float(self._call("read it", function, self._handle, *args))
         except NotSupportedError:
+            return None
+
+    def _busy_ratio(self) -> float | None:
+        try:
+            return float(self._get("read its utilization", self._nvml.nvmlDeviceGetUtilizationRates).gpu) / 100.0
+        except NotSupportedError:  # with MIG, for one
             return None
 
     def _call(self, doing: str, function: Callable[..., Any], *args: Any) -> Any:

@@ -1,0 +1,111 @@
+"""The DCGM view: dcgm-exporter's names, units and labels, from tick records alone; what is unknown is absent."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from dataclasses import replace
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from pals.core.quantities import Slo
+from pals.runtime.budgets import BudgetSchedule
+from pals.runtime.tick import TickRecord
+from pals.views.dcgm import FIELDS, DcgmCollector, dcgm_text, serve_dcgm
+from tests.loopback import free_port
+from tests.test_tick import go, rig
+from tests.worlds import Board, Clock, Engine, board_info
+
+
+def records(boards: int = 2) -> list[TickRecord]:
+    clock = Clock(until_s=103.0)
+    return go(rig(clock, [Board(clock, i) for i in range(boards)], Engine(clock)), clock, BudgetSchedule(), Slo())
+
+
+def with_board(record: TickRecord, **changes: float) -> TickRecord:
+    """`record` with a change to the first board's reading."""
+    first, *rest = record.sample.boards
+    return replace(record, sample=replace(record.sample, boards=(replace(first, **changes), *rest)))
+
+
+def shown(collector: DcgmCollector) -> dict[tuple[str, str], float]:
+    """Values by (metric, board); the parser itself gives every counter a `_total`."""
+    families = text_string_to_metric_families(dcgm_text(collector).decode())
+    return {(s.name.removesuffix("_total"), s.labels["gpu"]): s.value for f in families for s in f.samples}
+
+
+def observed(*, emulated: bool = False, **changes: float) -> DcgmCollector:
+    collector = DcgmCollector(emulated=emulated, hostname="node7")
+    observe = collector.observer([board_info(0), board_info(1)])
+    for record in records():
+        observe(with_board(record, **changes))
+    return collector
+
+
+def test_units_are_those_of_dcgm_exporter() -> None:
+    made = records()
+    values = shown(observed(temperature_c=61.0, memory_clock_mhz=2619, busy_ratio=0.75))
+
+    assert values["DCGM_FI_DEV_POWER_USAGE", "0"] == 320.0
+    assert values["DCGM_FI_DEV_POWER_MGMT_LIMIT", "1"] == 400.0
+    assert values["DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION", "1"] == made[-1].sample.boards[1].energy_j * 1000.0 > 0
+    assert values["DCGM_FI_DEV_SM_CLOCK", "0"] == 1410.0
+    assert values["DCGM_FI_DEV_MEM_CLOCK", "0"] == 2619.0
+    assert values["DCGM_FI_DEV_GPU_TEMP", "0"] == 61.0
+    assert values["DCGM_FI_DEV_GPU_UTIL", "0"] == 75.0
+
+
+def test_what_a_board_does_not_report_is_absent_and_never_zero() -> None:
+    names = {name for name, board in shown(observed(temperature_c=61.0)) if board == "1"}
+
+    assert names == {f.name for f in FIELDS} - {"DCGM_FI_DEV_GPU_TEMP", "DCGM_FI_DEV_MEM_CLOCK", "DCGM_FI_DEV_GPU_UTIL"}
+
+
+def test_the_page_has_the_exporters_types_and_labels() -> None:
+    page = dcgm_text(observed()).decode()
+
+    assert "# TYPE DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION counter\nDCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION{" in page
+    assert "# TYPE DCGM_FI_DEV_POWER_USAGE gauge\n" in page
+    assert "untyped" not in page
+    (power, _) = (line for line in page.splitlines() if line.startswith("DCGM_FI_DEV_POWER_USAGE{"))
+    for label in (
+        'gpu="0"', 'UUID="GPU-0"', 'device="nvidia0"', 'modelName="Test board"', 'Hostname="node7"',
+        'DCGM_FI_DRIVER_VERSION="1.0"',
+    ):  # fmt: skip
+        assert label in power
+
+
+def test_emulated_boards_say_so_where_reports_name_the_model() -> None:
+    assert 'modelName="Test board (EMULATED)"' in dcgm_text(observed(emulated=True)).decode()
+
+
+def test_a_lost_board_takes_the_engines_boards_away_rather_than_mixing_them_up() -> None:
+    collector = observed()
+    others = collector.observer([board_info(2)])
+    others(records(1)[-1])
+    assert {board for _, board in shown(collector)} == {"0", "1", "2"}
+
+    lost = records()[-1]
+    collector.observer([board_info(0), board_info(1)])(
+        replace(lost, sample=replace(lost.sample, boards=lost.sample.boards[:1]))
+    )
+
+    assert {board for _, board in shown(collector)} == {"2"}
+
+
+def test_nothing_is_shown_before_the_first_record() -> None:
+    assert dcgm_text(DcgmCollector(emulated=False)) == b""
+
+
+def test_the_endpoint_answers_as_the_exporter_does() -> None:
+    port = free_port()
+    stop = serve_dcgm(observed(), port)
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            assert answer.headers["Content-Type"].startswith("text/plain")
+            assert b"DCGM_FI_DEV_POWER_USAGE" in answer.read()
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/elsewhere", timeout=5)
+    finally:
+        stop()
