@@ -63,6 +63,11 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("status", help="what runs here, and what is in force")
     commands.add_parser("restore", help="put boards back that a killed agent left limited")
     commands.add_parser("models", help="models that can be served emulated")
+    commands.add_parser(
+        "dashboard",
+        help="print the Grafana dashboard for the agent's metrics",
+        description="Print the Grafana dashboard (import it under Dashboards > New > Import), generated from the table of metrics.",
+    )
     demo = commands.add_parser(
         "demo", help="Mixtral-8x7B on 4 emulated A100s under three policies, in about five minutes"
     )
@@ -168,6 +173,7 @@ def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
         "status": inspect.status,
         "restore": inspect.restore,
         "models": inspect.models,
+        "dashboard": inspect.dashboard,
     }[args.command](args)
 
 
