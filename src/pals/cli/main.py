@@ -61,6 +61,11 @@ def parser() -> argparse.ArgumentParser:
     replay = commands.add_parser("replay", help="recompute every decision of a journal and compare")
     replay.add_argument("journal", metavar="JOURNAL")
     commands.add_parser("status", help="what runs here, and what is in force")
+    doctor = commands.add_parser("doctor", help="what can be measured and set on this node, and why not")
+    doctor.add_argument("--json", action="store_true", help="for tools; the schema is in docs/doctor.md")
+    doctor.add_argument(
+        "--watch-s", type=float, default=2.0, metavar="S", help="how long to watch the meters (default 2; 0: not)"
+    )
     commands.add_parser("restore", help="put boards back that a killed agent left limited")
     commands.add_parser("models", help="models that can be served emulated")
     commands.add_parser(
@@ -166,6 +171,10 @@ def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
         from pals.experiments.demo import demo
 
         return demo(seconds=args.seconds, out=args.out)
+    if args.command == "doctor":
+        from pals.cli.doctor import doctor
+
+        return doctor(args)
     from pals.cli import inspect
 
     return {

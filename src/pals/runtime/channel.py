@@ -129,16 +129,19 @@ class EngineChannel:
 
     def setpoint(self, now_s: float) -> int | None:
         """Return the wanted active-sequence limit, or None when there is none or it has expired."""
-        values = self._setpoint.read()
-        if values is None or now_s >= values[1]:
-            return None
-        return int(values[0])
+        return _fresh(self._setpoint, now_s)
 
     def close(self) -> None:
         """Remove the file; the agent reads that as an orderly end."""
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
         self._mapped.close()
+
+
+def _fresh(setpoint: _Block, now_s: float) -> int | None:
+    """The limit in a setpoint block, or None when there is none or it has expired."""
+    values = setpoint.read()
+    return None if values is None or now_s >= values[1] else int(values[0])
 
 
 #: Order of the gauges in `EngineChannel.publish`.
@@ -204,6 +207,10 @@ class AgentChannel:
         now_s = time.monotonic()
         self._setpoint.write((float(active_sequences), now_s + lease_s, now_s))
 
+    def setpoint(self, now_s: float) -> int | None:
+        """The limit last asked for, by this agent or another, or None when there is none or it has expired."""
+        return _fresh(self._setpoint, now_s)
+
     def release(self) -> None:
         """Let the engine return to its launch limit at its next step."""
         self._setpoint.write((float(self._info.launch_sequences), 0.0, time.monotonic()))
@@ -217,16 +224,23 @@ def process_alive(pid: int) -> bool:
         return False
 
 
-def find_engines(folder: Path) -> list[AgentChannel]:
-    """Open the channels of all living engines in `folder`, oldest first; remove those of dead ones."""
+def open_channels(folder: Path) -> list[AgentChannel]:
+    """All channels in `folder` that can be read, of living engines or not, oldest first."""
     found = []
     for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime):
         try:
-            channel = AgentChannel(path)
+            found.append(AgentChannel(path))
         except (ValueError, OSError):
             continue
-        if channel.alive():
-            found.append(channel)
-        else:
-            path.unlink(missing_ok=True)
     return found
+
+
+def find_engines(folder: Path) -> list[AgentChannel]:
+    """The channels of all living engines in `folder`, oldest first; those of dead ones are removed."""
+    living = []
+    for channel in open_channels(folder):
+        if channel.alive():
+            living.append(channel)
+        else:
+            channel.path.unlink(missing_ok=True)
+    return living
