@@ -5,6 +5,7 @@ from __future__ import annotations
 import urllib.error
 import urllib.request
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -23,7 +24,7 @@ def records(boards: int = 2) -> list[TickRecord]:
     return go(rig(clock, [Board(clock, i) for i in range(boards)], Engine(clock)), clock, BudgetSchedule(), Slo())
 
 
-def with_board(record: TickRecord, **changes: float) -> TickRecord:
+def with_board(record: TickRecord, **changes: Any) -> TickRecord:
     """`record` with a change to the first board's reading."""
     first, *rest = record.sample.boards
     return replace(record, sample=replace(record.sample, boards=(replace(first, **changes), *rest)))
@@ -35,7 +36,7 @@ def shown(collector: DcgmCollector) -> dict[tuple[str, str], float]:
     return {(s.name.removesuffix("_total"), s.labels["gpu"]): s.value for f in families for s in f.samples}
 
 
-def observed(*, emulated: bool = False, **changes: float) -> DcgmCollector:
+def observed(*, emulated: bool = False, **changes: Any) -> DcgmCollector:
     collector = DcgmCollector(emulated=emulated, hostname="node7")
     observe = collector.observer([board_info(0), board_info(1)])
     for record in records():

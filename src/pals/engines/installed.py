@@ -69,11 +69,11 @@ def fits(version: str, wanted: str) -> bool | None:
     """Whether `version` satisfies `wanted`; None where that cannot be told."""
     try:
         from packaging.specifiers import SpecifierSet
-        from packaging.version import InvalidVersion
+        from packaging.version import InvalidVersion, Version
     except ImportError:  # comes with vLLM
         return None
     try:
-        return SpecifierSet(wanted).contains(version, prereleases=True)
+        return SpecifierSet(wanted).contains(Version(version), prereleases=True)
     except InvalidVersion:
         return None
 

@@ -65,7 +65,8 @@ def window_s(times_s: Floats, energy_j: Floats, power_w: Floats) -> float | None
         for w in candidates
     )
     (best, window), (second, _) = misfits[0], misfits[1]
-    return window if second > CLEARLY * best and best < 0.5 * float(instant_w.std()) else None
+    explained = best < 0.5 * float(power_w[usable].std())
+    return window if explained and second > CLEARLY * best else None
 
 
 def mean_before(times_s: Floats, window: float, at_s: Floats, counted_j: Floats) -> Floats:

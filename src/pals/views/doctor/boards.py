@@ -174,7 +174,8 @@ def _energy_counter(subject: str, now: PowerSample, meter: MeterFacts | None) ->
 
 
 def _power_window(subject: str, meter: MeterFacts | None) -> Finding:
-    status, remedy = UNKNOWN, "run again while load comes and goes; PALS itself uses energy differences"
+    status = UNKNOWN
+    remedy: str | None = "run again while load comes and goes; PALS itself uses energy differences"
     if meter is None:
         text = "what the power reading averages over was not watched"
     elif meter.power_window_s is not None:
