@@ -5,6 +5,7 @@ from __future__ import annotations
 import urllib.error
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +94,13 @@ def test_a_lost_board_takes_the_engines_boards_away_rather_than_mixing_them_up()
     )
 
     assert {board for _, board in shown(collector)} == {"2"}
+
+
+def test_the_docs_name_every_metric() -> None:
+    docs = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+
+    for field in FIELDS:
+        assert f"| `{field.name}` | {field.kind} |" in docs
 
 
 def test_nothing_is_shown_before_the_first_record() -> None:

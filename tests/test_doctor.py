@@ -121,6 +121,14 @@ CASES: list[tuple[NodeFacts, str, Status, str]] = [
     (boards(board()), "identity", Status.OK, "Test board, GPU-0"),
     (boards(board()), "power-limit", Status.OK, "100..400 W can be set, default 400 W"),
     (boards(info(found_limit_w=300.0)), "power-limit", Status.OK, "never goes above"),
+    (
+        node(
+            nvml={"boards": (info(found_limit_w=300.0),)}, run_dir={"writer": WriterFacts(pid=9, alive=True, boards=1)}
+        ),
+        "power-limit",
+        Status.OK,
+        "the agent set it",
+    ),
     (boards(board(now=replace(NOW, enforced_limit_w=250.0))), "power-limit", Status.WARNING, "BMC"),
     (boards(info(min_limit_w=400.0)), "power-limit", Status.WARNING, "cannot be moved"),
     (boards(board()), "limit-binds", Status.OK, "draws 200 W: the limit does not bind"),
@@ -129,7 +137,7 @@ CASES: list[tuple[NodeFacts, str, Status, str]] = [
     (boards(board(meter=None)), "limit-binds", Status.OK, "draws 210 W"),
     (boards(settings(clock_lock_api=False)), "sm-clock", Status.WARNING, "cannot lock"),
     (boards(settings(clock_reasons=("power brake",))), "sm-clock", Status.WARNING, "cooling"),
-    (boards(board()), "energy-counter", Status.OK, "every 100 ms"),
+    (boards(board()), "energy-counter", Status.OK, "every about 100 ms"),
     (boards(meter(sampled_every_s=0.09)), "energy-counter", Status.OK, "every at most 100 ms"),
     (boards(meter(energy_refresh_s=0.5)), "energy-counter", Status.WARNING, "at least 2.0 s"),
     (boards(meter(energy_refresh_s=None)), "energy-counter", Status.PROBLEM, "cannot be measured"),
@@ -275,6 +283,7 @@ def test_boards_of_which_the_same_is_true_share_a_line() -> None:
     assert ["ok", "boards", "0-7", "persistence", "mode", "on"] in lines
     assert any(line[:4] == ["ok", "boards", "0-4,6-7", "draws"] for line in lines)
     assert any(line[:5] == ["ok", "board", "5", "draws", "230"] for line in lines)
+    assert sum(line[:1] == ["ok"] and "board" in line[1] for line in lines) == 8 + 2 + 6  # identity, power, the rest
     assert ranges([0, 1, 3]) == "0-1,3"
 
 

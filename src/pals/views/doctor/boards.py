@@ -74,8 +74,8 @@ def _emulated(nvml: NvmlFacts) -> Finding:
     )  # fmt: skip
 
 
-def board(facts: BoardFacts) -> Iterator[Finding]:
-    """One board."""
+def board(facts: BoardFacts, *, steered: bool) -> Iterator[Finding]:
+    """One board; `steered` says that a living agent sets it."""
     subject = f"board {facts.index}"
     info, now, settings = facts.info, facts.now, facts.settings
     if info is None or now is None or settings is None:
@@ -89,7 +89,7 @@ def board(facts: BoardFacts) -> Iterator[Finding]:
         "boards", "identity", OK, f"{info.name}, {info.uuid}", subject=subject,
         index=info.index, name=info.name, uuid=info.uuid, driver=info.driver,
     )  # fmt: skip
-    yield _limit(subject, info, now)
+    yield _limit(subject, info, now, steered=steered)
     yield _binding(subject, now, settings, facts.meter)
     yield _clock(subject, info, now, settings)
     yield _energy_counter(subject, now, facts.meter)
@@ -98,7 +98,7 @@ def board(facts: BoardFacts) -> Iterator[Finding]:
     yield _mig(subject, settings.mig_mode)
 
 
-def _limit(subject: str, info: BoardInfo, now: PowerSample) -> Finding:
+def _limit(subject: str, info: BoardInfo, now: PowerSample, *, steered: bool) -> Finding:
     requested_w, enforced_w = info.found_limit_w, now.enforced_limit_w
     text = (
         f"limit {enforced_w:.0f} W in force; {info.min_limit_w:.0f}..{info.max_limit_w:.0f} W can be set, "
@@ -115,7 +115,8 @@ def _limit(subject: str, info: BoardInfo, now: PowerSample) -> Finding:
         status, text = WARNING, f"{text}; the limit cannot be moved"
         remedy = "SM clock and active sequences are the levers that are left"
     elif requested_w < info.default_limit_w - 0.5:
-        text = f"{text}; it was lowered, and PALS never goes above the limit it finds"
+        lowered = "the agent set it" if steered else "it was lowered, and PALS never goes above the limit it finds"
+        text = f"{text}; {lowered}"
     return finding(
         "boards", "power-limit", status, text, subject=subject, remedy=remedy,
         min_limit_w=info.min_limit_w, default_limit_w=info.default_limit_w, max_limit_w=info.max_limit_w,
@@ -162,8 +163,8 @@ def _energy_counter(subject: str, now: PowerSample, meter: MeterFacts | None) ->
         remedy = "PALS takes power from this counter; watch longer (--watch-s 5), else update the driver"
     else:
         refresh_s = meter.energy_refresh_s
-        at_most = "at most " if refresh_s < 1.5 * meter.sampled_every_s else ""
-        text = f"energy counter present, refreshes every {at_most}{refresh_s * 1e3:.0f} ms"
+        nearly = "at most" if refresh_s < 1.5 * meter.sampled_every_s else "about"
+        text = f"energy counter present, refreshes every {nearly} {_rounded_ms(refresh_s)} ms"
         if refresh_s > SLOW_REFRESH_S:
             status, remedy = WARNING, f"use control periods of at least {4 * refresh_s:.1f} s (--period-s)"
     return finding(
@@ -171,6 +172,11 @@ def _energy_counter(subject: str, now: PowerSample, meter: MeterFacts | None) ->
         energy_refresh_s=meter.energy_refresh_s if meter else None,
         sampled_every_s=meter.sampled_every_s if meter else None,
     )  # fmt: skip
+
+
+def _rounded_ms(seconds: float) -> int:
+    """To 10 ms, as far as watching can tell; the exact figure is among the values."""
+    return max(1, round(seconds * 1e3)) if seconds < 0.02 else 10 * round(seconds * 1e2)
 
 
 def _power_window(subject: str, meter: MeterFacts | None) -> Finding:

@@ -13,7 +13,7 @@ def findings(node: NodeFacts) -> list[Finding]:
     infos = [b.info for b in node.nvml.boards if b.info is not None]
     return [
         *boards.driver(node.nvml, node.software),
-        *(f for b in node.nvml.boards for f in boards.board(b)),
+        *(f for b in node.nvml.boards for f in boards.board(b, steered=node.run_dir.writer.alive)),
         *writers.permissions(node.nvml, node.privilege),
         writers.other_writers(node.run_dir.writer),
         writers.agent(node.run_dir.agent),

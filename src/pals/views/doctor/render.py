@@ -74,9 +74,10 @@ def _block(found: Sequence[Finding]) -> Table:
 
 
 def shared(found: Sequence[Finding]) -> list[Finding]:
-    """Findings of several boards with the same text as one, in the order of the first of them."""
+    """Findings of several boards with the same text as one; boards are told check by check."""
+    checks = list(dict.fromkeys(f.check for f in found))
     merged: dict[tuple[str, ...], list[Finding]] = {}
-    for f in found:
+    for f in sorted(found, key=lambda f: checks.index(f.check) if f.area == "boards" else 0):
         key = (f.area, f.check, f.status.value, f.text, f.remedy or "")
         merged.setdefault(key if f.area == "boards" else (*key, f.subject), []).append(f)
     return [
