@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -12,12 +17,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pals.core.quantities import Slo
+from pals.plant.boards import BoardBank
+from pals.plant.specs import board_specs
 from pals.runtime.budgets import BudgetSchedule
+from pals.runtime.channel import EngineChannel
 from pals.runtime.tick import TickRecord
 from pals.views.dcgm import FIELDS, DcgmCollector, dcgm_text, serve_dcgm
 from tests.loopback import free_port
 from tests.test_tick import go, rig
-from tests.worlds import Board, Clock, Engine, board_info
+from tests.worlds import Board, Clock, Engine, board_info, engine_info
 
 
 def records(boards: int = 2) -> list[TickRecord]:
@@ -118,3 +126,48 @@ def test_the_endpoint_answers_as_the_exporter_does() -> None:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/elsewhere", timeout=5)
     finally:
         stop()
+
+
+def page_at(port: int) -> str:
+    """The agent's page, once it is there; at most ten seconds."""
+    end_s = time.monotonic() + 10.0
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                if text := answer.read().decode():
+                    return str(text)
+        except OSError:
+            if time.monotonic() > end_s:
+                raise
+        time.sleep(0.05)
+
+
+def test_the_agent_shows_its_engines_boards_until_it_ends(tmp_path: Path) -> None:
+    pytest.importorskip("pynvml")
+    bank = BoardBank.create(tmp_path / "emulated-boards.bank", board_specs()["a100-sxm4-80gb"], 2)
+    EngineChannel(tmp_path, replace(engine_info(os.getpid()), boards=(1,)), name="engine")
+    port = free_port()
+    command = [sys.executable, "-m", "pals.cli", "agent", "--metrics-port", "0", "--dcgm-port", str(port)]
+    with subprocess.Popen(
+        command, env={**os.environ, "PALS_RUN_DIR": str(tmp_path)}, stderr=subprocess.PIPE, text=True
+    ) as agent:
+        try:
+            page = page_at(port)
+            second = subprocess.run(
+                [*command, "--mode", "advise"], env={**os.environ, "PALS_RUN_DIR": str(tmp_path)},
+                capture_output=True, text=True, timeout=60,
+            )  # fmt: skip
+        finally:
+            agent.send_signal(signal.SIGINT)
+            _, said = agent.communicate(timeout=30)
+    bank.close()
+
+    assert agent.returncode == 0, said
+    assert 'gpu="1"' in page
+    assert 'gpu="0"' not in page
+    assert 'modelName="NVIDIA A100-SXM4-80GB (EMULATED)"' in page
+    assert "DCGM_FI_DEV_MEM_CLOCK{" in page
+    assert (second.returncode, f"DCGM port {port} is in use" in second.stderr) == (2, True)
+    assert "--dcgm-port" in second.stderr
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5)

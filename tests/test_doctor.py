@@ -116,7 +116,7 @@ CASES: list[tuple[NodeFacts, str, Status, str]] = [
     (node(software={"packages": {}}), "nvml", Status.UNKNOWN, "pals-llm[nvml]"),
     (node(nvml=EMULATED), "nvml", Status.OK, "EMULATED: 2 boards"),
     (node(nvml=EMULATED | {"emulator_alive": False}), "nvml", Status.WARNING, "rm /run/pals/emulated-boards.bank"),
-    (node(nvml=EMULATED | {"error": "gone", "boards": ()}), "nvml", Status.PROBLEM, "remove /run/pals"),
+    (node(nvml=EMULATED | {"error": "gone", "boards": ()}), "nvml", Status.PROBLEM, "folder of your own"),
     (boards(LOST, board(1)), "usable", Status.PROBLEM, "board 0: the board is lost"),
     (boards(board()), "identity", Status.OK, "Test board, GPU-0"),
     (boards(board()), "power-limit", Status.OK, "100..400 W can be set, default 400 W"),
@@ -358,3 +358,15 @@ def test_a_wrong_duration_is_refused(tmp_path: Path) -> None:
 
     assert done.returncode == 2
     assert "0..60" in done.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage"])
+def test_a_damaged_bank_is_a_finding_and_not_a_traceback(tmp_path: Path, content: bytes) -> None:
+    pytest.importorskip("pynvml")
+    (tmp_path / "emulated-boards.bank").write_bytes(content)
+
+    done = doctor(run_dir=tmp_path)
+
+    assert done.returncode == 1
+    assert "no bank of emulated boards" in " ".join(done.stdout.split())
+    assert "Traceback" not in done.stderr

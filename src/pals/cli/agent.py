@@ -84,7 +84,7 @@ def pick_engine(folder: Path, pid: int | None) -> EngineGroup:
 def emulated_bank(folder: Path) -> Path | None:
     """The emulated boards of this run directory, where there are any."""
     bank = folder / BANK_FILE
-    return bank if bank.exists() else None
+    return bank if os.path.exists(bank) else None  # unlike Path.exists, False where the folder is closed to us
 
 
 @contextmanager

@@ -341,6 +341,12 @@ def _begin(
         bank = BoardBank.open(emulated)
     except FileNotFoundError as e:
         raise ConfigError(f"the emulated boards {emulated} are gone: has the server that emulated them ended?") from e
+    except PermissionError as e:
+        raise ConfigError(
+            f"the emulated boards {emulated} belong to another user; run as that user, or set PALS_RUN_DIR to a folder of your own"
+        ) from e
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"the emulated boards cannot be read: {e}; remove the file") from e
     before = nvml.nvmlLib
     nvml._nvmlGetFunctionPointer_cache.clear()
     nvml.nvmlLib = EmulatedNvml(bank, clock, sleep)

@@ -64,10 +64,18 @@ class BoardBank:
     """All emulated boards of one node; see the module."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
+        self._thread_lock = threading.Lock()
         self._file = path.open("r+b")
+        try:
+            self._map()
+        except (ValueError, KeyError, TypeError) as e:
+            self._file.close()
+            raise ValueError(f"{path} is no bank of emulated boards ({type(e).__name__}: {e})") from e
+
+    def _map(self) -> None:
         self._mapped = mmap.mmap(self._file.fileno(), 0)
         head = json.loads(self._mapped[:_HEAD].rstrip(b"\0"))
-        self.path = path
         self.spec: BoardSpec = board_specs()[head["spec"]]
         self.count: int = head["count"]
         self.writable: bool = head["writable"]
@@ -76,7 +84,6 @@ class BoardBank:
         at = _HEAD + self._boards.nbytes
         self._segments = np.ndarray((SEGMENTS,), _SEGMENT, self._mapped, at)
         self._clockwork = np.ndarray((1,), _CLOCKWORK, self._mapped, at + self._segments.nbytes)
-        self._thread_lock = threading.Lock()
 
     @staticmethod
     def create(

@@ -227,12 +227,19 @@ def process_alive(pid: int) -> bool:
 def open_channels(folder: Path) -> list[AgentChannel]:
     """All channels in `folder` that can be read, of living engines or not, oldest first."""
     found = []
-    for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime):
+    for path in sorted(folder.glob(f"*{SUFFIX}"), key=_made_at):
         try:
             found.append(AgentChannel(path))
         except (ValueError, OSError):
             continue
     return found
+
+
+def _made_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # it went meanwhile, or the folder is closed to us
+        return 0.0
 
 
 def find_engines(folder: Path) -> list[AgentChannel]:

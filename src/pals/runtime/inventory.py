@@ -19,7 +19,7 @@ ENGINE_TITLE = b"VLLM::EngineCore"  # how vLLM names its engine processes
 
 def look_into(folder: Path, *, now_s: Callable[[], float] = time.monotonic, proc: Path = Path("/proc")) -> RunDirFacts:
     """Facts of the run directory `folder`; it need not exist."""
-    exists = folder.is_dir()
+    exists = os.path.isdir(folder)  # unlike Path.is_dir, False where a parent is closed to us
     channels = open_channels(folder) if exists else []
     living = [c for c in channels if c.alive()]
     known = {c.path for c in channels}
@@ -39,7 +39,7 @@ def look_into(folder: Path, *, now_s: Callable[[], float] = time.monotonic, proc
 
 def nearest(folder: Path) -> Path:
     """The nearest parent that exists."""
-    return next((p for p in folder.absolute().parents if p.is_dir()), Path("/"))
+    return next((p for p in folder.absolute().parents if os.path.isdir(p)), Path("/"))
 
 
 def engine_facts(group: EngineGroup, now_s: float) -> EngineFacts:

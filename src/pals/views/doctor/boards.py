@@ -59,7 +59,7 @@ def _emulated(nvml: NvmlFacts) -> Finding:
     status, remedy = OK, None
     if nvml.error is not None:
         status, text = PROBLEM, nvml.error
-        remedy = f"remove {nvml.emulated}, or start an emulated server: {EMULATE}"
+        remedy = f"set PALS_RUN_DIR to a folder of your own, or emulate there: {EMULATE}"
     elif not nvml.emulator_alive:
         status, text = WARNING, "EMULATED boards whose server was killed; no real board is looked at"
         remedy = f"rm {nvml.emulated} to see real boards again"

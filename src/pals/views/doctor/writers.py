@@ -40,7 +40,7 @@ def other_writers(writer: WriterFacts) -> Finding:
     status, remedy = OK, None
     if writer.error is not None:
         status, text = WARNING, writer.error
-        remedy = "check the limits with nvidia-smi -q -d POWER, then remove the file"
+        remedy = "run as the agent's user; if it is damaged: check limits with nvidia-smi -q -d POWER, remove it"
     elif writer.pid is None:
         text = "no PALS agent writes here (other tools leave no record to look at)"
     elif writer.alive:
