@@ -113,7 +113,7 @@ CASES: list[tuple[NodeFacts, str, Status, str]] = [
     (node(nvml={"boards": (), "error": NONE, "kernel_driver": None}), "nvml", Status.PROBLEM, "pals demo"),
     (node(nvml={"boards": (), "error": NONE}), "nvml", Status.PROBLEM, "--gpus all"),
     (node(nvml={"boards": ()}), "nvml", Status.PROBLEM, "lists no board"),
-    (node(software={"packages": {}}), "nvml", Status.UNKNOWN, "pals-llm[nvml]"),
+    (node(software={"packages": {}}), "nvml", Status.UNKNOWN, "pip install nvidia-ml-py"),
     (node(nvml=EMULATED), "nvml", Status.OK, "EMULATED: 2 boards"),
     (node(nvml=EMULATED | {"emulator_alive": False}), "nvml", Status.WARNING, "rm /run/pals/emulated-boards.bank"),
     (node(nvml=EMULATED | {"error": "gone", "boards": ()}), "nvml", Status.PROBLEM, "folder of your own"),
@@ -186,12 +186,12 @@ CASES: list[tuple[NodeFacts, str, Status, str]] = [
     (node(run_dir={"killed": ("process 8 (m)",)}), "killed", Status.WARNING, "process 8 (m) was killed"),
     (node(run_dir={"unreadable": ("a.channel",)}), "channel", Status.WARNING, "engine's user"),
     (node(), "vllm", Status.OK, ">=0.28,<0.34"),
-    (node(software={"vllm": None}), "vllm", Status.WARNING, "pals-llm[vllm]"),
+    (node(software={"vllm": None}), "vllm", Status.WARNING, "pip install 'vllm>=0.28,<0.34'"),
     (node(software={"vllm": "0.99", "vllm_fits": False}), "vllm", Status.WARNING, "vllm>=0.28,<0.34"),
     (node(software={"vllm_has_kernels": False}), "vllm", Status.PROBLEM, "pure-Python build"),
     (node(nvml=EMULATED, software={"vllm_has_kernels": False}), "vllm", Status.OK, "pure-Python build"),
     (node(software={"entry_points": ()}), "entry-points", Status.PROBLEM, "pip install"),
-    (node(software={"packages": {"nvidia-ml-py": "13.0"}}), "package", Status.WARNING, "pals-llm[client]"),
+    (node(software={"packages": {"nvidia-ml-py": "13.0"}}), "package", Status.WARNING, "pip install aiohttp"),
     (node(software={"packages": {"pynvml": "11.5.0"}}), "package", Status.WARNING, "pip uninstall pynvml"),
     (node(run_dir={"writable": False}), "run-directory", Status.PROBLEM, "PALS_RUN_DIR"),
     (node(run_dir={"exists": False}), "run-directory", Status.OK, "will be made"),
@@ -296,9 +296,9 @@ def test_emulated_boards_are_marked() -> None:
 
 
 def test_text_in_square_brackets_is_not_taken_for_markup() -> None:
-    text = printed(findings(node(software={"packages": {}})), 120)
+    text = printed(findings(engine(info=replace(ENGINE.info, model="[red]odd[/red] [bold]"))), 120)
 
-    assert "pip install 'pals-llm[nvml]'" in text
+    assert "[red]odd[/red] [bold]" in text
 
 
 def test_versions_are_compared_as_versions() -> None:

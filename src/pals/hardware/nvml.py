@@ -217,9 +217,12 @@ class NvmlBoard:
         return True
 
     def _busy_ratio(self) -> float | None:
+        """Nobody steers by it: whatever keeps it from being read (MIG, for one) must not cost the whole reading."""
         try:
             return float(self._get("read its utilization", self._nvml.nvmlDeviceGetUtilizationRates).gpu) / 100.0
-        except NotSupportedError:  # with MIG, for one
+        except DeviceLostError:
+            raise
+        except (PalsError, ValueError):
             return None
 
     def _call(self, doing: str, function: Callable[..., Any], *args: Any) -> Any:

@@ -36,7 +36,7 @@ def driver(nvml: NvmlFacts, software: SoftwareFacts) -> Iterator[Finding]:
     status, remedy = PROBLEM, None
     if software.packages.get("nvidia-ml-py") is None:
         status, text = UNKNOWN, "the driver cannot be asked: nvidia-ml-py is not installed here"
-        remedy = "pip install 'pals-llm[nvml]'"
+        remedy = "pip install nvidia-ml-py"
     elif nvml.error is not None and nvml.kernel_driver:
         text = f"the kernel driver is loaded, but NVML does not answer ({nvml.error})"
         remedy = "in a container: start it with --gpus all; after a driver update: reboot or reload the nvidia modules"

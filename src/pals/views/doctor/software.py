@@ -8,9 +8,9 @@ from pals.core.diagnosis import Finding, RunDirFacts, SoftwareFacts, Status, fin
 
 OK, WARNING, PROBLEM = Status.OK, Status.WARNING, Status.PROBLEM
 OPTIONAL = {
-    "nvidia-ml-py": (PROBLEM, "boards can be neither read nor set without it", "nvml"),
-    "aiohttp": (WARNING, "pals profile and pals demo need it", "client"),
-    "matplotlib": (WARNING, "pals demo draws no figure without it", "figures"),
+    "nvidia-ml-py": (PROBLEM, "boards can be neither read nor set without it"),
+    "aiohttp": (WARNING, "pals profile and pals demo need it"),
+    "matplotlib": (WARNING, "pals demo draws no figure without it"),
 }
 
 
@@ -18,11 +18,11 @@ def packages(facts: SoftwareFacts, *, real_boards: bool) -> Iterator[Finding]:
     """vLLM, PALS's place in it, and optional packages."""
     yield _vllm(facts, real_boards=real_boards)
     yield _entry_points(facts)
-    for name, (status, why, extra) in OPTIONAL.items():
+    for name, (status, why) in OPTIONAL.items():
         version = facts.packages.get(name)
         yield finding(
             "software", "package", OK if version else status, version or f"not installed: {why}", subject=name,
-            remedy=None if version else f"pip install 'pals-llm[{extra}]'", version=version,
+            remedy=None if version else f"pip install {name}", version=version,
         )  # fmt: skip
     old = facts.packages.get("pynvml")
     if old and old.split(".")[0].isdigit() and int(old.split(".")[0]) < 12:
@@ -40,7 +40,7 @@ def _vllm(facts: SoftwareFacts, *, real_boards: bool) -> Finding:
             WARNING,
             "not installed here: pals serve cannot start; engines of other environments can be steered",
         )
-        remedy = "pip install 'pals-llm[vllm]'"
+        remedy = f"pip install 'vllm{facts.vllm_wanted or ''}'"
     elif facts.vllm_has_kernels is False and real_boards:
         status, text = PROBLEM, f"{facts.vllm}, the pure-Python build: it serves on emulated boards only"
         remedy = f"for these GPUs: pip install --force-reinstall --no-deps vllm=={facts.vllm}"
@@ -60,7 +60,7 @@ def _entry_points(facts: SoftwareFacts) -> Finding:
     text = f"vLLM here finds PALS {facts.pals} (plugin and emulated platform)"
     if len(found) < 2:
         status, text = PROBLEM, f"vLLM here would not find PALS; entry points registered: {', '.join(found) or 'none'}"
-        remedy = "pip install --no-deps --force-reinstall pals-llm (in a checkout: pip install --no-deps -e .)"
+        remedy = "in a checkout of PALS: pip install --no-deps -e . (with the Python of vLLM's environment)"
     return finding(
         "software", "entry-points", status, text, subject="plugin", remedy=remedy, entry_points=found, pals=facts.pals
     )
