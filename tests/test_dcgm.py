@@ -47,9 +47,9 @@ def shown(collector: DcgmCollector) -> dict[tuple[str, str], float]:
 
 def observed(*, emulated: bool = False, **changes: Any) -> DcgmCollector:
     collector = DcgmCollector(emulated=emulated, hostname="node7")
-    observe = collector.observer([board_info(0), board_info(1)])
+    engine = collector.engine([board_info(0), board_info(1)])
     for record in records():
-        observe(with_board(record, **changes))
+        engine.observe(with_board(record, **changes))
     return collector
 
 
@@ -92,16 +92,18 @@ def test_emulated_boards_say_so_where_reports_name_the_model() -> None:
 
 def test_a_lost_board_takes_the_engines_boards_away_rather_than_mixing_them_up() -> None:
     collector = observed()
-    others = collector.observer([board_info(2)])
-    others(records(1)[-1])
+    others = collector.engine([board_info(2)])
+    others.observe(records(1)[-1])
     assert {board for _, board in shown(collector)} == {"0", "1", "2"}
 
     lost = records()[-1]
-    collector.observer([board_info(0), board_info(1)])(
+    collector.engine([board_info(0), board_info(1)]).observe(
         replace(lost, sample=replace(lost.sample, boards=lost.sample.boards[:1]))
     )
 
     assert {board for _, board in shown(collector)} == {"2"}
+    others.close()
+    assert shown(collector) == {}
 
 
 def test_the_docs_name_every_metric() -> None:

@@ -44,6 +44,7 @@ METER = MeterFacts(
     seconds=2.0, sampled_every_s=0.005, power_w=200.0, swing_w=40.0, energy_refresh_s=0.1, power_window_s=1.0
 )
 NOW = PowerSample(time_s=1.0, power_w=210.0, energy_j=1e6, enforced_limit_w=400.0, sm_clock_mhz=1410)
+AGENT = AgentFacts(model="m", policy="static", mode="auto", tick=3, period_s=0.5, age_s=0.2)
 ENGINE = EngineFacts(
     info=replace(engine_info(), capabilities={"active_limit": True}),
     pids=(4711,),
@@ -160,13 +161,13 @@ CASES: list[tuple[NodeFacts, str, Status, str]] = [
     (node(run_dir={"writer": WriterFacts(error="x cannot be read")}), "other-writers", Status.WARNING, "nvidia-smi -q"),
     (node(), "agent", Status.OK, "none runs"),
     (
-        node(run_dir={"agent": AgentFacts(policy="static", mode="auto", tick=3, period_s=0.5, age_s=0.2)}),
+        node(run_dir={"agents": (AGENT,)}),
         "agent",
         Status.OK,
-        "policy static, mode auto, tick 3",
+        "m: policy static, mode auto, tick 3, 0.2 s ago",
     ),
     (
-        node(run_dir={"agent": AgentFacts(policy="static", mode="auto", tick=3, period_s=0.5, age_s=60.0)}),
+        node(run_dir={"agents": (replace(AGENT, age_s=60.0),)}),
         "agent",
         Status.WARNING,
         "no longer ticks",

@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from pals.runtime.agent import FOUND_RECORD, STATUS_FILE
+from pals.runtime.agent import FOUND_RECORD
 from pals.runtime.channel import GAUGES, AgentChannel, EngineChannel
 from pals.runtime.inventory import look_into
 from tests.worlds import engine_info
@@ -78,16 +78,20 @@ def test_records_of_writers_tell_the_living_from_the_killed(tmp_path: Path) -> N
 
 
 def test_the_agents_newest_record_is_read_and_a_foreign_one_ignored(tmp_path: Path) -> None:
-    status = tmp_path / STATUS_FILE
+    status = tmp_path / "agent-status.json"
     status.write_text(
-        json.dumps({"header": {"policy": "static", "period_s": 0.5}, "record": {"mode": "auto", "index": 12}})
+        json.dumps(
+            {
+                "header": {"policy": "static", "period_s": 0.5, "engine": {"model": "a/model"}},
+                "record": {"mode": "auto", "index": 12},
+            }
+        )
     )
 
-    agent = look_into(tmp_path, proc=tmp_path).agent
-    assert agent is not None
-    assert (agent.policy, agent.mode, agent.tick, agent.period_s) == ("static", "auto", 12, 0.5)
+    (agent,) = look_into(tmp_path, proc=tmp_path).agents
+    assert (agent.model, agent.policy, agent.mode, agent.tick, agent.period_s) == ("a/model", "static", "auto", 12, 0.5)
     status.write_text(json.dumps({"another": "version"}))
-    assert look_into(tmp_path, proc=tmp_path).agent is None
+    assert look_into(tmp_path, proc=tmp_path).agents == ()
 
 
 def test_a_missing_run_directory_is_a_fact_and_is_not_made(tmp_path: Path) -> None:

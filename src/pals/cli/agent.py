@@ -160,7 +160,7 @@ def dcgm_endpoint(port: int, nvml: Nvml, *, emulated: bool) -> Iterator[Sequence
     close = serve_dcgm(collector, port)
     say(f"boards as dcgm-exporter shows them at http://127.0.0.1:{port}/metrics")
     try:
-        yield (collector.observer([b.info for b in nvml.boards]),)
+        yield (collector.engine([b.info for b in nvml.boards]).observe,)
     finally:
         close()
 

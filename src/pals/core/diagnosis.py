@@ -107,8 +107,9 @@ class WriterFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentFacts:
-    """The newest record of the agent that serves this run directory."""
+    """The newest record an agent left in this run directory for one engine."""
 
+    model: str
     policy: str
     mode: str
     tick: int
@@ -140,7 +141,7 @@ class RunDirFacts:
     unreadable: tuple[str, ...] = ()  # channels of other users or other versions
     without_plugin: tuple[int, ...] = ()  # vLLM engine processes of this node that have no channel here
     writer: WriterFacts = field(default_factory=WriterFacts)
-    agent: AgentFacts | None = None
+    agents: tuple[AgentFacts, ...] = ()  # one per engine that is steered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from pals.core.diagnosis import AgentFacts, EngineFacts, RunDirFacts, WriterFacts
 from pals.core.errors import EngineGoneError
-from pals.runtime.agent import FOUND_RECORD, STATUS_FILE
+from pals.runtime.agent import FOUND_RECORD
 from pals.runtime.channel import SUFFIX, open_channels, process_alive
 from pals.runtime.group import EngineGroup, group_ranks
 
+AGENT_RECORDS = "agent-status*.json"
 ENGINE_TITLE = b"VLLM::EngineCore"  # how vLLM names its engine processes
 
 
@@ -33,7 +34,9 @@ def look_into(folder: Path, *, now_s: Callable[[], float] = time.monotonic, proc
         unreadable=tuple(sorted(p.name for p in folder.glob(f"*{SUFFIX}") if p not in known)) if exists else (),
         without_plugin=tuple(p for p in vllm_engines(proc) if p not in pids),
         writer=writer_facts(folder / FOUND_RECORD),
-        agent=agent_facts(folder / STATUS_FILE),
+        agents=tuple(a for a in map(agent_facts, sorted(folder.glob(AGENT_RECORDS))) if a is not None)
+        if exists
+        else (),
     )
 
 
@@ -79,6 +82,7 @@ def agent_facts(status: Path) -> AgentFacts | None:
         data = json.loads(status.read_text())
         header, record = data["header"], data["record"]
         return AgentFacts(
+            model=str(header["engine"]["model"]),
             policy=str(header["policy"]),
             mode=str(record["mode"]),
             tick=int(record["index"]),

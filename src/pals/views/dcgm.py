@@ -59,17 +59,15 @@ class DcgmCollector(Collector):
         self._emulated, self._hostname = emulated, hostname or socket.gethostname()
         self._newest: dict[str, tuple[BoardInfo, PowerSample]] = {}  # by UUID
 
-    def observer(self, boards: Sequence[BoardInfo]) -> Callable[[TickRecord], None]:
-        """A sink for the records of an engine that runs on `boards`."""
+    def engine(self, boards: Sequence[BoardInfo]) -> DcgmEngine:
+        """What observes the records of an engine that runs on `boards`."""
+        return DcgmEngine(self, boards)
 
-        def observe(record: TickRecord) -> None:
-            samples = record.sample.boards
-            known = len(samples) == len(boards)  # a lost board leaves no trace of which it is: then none is shown
-            newest = {b.uuid: (b, s) for b, s in zip(boards, samples, strict=True)} if known else {}
-            others = {b.uuid for b in boards}
-            self._newest = {k: v for k, v in self._newest.items() if k not in others} | newest
-
-        return observe
+    def replace(self, boards: Sequence[BoardInfo], samples: Sequence[PowerSample]) -> None:
+        """Show these readings of `boards`; none of them where there are no samples."""
+        mine = {b.uuid for b in boards}
+        newest = {b.uuid: (b, s) for b, s in zip(boards, samples, strict=True)} if samples else {}
+        self._newest = {k: v for k, v in self._newest.items() if k not in mine} | newest
 
     def collect(self) -> Iterator[Metric]:
         """One family per metric that at least one board knows."""
@@ -91,6 +89,23 @@ class DcgmCollector(Collector):
             "Hostname": self._hostname,
             "DCGM_FI_DRIVER_VERSION": info.driver,
         }
+
+
+class DcgmEngine:
+    """Observes one engine's tick records."""
+
+    def __init__(self, collector: DcgmCollector, boards: Sequence[BoardInfo]) -> None:
+        self._collector, self._boards = collector, tuple(boards)
+
+    def observe(self, record: TickRecord) -> None:
+        """Take one record; a sink of the agent."""
+        samples = record.sample.boards
+        whole = len(samples) == len(self._boards)  # else one is lost, and which reading is whose is not known
+        self._collector.replace(self._boards, samples if whole else ())
+
+    def close(self) -> None:
+        """The engine is no longer steered: its boards are no longer shown."""
+        self._collector.replace(self._boards, ())
 
 
 def dcgm_text(collector: DcgmCollector) -> bytes:

@@ -16,7 +16,7 @@ def findings(node: NodeFacts) -> list[Finding]:
         *(f for b in node.nvml.boards for f in boards.board(b, steered=node.run_dir.writer.alive)),
         *writers.permissions(node.nvml, node.privilege),
         writers.other_writers(node.run_dir.writer),
-        writers.agent(node.run_dir.agent),
+        *writers.agents(node.run_dir),
         *engines.engines(node.run_dir),
         *software.packages(node.software, real_boards=bool(infos) and not node.nvml.emulated),
         software.run_directory(node.run_dir),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pals.core.diagnosis import AgentFacts, Finding, NvmlFacts, PrivilegeFacts, Status, WriterFacts, finding
+from pals.core.diagnosis import Finding, NvmlFacts, PrivilegeFacts, RunDirFacts, Status, WriterFacts, finding
 from pals.views.doctor.boards import count
 
 OK, WARNING, PROBLEM = Status.OK, Status.WARNING, Status.PROBLEM
@@ -54,14 +54,18 @@ def other_writers(writer: WriterFacts) -> Finding:
     )  # fmt: skip
 
 
-def agent(facts: AgentFacts | None) -> Finding:
-    """The agent of this run directory."""
-    if facts is None:
-        return finding("agent", "agent", OK, "none runs: engines obey their launch limits, boards keep theirs")
-    stale = facts.age_s > max(STALE_S, 4 * facts.period_s)
-    text = f"policy {facts.policy}, mode {facts.mode}, tick {facts.tick}, {facts.age_s:.1f} s ago"
-    return finding(
-        "agent", "agent", WARNING if stale else OK, f"{text}: it no longer ticks" if stale else text,
-        remedy="see whether its process lives; pals restore puts boards back after a kill" if stale else None,
-        policy=facts.policy, mode=facts.mode, tick=facts.tick, period_s=facts.period_s, age_s=facts.age_s,
-    )  # fmt: skip
+def agents(folder: RunDirFacts) -> Iterator[Finding]:
+    """The agent of this run directory, engine by engine."""
+    if not folder.agents:
+        yield finding("agent", "agent", OK, "none runs: engines obey their launch limits, boards keep theirs")
+    for facts in folder.agents:
+        stale = facts.age_s > max(STALE_S, 4 * facts.period_s)
+        text = (
+            f"{facts.model}: policy {facts.policy}, mode {facts.mode}, tick {facts.tick}, {facts.age_s:.1f} s ago"
+            f"{': it no longer ticks' if stale else ''}"
+        )
+        yield finding(
+            "agent", "agent", WARNING if stale else OK, text, model=facts.model, policy=facts.policy, mode=facts.mode,
+            tick=facts.tick, period_s=facts.period_s, age_s=facts.age_s,
+            remedy="see whether its process lives; pals restore puts boards back after a kill" if stale else None,
+        )  # fmt: skip
