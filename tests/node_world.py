@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pals.core.quantities import OperatingPoint
+from pals.core.quantities import BoardInfo, OperatingPoint
 from pals.runtime.agent import AgentSetup, Board, Watcher
 from pals.runtime.channel import GAUGES, EngineChannel, find_engines
 from pals.runtime.config import load_config
@@ -118,7 +118,7 @@ class AgentWorld:
             board.found_w = board.limit_w
         return mine
 
-    def watch(self, name: str, boards: Sequence[int]) -> Watcher:
+    def watch(self, name: str, boards: Sequence[BoardInfo]) -> Watcher:
         """Records by the engine's name."""
         return Watching(self.records.setdefault(name, []))
 

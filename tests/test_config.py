@@ -42,6 +42,8 @@ def test_a_full_file_is_read_and_the_command_line_wins(tmp_path: Path) -> None:
         ('[control]\nlowering = "timeslice"\n', "did you mean 'time-slice'"),
         ("[control]\nsm_clock_mhz = 1200.5\n", "not a int"),
         ('[control]\npolicy = "clock-only"\n', "policy clock-only steers by a throughput target"),
+        ("[output]\nmetrics_port = 9400\ndcgm_port = 9400\n", "must differ"),
+        ("[output]\ndcgm_port = 70000\n", "0..65535"),
         ('[control]\nmode = "canary"\n', "unknown key 'canary'"),
         ('[control]\nperiod_s = "fast"\n', "not a float"),
         ("[control]\nperiod_s = 0.001\n", r"0\.05\.\.60"),

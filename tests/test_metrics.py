@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import urllib.request
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from pals.core.errors import ConfigError
 from pals.core.quantities import Slo
 from pals.runtime.budgets import parse_budget
 from pals.views.metrics import AgentMetrics, metrics_table, serve_metrics
+from tests.loopback import free_port
 from tests.test_tick import go, rig
 from tests.worlds import Board, Clock, Engine
 
@@ -79,9 +79,7 @@ def test_with_a_board_lost_no_reading_is_given_to_the_wrong_one() -> None:
 
 
 def test_the_endpoint_answers_and_a_taken_port_is_named() -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = int(s.getsockname()[1])
+    port = free_port()
     stop = serve_metrics(observed(), port)
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:

@@ -145,6 +145,11 @@ def test_an_unknown_board_and_a_missing_driver_say_what_to_do(world: World) -> N
         open_boards(emulated=world.path, indices=[2], clock=world.clock)
     with pytest.raises(ConfigError, match="are gone"):
         open_boards(emulated=world.path.with_name("nothing"), clock=world.clock)
+    for content in (b"", b"garbage", b'{"spec": "none"}'.ljust(2000, b"\0"), world.path.read_bytes()[:1500]):
+        damaged = world.path.with_name("damaged")
+        damaged.write_bytes(content)
+        with pytest.raises(ConfigError, match="file of emulated boards"):
+            open_boards(emulated=damaged, clock=world.clock)
     with pytest.raises(ConfigError, match="--emulate"):
         open_boards()
 

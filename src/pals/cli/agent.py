@@ -19,12 +19,14 @@ from pals.cli.main import say
 from pals.core.errors import ConfigError, EngineGoneError, PalsError
 from pals.core.quantities import EngineInfo
 from pals.hardware.nvml import Nvml, open_boards
-from pals.runtime.agent import FOUND_RECORD, STATUS_FILES, AgentSetup
+from pals.runtime.agent import FOUND_RECORD, STATUS_FILES, AgentSetup, Watcher
 from pals.runtime.channel import find_engines, process_alive, run_dir
 from pals.runtime.config import Config, load_config
 from pals.runtime.group import EngineGroup, group_ranks
 from pals.runtime.loop import clocks_left_locked, left_by_dead_agent, wall_clock
 from pals.runtime.node import control_engines
+from pals.runtime.tick import TickRecord
+from pals.views.dcgm import DcgmCollector, serve_dcgm
 from pals.views.metrics import AgentMetrics, serve_metrics
 
 BANK_FILE = "emulated-boards.bank"
@@ -59,7 +61,7 @@ def config_of(args: argparse.Namespace) -> Config:
             "tpot_p95_s": args.tpot_p95_s,
         },
         "budget": {"power_w": args.budget_w},
-        "output": {"journal": args.journal, "metrics_port": args.metrics_port},
+        "output": {"journal": args.journal, "metrics_port": args.metrics_port, "dcgm_port": args.dcgm_port},
     }
     return load_config(Path(args.config) if args.config else None, overrides)
 
@@ -100,7 +102,7 @@ def emulated_bank(folder: Path) -> Path | None:
     """The emulated boards of this run directory, else those that PALS_EMU_BOARDS names, where there are any."""
     named = os.environ.get("PALS_EMU_BOARDS")
     banks = [folder / BANK_FILE, *([Path(named)] if named else [])]
-    return next((bank for bank in banks if bank.exists()), None)
+    return next((bank for bank in banks if os.path.exists(bank)), None)  # False where the folder is closed to us
 
 
 @contextmanager
@@ -172,7 +174,11 @@ def steer(config: Config, folder: Path, find: Callable[[], Sequence[EngineGroup]
     warn_of_strangers(config, find())
     port = config.output.metrics_port
     metrics = AgentMetrics()
-    with open_boards(emulated=bank, indices=()) as nvml, serving_metrics(metrics, port):
+    with (
+        open_boards(emulated=bank, indices=()) as nvml,
+        serving_metrics(metrics, port),
+        dcgm_endpoint(config.output.dcgm_port, emulated=emulated) as dcgm,
+    ):
         setup = AgentSetup(
             find=find,
             open_boards=lambda group: nvml.open(known_boards(group.info)),
@@ -180,7 +186,7 @@ def steer(config: Config, folder: Path, find: Callable[[], Sequence[EngineGroup]
             emulated=emulated,
             may_write=nvml.may_write,
             folder=folder,
-            watch=metrics.engine,
+            watch=lambda name, boards: Views(metrics.engine(name, [b.index for b in boards]), dcgm.engine(boards)),
             say=say,
         )
         return control_engines(setup, wall_clock(stop))
@@ -220,6 +226,38 @@ def serving_metrics(metrics: AgentMetrics, port: int) -> Iterator[None]:
         yield
     finally:
         close()
+
+
+@contextmanager
+def dcgm_endpoint(port: int, *, emulated: bool) -> Iterator[DcgmCollector]:
+    """What shows boards as dcgm-exporter would; exposed as long as the context, unless `port` is 0."""
+    collector = DcgmCollector(emulated=emulated)
+    if not port:
+        yield collector
+        return
+    close = serve_dcgm(collector, port)
+    say(f"boards as dcgm-exporter shows them at http://127.0.0.1:{port}/metrics")
+    try:
+        yield collector
+    finally:
+        close()
+
+
+class Views:
+    """Everything that watches one engine's records."""
+
+    def __init__(self, *watchers: Watcher) -> None:
+        self._watchers = watchers
+
+    def observe(self, record: TickRecord) -> None:
+        """Take one record."""
+        for watcher in self._watchers:
+            watcher.observe(record)
+
+    def close(self) -> None:
+        """The engine is no longer steered."""
+        for watcher in self._watchers:
+            watcher.close()
 
 
 @contextmanager

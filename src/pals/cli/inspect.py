@@ -1,4 +1,4 @@
-"""`pals replay`, `pals status`, `pals restore` and `pals models`: look, compare, mend."""
+"""`pals replay`, `pals status`, `pals restore`, `pals models` and `pals dashboard`: look, compare, mend."""
 
 from __future__ import annotations
 
@@ -98,4 +98,12 @@ def models(args: argparse.Namespace) -> int:
 
     for name in model_names():
         print(name)
+    return 0
+
+
+def dashboard(args: argparse.Namespace) -> int:
+    """Print the Grafana dashboard."""
+    from pals.views.grafana import dashboard_json
+
+    print(dashboard_json(), end="")
     return 0

@@ -69,9 +69,19 @@ def parser() -> argparse.ArgumentParser:
     replay = commands.add_parser("replay", help="recompute every decision of a journal and compare")
     replay.add_argument("journal", metavar="JOURNAL")
     commands.add_parser("status", help="what runs here, and what is in force")
+    doctor = commands.add_parser("doctor", help="what can be measured and set on this node, and why not")
+    doctor.add_argument("--json", action="store_true", help="for tools; the schema is in docs/doctor.md")
+    doctor.add_argument(
+        "--watch-s", type=float, default=2.0, metavar="S", help="how long to watch the meters (default 2; 0: not)"
+    )
     commands.add_parser("restore", help="put boards back that a killed agent left limited")
     commands.add_parser("models", help="models that can be served emulated")
     add_emulate(commands)
+    commands.add_parser(
+        "dashboard",
+        help="print the Grafana dashboard for the agent's metrics",
+        description="Print the Grafana dashboard (import it under Dashboards > New > Import), generated from the table of metrics.",
+    )
     demo = commands.add_parser(
         "demo", help="one trace slice on emulated boards under three policies, in about five minutes"
     )
@@ -103,6 +113,12 @@ def add_agent_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--journal", metavar="FILE", help="journal file (default: in the run directory, one per engine)")
     p.add_argument(
         "--metrics-port", type=int, metavar="PORT", help="Prometheus port on 127.0.0.1 (default 9477; 0: off)"
+    )
+    p.add_argument(
+        "--dcgm-port",
+        type=int,
+        metavar="PORT",
+        help="also show the boards as dcgm-exporter does, on 127.0.0.1 (its own port is 9400; default 0: off)",
     )
 
 
@@ -184,6 +200,10 @@ def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
         from pals.experiments.demo import demo
 
         return demo(model=args.model, seconds=args.seconds, out=args.out)
+    if args.command == "doctor":
+        from pals.cli.doctor import doctor
+
+        return doctor(args)
     from pals.cli import inspect
 
     return {
@@ -191,6 +211,7 @@ def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
         "status": inspect.status,
         "restore": inspect.restore,
         "models": inspect.models,
+        "dashboard": inspect.dashboard,
     }[args.command](args)
 
 

@@ -48,8 +48,9 @@ def serve(args: argparse.Namespace, rest: list[str]) -> int:
     rest = [a for a in rest if a != "--"]
     port = port_of(option(rest, "--port") or "8000")
     check_port(option(rest, "--host") or "127.0.0.1", port, "API port", "--port")
-    if config.output.metrics_port and not args.no_agent:
-        check_port("127.0.0.1", config.output.metrics_port, "metrics port", "--metrics-port")
+    for own, what in ((config.output.metrics_port, "metrics"), (config.output.dcgm_port, "dcgm")):
+        if own and not args.no_agent:
+            check_port("127.0.0.1", own, f"{what} port", f"--{what}-port")
     folder = run_dir(os.environ)
     folder.mkdir(parents=True, exist_ok=True)
     if not args.no_agent and will_write(config, emulated=bool(args.emulate)):

@@ -47,6 +47,11 @@ def shared_bank(
                 owners.unlink(missing_ok=True)
 
 
+def owner_of(folder: Path) -> int | None:
+    """A living server that has the emulated boards of this run directory; None where there is none."""
+    return next(iter(_living(folder / OWNERS_FILE)), None)
+
+
 def _check_same(bank: Path, spec: BoardSpec, count: int, writable: bool, owner: int) -> None:
     with closing(BoardBank.open(bank)) as there:
         if (there.spec.name, there.count, there.writable) != (spec.name, count, writable):
@@ -70,7 +75,7 @@ def _living(owners: Path) -> dict[int, tuple[int, ...]]:
     """Servers that live, with their boards; a damaged line is nobody's."""
     try:
         lines = owners.read_text().splitlines()
-    except FileNotFoundError:
+    except OSError:  # none, or the folder is closed to us
         return {}
     rows = [line.split() for line in lines]
     known = {int(r[0]): tuple(int(i) for i in r[1:]) for r in rows if r and all(word.isdigit() for word in r)}

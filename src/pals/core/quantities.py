@@ -65,6 +65,8 @@ class PowerSample(Checked):
     sm_clock_mhz: int
     temperature_c: float | None = None
     throttled_by_power: bool = False
+    memory_clock_mhz: int | None = None
+    busy_ratio: float | None = None  # share of the driver's last window in which a kernel ran
 
 
 #: How an engine gets under a lowered active-sequence limit: admit nobody until enough have ended (`drain`), let the

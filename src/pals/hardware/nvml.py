@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
+from pals.core.diagnosis import BoardSettings
 from pals.core.errors import (
     ConfigError,
     DeviceLostError,
@@ -23,6 +25,17 @@ from pals.plant.boards import BoardBank
 
 log = logging.getLogger("pals")
 THROTTLE_POWER_CAP = 0x4
+CLOCK_REASONS = {
+    0x1: "idle",
+    0x2: "application clocks",
+    THROTTLE_POWER_CAP: "power limit",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "temperature",
+    0x40: "hardware temperature",
+    0x80: "power brake",
+    0x100: "display clocks",
+}
 
 
 def _pynvml() -> ModuleType:
@@ -75,6 +88,7 @@ class NvmlBoard:
             DeviceLostError: the board is gone.
         """
         n = self._nvml
+        memory_mhz = self._optional(n.nvmlDeviceGetClockInfo, n.NVML_CLOCK_MEM)
         energy_j = self._get("read its energy counter", n.nvmlDeviceGetTotalEnergyConsumption) / 1000.0
         return PowerSample(
             time_s=self._clock(),
@@ -86,6 +100,33 @@ class NvmlBoard:
             throttled_by_power=bool(
                 int(self._optional(n.nvmlDeviceGetCurrentClocksThrottleReasons) or 0) & THROTTLE_POWER_CAP
             ),
+            memory_clock_mhz=None if memory_mhz is None else int(memory_mhz),
+            busy_ratio=self._busy_ratio(),
+        )
+
+    def read_meters(self) -> tuple[float, float, float]:
+        """Time (s), energy counter (J) and the driver's power (W), in as few calls as can be.
+
+        Raises:
+            DeviceLostError, NotSupportedError: as the driver says.
+        """
+        energy_j = self._get("read its energy counter", self._nvml.nvmlDeviceGetTotalEnergyConsumption) / 1000.0
+        return self._clock(), energy_j, self._watts("read its power", self._nvml.nvmlDeviceGetPowerUsage)
+
+    def settings(self) -> BoardSettings:
+        """What it is set to beside its limit.
+
+        Raises:
+            DeviceLostError: the board is gone.
+        """
+        n = self._nvml
+        persistence = self._optional(n.nvmlDeviceGetPersistenceMode)
+        bits = self._optional(n.nvmlDeviceGetCurrentClocksThrottleReasons)
+        return BoardSettings(
+            persistence_mode=None if persistence is None else bool(persistence),
+            mig_mode=self._mig_mode(),
+            clock_reasons=None if bits is None else tuple(w for b, w in CLOCK_REASONS.items() if int(bits) & b),
+            clock_lock_api=self._has_function("nvmlDeviceSetGpuLockedClocks"),
         )
 
     def apply(self, wanted: OperatingPoint) -> OperatingPoint:
@@ -188,6 +229,29 @@ class NvmlBoard:
         except NotSupportedError:
             return None
 
+    def _mig_mode(self) -> bool | None:
+        try:
+            current, _ = self._get("read its MIG mode", self._nvml.nvmlDeviceGetMigMode)
+        except NotSupportedError:
+            return None
+        return bool(current)
+
+    def _has_function(self, name: str) -> bool:
+        try:
+            self._nvml._nvmlGetFunctionPointer(name)
+        except self._nvml.NVMLError:
+            return False
+        return True
+
+    def _busy_ratio(self) -> float | None:
+        """Nobody steers by it: whatever keeps it from being read (MIG, for one) must not cost the whole reading."""
+        try:
+            return float(self._get("read its utilization", self._nvml.nvmlDeviceGetUtilizationRates).gpu) / 100.0
+        except DeviceLostError:
+            raise
+        except (PalsError, ValueError):
+            return None
+
     def _call(self, doing: str, function: Callable[..., Any], *args: Any) -> Any:
         try:
             return function(*args)
@@ -284,6 +348,32 @@ def open_boards(
         raise
 
 
+@contextmanager
+def open_each(
+    *,
+    emulated: Path | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[tuple[list[NvmlBoard | Exception], bool]]:
+    """All boards that NVML lists, each opened or why it cannot be, and whether this process may write; for looking only.
+
+    Raises:
+        ConfigError: no driver.
+    """
+    nvml = _pynvml()
+    close, may_write = _begin(nvml, emulated, clock, sleep)
+    try:
+        opened: list[NvmlBoard | Exception] = []
+        for i in range(nvml.nvmlDeviceGetCount()):
+            try:
+                opened.append(NvmlBoard(nvml, i, clock=clock, may_write=may_write))
+            except (PalsError, ValueError) as e:
+                opened.append(e)
+        yield opened, may_write
+    finally:
+        close()
+
+
 def _begin(
     nvml: Any, emulated: Path | None, clock: Callable[[], float], sleep: Callable[[float], None]
 ) -> tuple[Callable[[], None], bool]:
@@ -300,6 +390,12 @@ def _begin(
         bank = BoardBank.open(emulated)
     except FileNotFoundError as e:
         raise ConfigError(f"the emulated boards {emulated} are gone: has the server that emulated them ended?") from e
+    except PermissionError as e:
+        raise ConfigError(
+            f"the emulated boards {emulated} belong to another user; run as that user, or set PALS_RUN_DIR to a folder of your own"
+        ) from e
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"the emulated boards cannot be read: {e}; remove the file") from e
     before = nvml.nvmlLib
     nvml._nvmlGetFunctionPointer_cache.clear()
     nvml.nvmlLib = EmulatedNvml(bank, clock, sleep)

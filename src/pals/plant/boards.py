@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pals.core.errors import ConfigError
 from pals.plant.bank_layout import (
     FAULTS,
     HEAD,
@@ -71,11 +72,21 @@ class BoardBank:
     """All emulated boards of one node; see the module."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as f:
-            head = read_head(f.read(HEAD.itemsize), str(path))
-        self._file = path.open("r+b")
-        self._mapped = mmap.mmap(self._file.fileno(), 0)
         self.path = path
+        self._thread_lock = threading.Lock()
+        self._file = path.open("r+b")
+        try:
+            self._map()
+        except ConfigError:
+            self._file.close()
+            raise
+        except (ValueError, KeyError, TypeError) as e:
+            self._file.close()
+            raise ConfigError(f"{path} is not a whole file of emulated boards ({e}); nothing was changed") from e
+
+    def _map(self) -> None:
+        head = read_head(os.pread(self._file.fileno(), HEAD.itemsize, 0), str(self.path))
+        self._mapped = mmap.mmap(self._file.fileno(), 0)
         self.spec: BoardSpec = board_specs()[head["spec"].decode()]
         self.count = int(head["count"])
         self.writable = bool(head["writable"])
@@ -84,7 +95,6 @@ class BoardBank:
         self._sections = map_sections(self._mapped, self.count)
         self._boards, self._segments = self._sections.boards, self._sections.segments
         self._clockwork = self._sections.clockwork
-        self._thread_lock = threading.Lock()
 
     @staticmethod
     def create(

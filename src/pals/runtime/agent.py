@@ -19,7 +19,7 @@ from pals.control.policies import build_policy
 from pals.control.share import Claim, Holding
 from pals.core.errors import ConfigError, ProfileMismatchError
 from pals.core.protocols import PowerActuator, PowerMeter
-from pals.core.quantities import Budget, Slo, fingerprint_of
+from pals.core.quantities import BoardInfo, Budget, Slo, fingerprint_of
 from pals.models.profile import Profile
 from pals.runtime.config import Config
 from pals.runtime.group import EngineGroup
@@ -59,7 +59,7 @@ class AgentSetup:
     emulated: bool
     may_write: bool
     folder: Path
-    watch: Callable[[str, Sequence[int]], Watcher]  # by the engine's name and its boards' indices
+    watch: Callable[[str, Sequence[BoardInfo]], Watcher]  # by the engine's name and its boards
     say: Callable[[str], None]
     virtual_command: str | None = None  # in virtual time: the command, without what differs between equal runs
 
@@ -232,7 +232,7 @@ def _sink(
     exits.callback(journal.close)
     status = StatusFile(setup.folder / STATUS_FILES.replace("*", slug(name)), name, header)
     exits.callback(status.remove)
-    watcher = setup.watch(name, [b.index for b in header.boards])
+    watcher = setup.watch(name, header.boards)
     exits.callback(watcher.close)
 
     def sink(record: TickRecord) -> None:

@@ -139,16 +139,21 @@ class EngineChannel:
 
     def setpoint(self, now_s: float) -> Setpoint | None:
         """Return what the agent wants, or None when that is nothing or has expired."""
-        values = self._setpoint.read()
-        if values is None or now_s >= values[1]:
-            return None
-        return Setpoint(int(values[0]), LOWERINGS[int(values[3])])
+        return _fresh(self._setpoint, now_s)
 
     def close(self) -> None:
         """Remove the file; the agent reads that as an orderly end."""
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
         self._mapped.close()
+
+
+def _fresh(setpoint: _Block, now_s: float) -> Setpoint | None:
+    """What a setpoint block holds, or None when that is nothing or has expired."""
+    values = setpoint.read()
+    if values is None or now_s >= values[1]:
+        return None
+    return Setpoint(int(values[0]), LOWERINGS[int(values[3])])
 
 
 #: Order of the gauges in `EngineChannel.publish`.
@@ -219,6 +224,10 @@ class AgentChannel:
         now_s = self._clock()
         self._setpoint.write((float(active_sequences), now_s + lease_s, now_s, float(LOWERINGS.index(lowering))))
 
+    def setpoint(self, now_s: float) -> Setpoint | None:
+        """What was last asked for, by this agent or another, or None when that is nothing or has expired."""
+        return _fresh(self._setpoint, now_s)
+
     def release(self) -> None:
         """Let the engine return to its launch limit at its next step."""
         self._setpoint.write((float(self._info.launch_sequences), 0.0, self._clock(), 0.0))
@@ -232,16 +241,30 @@ def process_alive(pid: int) -> bool:
         return False
 
 
-def find_engines(folder: Path, clock: Callable[[], float] = time.monotonic) -> list[AgentChannel]:
-    """Open the channels of all living engines in `folder`, oldest first; remove those of dead ones."""
+def open_channels(folder: Path, clock: Callable[[], float] = time.monotonic) -> list[AgentChannel]:
+    """All channels in `folder` that can be read, of living engines or not, oldest first."""
     found = []
-    for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime):
+    for path in sorted(folder.glob(f"*{SUFFIX}"), key=_made_at):
         try:
-            channel = AgentChannel(path, clock)
+            found.append(AgentChannel(path, clock))
         except (ValueError, OSError):
             continue
-        if channel.alive():
-            found.append(channel)
-        else:
-            path.unlink(missing_ok=True)
     return found
+
+
+def _made_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # it went meanwhile, or the folder is closed to us
+        return 0.0
+
+
+def find_engines(folder: Path, clock: Callable[[], float] = time.monotonic) -> list[AgentChannel]:
+    """The channels of all living engines in `folder`, oldest first; those of dead ones are removed."""
+    living = []
+    for channel in open_channels(folder, clock):
+        if channel.alive():
+            living.append(channel)
+        else:
+            channel.path.unlink(missing_ok=True)
+    return living

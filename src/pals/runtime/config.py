@@ -38,6 +38,7 @@ class OutputConfig:
 
     journal: str | None = None  # None: in the run directory
     metrics_port: int = 9477
+    dcgm_port: int = 0  # 0: off
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +162,11 @@ def _validated(config: Config) -> Config:
     rules = [
         (0.05 <= c.period_s <= 60, f"[control] period_s = {c.period_s} must lie in 0.05..60"),
         (0 <= out.metrics_port <= 65535, f"[output] metrics_port = {out.metrics_port} must lie in 0..65535 (0: off)"),
+        (0 <= out.dcgm_port <= 65535, f"[output] dcgm_port = {out.dcgm_port} must lie in 0..65535 (0: off)"),
+        (
+            out.dcgm_port == 0 or out.dcgm_port != out.metrics_port,
+            f"[output] metrics_port and dcgm_port are both {out.dcgm_port}; they must differ",
+        ),
         (c.active_sequences is None or c.active_sequences >= 1, "[control] active_sequences must be at least 1"),
         *(
             (value is None or value > 0, f"[slo] {f.name} = {value} must be positive")

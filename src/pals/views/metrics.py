@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, make_wsgi_app
 
-from pals.core.errors import ConfigError
 from pals.core.quantities import LOWERINGS, EngineSample
 from pals.runtime.tick import TickRecord
+from pals.views.endpoint import serve
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,19 +176,7 @@ def serve_metrics(metrics: AgentMetrics, port: int) -> Callable[[], None]:
     Raises:
         ConfigError: the port is taken.
     """
-    try:
-        server, thread = start_http_server(port, addr="127.0.0.1", registry=metrics.registry)
-    except OSError as e:
-        raise ConfigError(
-            f"metrics port {port} is in use ({e.strerror}); nothing was started. Choose another with --metrics-port, or 0 for none"
-        ) from e
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=2)
-
-    return stop
+    return serve(make_wsgi_app(metrics.registry), port, what="metrics port", flag="--metrics-port")
 
 
 def metrics_table() -> str:

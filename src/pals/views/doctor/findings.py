@@ -1,0 +1,33 @@
+"""All findings of a node, in reading order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pals.core.diagnosis import Finding, NodeFacts, Status
+from pals.views.doctor import boards, engines, software, writers
+
+
+def findings(node: NodeFacts) -> list[Finding]:
+    """Everything worth saying about the node."""
+    infos = [b.info for b in node.nvml.boards if b.info is not None]
+    return [
+        *boards.driver(node.nvml, node.software),
+        *(f for b in node.nvml.boards for f in boards.board(b, steered=node.run_dir.writer.alive)),
+        *writers.permissions(node.nvml, node.privilege),
+        writers.other_writers(node.run_dir.writer),
+        *writers.agents(node.run_dir),
+        *engines.engines(node.run_dir),
+        *software.packages(node.software, real_boards=bool(infos) and not node.nvml.emulated),
+        software.run_directory(node.run_dir),
+        *software.variables(
+            node.software.environment,
+            emulated=bool(node.nvml.emulated),
+            mixed_boards=len({i.name for i in infos}) > 1,
+        ),
+    ]
+
+
+def worst(found: Sequence[Finding]) -> Status:
+    """The most worrying status; ok where nothing was found."""
+    return max((f.status for f in found), key=list(Status).index, default=Status.OK)
