@@ -82,6 +82,8 @@ def steps(
         (22.0, [partial(fault, 0, "denied"), *all_setters(0)]),
         (23.0, [partial(fault, 0, "not_supported"), *all_setters(0)]),
         (24.0, [partial(fault, 0, "lost"), *all_setters(0)]),
+        (25.0, [partial(fault, 1, "not_supported", 2), *all_setters(1), partial(fault, 1, "not_supported", 0)]),
+        (25.5, [partial(fault, 1, "denied", 2), *all_setters(1), partial(fault, 1, "denied", 0)]),
         (26.0, [partial(fault, 0, "lost", 0), partial(fault, 1, "stuck", 0)]),
         (90.0, []),  # idle again
     ]
@@ -100,6 +102,9 @@ def snapshot(where: str, handle: Any, ask: Callable[..., None]) -> None:
     for kind in range(-1, 5):
         ask(f"{where} clock {kind}", pynvml.nvmlDeviceGetClockInfo, handle, kind)
         ask(f"{where} top clock {kind}", pynvml.nvmlDeviceGetMaxClockInfo, handle, kind)
+    ask(f"{where} memory clocks", pynvml.nvmlDeviceGetSupportedMemoryClocks, handle)
+    for memory_mhz in (1593, 1):
+        ask(f"{where} clocks {memory_mhz}", pynvml.nvmlDeviceGetSupportedGraphicsClocks, handle, memory_mhz)
     ask(f"{where} fields", pynvml.nvmlDeviceGetFieldValues, handle, FIELDS)
 
 

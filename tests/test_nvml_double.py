@@ -305,7 +305,7 @@ def test_a_file_that_is_no_bank_and_a_missing_one_are_refused(lib: Path, tmp_pat
 
     assert "NVMLError_LibRmVersionMismatch" in seen_from(lib, tmp_path / "noise", *init).stderr
     assert "cannot be opened; is `pals serve --emulate`" in seen_from(lib, tmp_path / "none", *init).stderr
-    with pytest.raises(ConfigError, match="not a file of emulated boards"):
+    with pytest.raises(ConfigError, match="no bank of emulated boards"):
         BoardBank.open(tmp_path / "noise")
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pals.plant.boards import BoardBank, BoardReading
-from pals.plant.specs import DRIVER
+from pals.plant.specs import CLOCK_STEP_MHZ, DRIVER
 from pals.runtime.channel import process_alive
 
-SUCCESS, INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, GPU_IS_LOST = 0, 2, 3, 4, 6, 15
+SUCCESS, INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION = 0, 2, 3, 4
+NOT_FOUND, INSUFFICIENT_SIZE, GPU_IS_LOST = 6, 7, 15
 CLOCK_GRAPHICS, CLOCK_SM, CLOCK_MEM, CLOCK_VIDEO = range(4)
 FIELD_TOTAL_ENERGY, FIELD_POWER_AVERAGE, FIELD_POWER_INSTANT = 83, 185, 186
 FIELD_POWER_MIN_LIMIT, FIELD_POWER_MAX_LIMIT, FIELD_POWER_DEFAULT_LIMIT = 187, 188, 189
@@ -121,6 +122,15 @@ class EmulatedNvml:
     def nvmlDeviceGetMaxClockInfo(self, handle: Any, kind: Any, mhz: Any) -> int:
         return self._clock_of(handle, kind, mhz, lambda r: self._bank.spec.max_sm_clock_mhz)
 
+    def nvmlDeviceGetSupportedMemoryClocks(self, handle: Any, count: Any, clocks: Any) -> int:
+        return self._lost(handle) or _list(count, clocks, [self._bank.spec.memory_clock_mhz])
+
+    def nvmlDeviceGetSupportedGraphicsClocks(self, handle: Any, memory_mhz: Any, count: Any, clocks: Any) -> int:
+        spec = self._bank.spec
+        if self._lost(handle) or _number(memory_mhz) != spec.memory_clock_mhz:
+            return self._lost(handle) or NOT_FOUND
+        return _list(count, clocks, range(spec.max_sm_clock_mhz, spec.min_sm_clock_mhz - 1, -CLOCK_STEP_MHZ))
+
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: Any, bits: Any) -> int:
         return self._sense(handle, bits, lambda r: r.throttle)
 
@@ -157,15 +167,16 @@ class EmulatedNvml:
     def nvmlDeviceSetPowerManagementLimit(self, handle: Any, milliwatts: Any) -> int:
         watts, spec = _number(milliwatts) / 1000.0, self._bank.spec
         valid = spec.min_limit_w <= watts <= spec.max_limit_w
-        return self._set(handle, valid, lambda i: self._bank.set_limit(i, watts, self._clock()))
+        denied = self._bank.denies_limits(_board(handle))
+        return self._set(handle, valid, lambda i: self._bank.set_limit(i, watts, self._clock()), denied=denied)
 
     def nvmlDeviceSetGpuLockedClocks(self, handle: Any, low: Any, high: Any) -> int:
         low_mhz, high_mhz = float(_number(low)), float(_number(high))
         valid = 0 < low_mhz <= high_mhz
-        return self._set(handle, valid, lambda i: self._bank.set_clock_lock(i, low_mhz, high_mhz, self._clock()))
+        return self._lock(handle, valid, lambda i: self._bank.set_clock_lock(i, low_mhz, high_mhz, self._clock()))
 
     def nvmlDeviceResetGpuLockedClocks(self, handle: Any) -> int:
-        return self._set(handle, True, lambda i: self._bank.reset_clock_lock(i, self._clock()))
+        return self._lock(handle, True, lambda i: self._bank.reset_clock_lock(i, self._clock()))
 
     # --- helpers -----------------------------------------------------------------------------------------------
 
@@ -184,14 +195,25 @@ class EmulatedNvml:
             return INVALID_ARGUMENT
         return self._sense(handle, mhz, sm_clock)
 
-    def _set(self, handle: Any, valid: bool, write: Callable[[int], None]) -> int:
+    def _lock(self, handle: Any, valid: bool, write: Callable[[int], None]) -> int:
+        return self._set(handle, valid, write, not_supported=self._bank.refuses_clock_locks(_board(handle)))
+
+    def _set(
+        self,
+        handle: Any,
+        valid: bool,
+        write: Callable[[int], None],
+        *,
+        not_supported: bool = False,
+        denied: bool = False,
+    ) -> int:
         i = _board(handle)
-        lost, not_supported, denied = self._bank.faults(i)
+        lost, nothing_supported, all_denied = self._bank.faults(i)
         if lost:
             return GPU_IS_LOST
-        if not_supported:
+        if not_supported or nothing_supported:
             return NOT_SUPPORTED
-        if denied:
+        if denied or all_denied:
             return NO_PERMISSION
         if not valid:
             return INVALID_ARGUMENT
@@ -211,6 +233,16 @@ def _board(handle: Any) -> int:
 
 def _put(out: Any, value: int) -> int:
     out._obj.value = value
+    return SUCCESS
+
+
+def _list(count: Any, out: Any, values: Sequence[int]) -> int:
+    room = count._obj.value if out is not None else 0
+    count._obj.value = len(values)
+    if room < len(values):
+        return INSUFFICIENT_SIZE
+    for i, value in enumerate(values):
+        out[i] = value
     return SUCCESS
 
 

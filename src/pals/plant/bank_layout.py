@@ -103,9 +103,7 @@ def read_head(data: bytes, name: str) -> Any:
     """
     head = np.frombuffer(data, HEAD, 1)[0] if len(data) >= HEAD.itemsize else None
     if head is None or head["magic"] != MAGIC or int(head["layout"]) != LAYOUT:
-        raise ConfigError(
-            f"{name} is not a file of emulated boards, or one of another PALS version; nothing was changed"
-        )
+        raise ConfigError(f"{name} is no bank of emulated boards, or one of another PALS version; nothing was changed")
     return head
 
 

@@ -222,7 +222,15 @@ class BoardBank:
     def faults(self, i: int) -> tuple[bool, bool, bool]:
         """Whether board `i` is lost, supports no setters, or denies them."""
         b = self._boards[i]
-        return bool(b["lost"]), bool(b["not_supported"]), bool(b["denied"]) or not self.writable
+        return bool(b["lost"]), bool(b["not_supported"] == 1), bool(b["denied"] == 1) or not self.writable
+
+    def refuses_clock_locks(self, i: int) -> bool:
+        """Whether board `i` supports limits but no clock locks."""
+        return bool(self._boards["not_supported"][i] == 2)
+
+    def denies_limits(self, i: int) -> bool:
+        """Whether board `i` lets its clock be locked and denies power limits."""
+        return bool(self._boards["denied"][i] == 2)
 
     def set_limit(self, i: int, watts: float, now_s: float) -> None:
         """Change the limit that NVML set; the range was checked by the caller."""
@@ -240,8 +248,9 @@ class BoardBank:
             self._boards["lock_lo_mhz"][i], self._boards["lock_hi_mhz"][i] = 0.0, self.spec.max_sm_clock_mhz
 
     def inject(self, i: int, fault: str, value: float, now_s: float) -> None:
-        """Set a fault: "lost", "not_supported", "denied", "stuck" (1 or 0), or "external_limit" (W; 0 removes it).
+        """Set a fault: "lost", "not_supported", "denied", "stuck" (1; 0 removes it), or "external_limit" (W; 0 removes it).
 
+        "not_supported" 2 concerns clock locks alone, "denied" 2 power limits alone.
         A stuck sensor shows the power and the energy it showed last; the board itself goes on.
 
         Raises:

@@ -236,12 +236,18 @@ nvmlReturn_t pals_look(nvmlDevice_t device, pals_view *view) {
     return code;
 }
 
-nvmlReturn_t pals_set(nvmlDevice_t device, int valid, void (*change)(pals_board *, double, double), double a, double b) {
+/* Whether a fault of the board concerns this lever: 1 all levers, 2 the one named. */
+static int concerns(int64_t fault, enum pals_lever lever, enum pals_lever alone) {
+    return fault == 1 || (fault == 2 && lever == alone);
+}
+
+nvmlReturn_t pals_set(nvmlDevice_t device, enum pals_lever lever, int valid, pals_change *change, double a, double b) {
     pals_view view;
     nvmlReturn_t code = pals_look(device, &view);
     if (code != NVML_SUCCESS) return code;
-    if (view.board.not_supported) return NVML_ERROR_NOT_SUPPORTED;
-    if (view.board.denied || !view.head.writable || !bank.writable) return NVML_ERROR_NO_PERMISSION;
+    if (concerns(view.board.not_supported, lever, PALS_CLOCK_LOCK)) return NVML_ERROR_NOT_SUPPORTED;
+    int denied = concerns(view.board.denied, lever, PALS_LIMIT);
+    if (denied || !view.head.writable || !bank.writable) return NVML_ERROR_NO_PERMISSION;
     if (!valid) return NVML_ERROR_INVALID_ARGUMENT;
     if (isnan(view.head.virtual_s)) sleep_s(view.head.setter_latency_s); /* in virtual time only the simulator waits */
     code = enter();

@@ -28,5 +28,7 @@ nvmlReturn_t pals_identify(nvmlDevice_t device, pals_view *view);
 nvmlReturn_t pals_look(nvmlDevice_t device, pals_view *view);
 
 /* Change a board's registers as a privileged user, after the delay a real setter takes; `valid` says whether the
-   arguments are acceptable, and is judged after the permission, as drivers do. */
-nvmlReturn_t pals_set(nvmlDevice_t device, int valid, void (*change)(pals_board *, double, double), double a, double b);
+   arguments are acceptable, and is judged after the permission, as drivers do. A board may refuse one lever alone. */
+typedef void pals_change(pals_board *, double, double);
+enum pals_lever { PALS_LIMIT, PALS_CLOCK_LOCK, PALS_MODE };
+nvmlReturn_t pals_set(nvmlDevice_t device, enum pals_lever lever, int valid, pals_change *change, double a, double b);

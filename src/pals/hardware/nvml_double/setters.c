@@ -18,7 +18,7 @@ API nvmlReturn_t nvmlDeviceSetPowerManagementLimit(nvmlDevice_t device, unsigned
     nvmlReturn_t code = pals_look(device, &v);
     if (code != NVML_SUCCESS) return code;
     double watts = milliwatts / 1000.0;
-    return pals_set(device, v.head.min_limit_w <= watts && watts <= v.head.max_limit_w, set_limit, watts, 0);
+    return pals_set(device, PALS_LIMIT, v.head.min_limit_w <= watts && watts <= v.head.max_limit_w, set_limit, watts, 0);
 }
 API nvmlReturn_t nvmlDeviceSetPowerManagementLimit_v2(nvmlDevice_t device, nvmlPowerValue_v2_t *wanted) {
     if (!wanted) return NVML_ERROR_INVALID_ARGUMENT;
@@ -27,15 +27,15 @@ API nvmlReturn_t nvmlDeviceSetPowerManagementLimit_v2(nvmlDevice_t device, nvmlP
     return nvmlDeviceSetPowerManagementLimit(device, wanted->milliwatts);
 }
 API nvmlReturn_t nvmlDeviceSetGpuLockedClocks(nvmlDevice_t device, unsigned int low_mhz, unsigned int high_mhz) {
-    return pals_set(device, 0 < low_mhz && low_mhz <= high_mhz, set_lock, low_mhz, high_mhz);
+    return pals_set(device, PALS_CLOCK_LOCK, 0 < low_mhz && low_mhz <= high_mhz, set_lock, low_mhz, high_mhz);
 }
 API nvmlReturn_t nvmlDeviceResetGpuLockedClocks(nvmlDevice_t device) {
     pals_view v;
     nvmlReturn_t code = pals_look(device, &v);
-    return code == NVML_SUCCESS ? pals_set(device, 1, set_lock, 0, (double)v.head.max_sm_clock_mhz) : code;
+    return code == NVML_SUCCESS ? pals_set(device, PALS_CLOCK_LOCK, 1, set_lock, 0, (double)v.head.max_sm_clock_mhz) : code;
 }
 
 /* Persistence is always on: the boards live as long as who keeps them. */
 API nvmlReturn_t nvmlDeviceSetPersistenceMode(nvmlDevice_t device, int mode) {
-    return pals_set(device, mode == ENABLED, keep, 0, 0);
+    return pals_set(device, PALS_MODE, mode == ENABLED, keep, 0, 0);
 }
