@@ -44,7 +44,7 @@ BOARD = np.dtype(
         *((name, "f8") for name in ("limit_w", "external_w", "lock_lo_mhz", "lock_hi_mhz")),
         *((name, "i8") for name in ("lost", "not_supported", "denied", "stuck")),
         *((name, "f8") for name in ("clock_mhz", "filtered_w", "power_w", "energy_j", "published_j", "temperature_c")),
-        *((name, "f8") for name in ("busy", "memory_busy", "core_factor", "idle_factor")),
+        *((name, "f8") for name in ("busy", "memory_busy", "core_factor", "idle_factor", "busy_until_s")),
         ("throttle", "i8"),
         ("ring_w", "f8", (RING,)),
     ]

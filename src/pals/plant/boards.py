@@ -162,14 +162,17 @@ class BoardBank:
             self._segments[slot] = (start_s, end_s, load.compute, load.memory, sum(1 << i for i in boards))
             clockwork["next"] += 1
             clockwork["busy_until_s"] = max(float(clockwork["busy_until_s"]), end_s)
+            used = list(boards)
+            self._boards["busy_until_s"][used] = np.maximum(self._boards["busy_until_s"][used], end_s)
 
     def pace_mhz(self, boards: Sequence[int], now_s: float) -> float:
         """Clock of the slowest of `boards`: the rank that sets a tensor-parallel group's pace."""
         with self._locked(now_s) as now_s:
-            idle = now_s > float(self._clockwork["busy_until_s"][0])
-            clocks = self._boards["clock_mhz"][list(boards)]
+            used = list(boards)
+            idle = now_s > float(self._boards["busy_until_s"][used].max())
+            clocks = self._boards["clock_mhz"][used]
             if idle:  # the first step after idling runs at what the boards rise to within a few ticks
-                clocks = np.maximum(clocks, self._clock_range_mhz()[1][list(boards)])
+                clocks = np.maximum(clocks, self._clock_range_mhz()[1][used])
             return float(clocks.min())
 
     def reading(self, i: int, now_s: float) -> BoardReading:
@@ -340,13 +343,13 @@ class BoardBank:
         b, spec, clockwork = self._boards, self.spec, self._clockwork[0]
         limit_w = np.minimum(b["limit_w"], b["external_w"])
         floor, ceiling = self._clock_range_mhz()
-        awake_until_s = float(clockwork["busy_until_s"]) + AWAKE_S
+        awake_until_s = b["busy_until_s"] + AWAKE_S  # each board by itself: engines share the bank, not their load
         newest = int(clockwork["ticks"])
         warm = 1.0 - np.exp(-TICK_S / THERMAL_TAU_S)
         newer = 1.0 - np.exp(-TICK_S / UTILISATION_S)
         for k in range(ticks):
             awake = start_s + k * TICK_S < awake_until_s
-            static_w = (spec.awake_w if awake else spec.idle_w) * b["idle_factor"]
+            static_w = np.where(awake, spec.awake_w, spec.idle_w) * b["idle_factor"]
             core_w = core_power_w(spec, compute[k], memory[k], b["clock_mhz"]) * b["core_factor"]
             power_w = static_w + core_w + hbm_power_w(spec, memory[k])
             b["energy_j"] += power_w * TICK_S
@@ -354,12 +357,12 @@ class BoardBank:
             b["temperature_c"] += (AMBIENT_C + THERMAL_K_PER_W * power_w - b["temperature_c"]) * warm
             b["busy"] += (busy[k] - b["busy"]) * newer
             b["memory_busy"] += (memory[k] - b["memory_busy"]) * newer
-            top = ceiling if awake else np.full(self.count, float(spec.min_sm_clock_mhz))
+            top = np.where(awake, ceiling, float(spec.min_sm_clock_mhz))
             b["filtered_w"], b["clock_mhz"], limited = govern(
                 filtered_w=b["filtered_w"], power_w=power_w, limit_w=limit_w, core_w=core_w, clock_mhz=b["clock_mhz"],
                 floor_mhz=floor, ceiling_mhz=top,
             )  # fmt: skip
-            b["throttle"] = np.where(limited & awake, THROTTLE_POWER_CAP, 0 if awake else THROTTLE_IDLE)
+            b["throttle"] = np.where(limited & awake, THROTTLE_POWER_CAP, np.where(awake, 0, THROTTLE_IDLE))
             newest += 1
             b["ring_w"][:, newest % RING] = power_w
         clockwork["ticks"] = newest
