@@ -14,11 +14,14 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
+
+from benchmarks.release_features import unmet
 
 RELEASES = ("0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
 ROOT = Path(__file__).resolve().parent.parent
+LEFT_OUT = ("opencv-python-headless",)  # as in the locks: images only
 BUILD, PAGE = ROOT / "build" / "matrix", ROOT / "docs" / "releases.md"
 Row = dict[str, str]
 
@@ -57,11 +60,22 @@ def install(wheel: Path, release: str) -> Path:
     return folder
 
 
+def complete(folder: Path) -> str:
+    """Add to a release's folder what it requires and the environment lacks altogether; return the names."""
+    release = next(d for d in distributions(path=[str(folder)]) if d.name == "vllm")
+    lacking = [r for r, here in unmet(release.requires or []) if here is None and r.name not in LEFT_OUT]
+    there = {d.name for d in distributions(path=[str(folder)])}
+    if missing := [f"{r.name}{r.specifier}" for r in lacking if r.name not in there]:
+        pip("install", "--no-deps", "--target", str(folder), *missing)
+    return ", ".join(r.name for r in lacking) or "nothing"
+
+
 def row_of(release: str) -> Row:
     """Try one release; what went wrong is in the row."""
     try:
         wheel, seconds = wheel_of(release)
         folder = install(wheel, release)
+        added = complete(folder)
     except subprocess.CalledProcessError as e:
         last = (e.stderr.strip().splitlines() or ["no message"])[-1]
         return {"version": release, "wheel built in": f"FAILED: {last[:200]}"}
@@ -77,6 +91,7 @@ def row_of(release: str) -> Row:
     if row["version"] != release:
         row["starts"] = f"FAILED: vLLM {row['version']} was imported instead"
         row["version"] = release
+    row["added to the locks"] = added
     row["wheel built in"] = built_file.read_text() if built_file.exists() else "?"
     return row
 
@@ -105,9 +120,10 @@ def page_of(rows: Sequence[Row]) -> str:
         "",
         "- *capabilities*: what the plugin found by asking the scheduler, not by comparing versions. `active_limit`: admission has a limit of its",
         "  own, lowering sets that; otherwise `running_limit` is lowered no further than what runs.",
-        "- *virtual run*: digest of the journal's records of one seeded 20 s run with a budget step (`pals emulate run`). Equal digests: equal",
+        "- *virtual run*: digest of the journal's records of one seeded 20 s run with a lowered limit and a budget step (`pals emulate run`). Equal digests: equal",
         "  schedule, tick by tick.",
-        "- *unmet dependencies*: what the release's own metadata asks for and the one environment does not have.",
+        "- *unmet dependencies*: what the release's own metadata asks for and this environment does not have; *added to the locks*: what it",
+        "  could not do without, installed beside that release alone.",
         "",
     ]  # fmt: skip
     return "\n".join(lines)
