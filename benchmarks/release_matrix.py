@@ -122,8 +122,8 @@ def page_of(rows: Sequence[Row]) -> str:
         "  own, lowering sets that; otherwise `running_limit` is lowered no further than what runs.",
         "- *virtual run*: digest of the journal's records of one seeded 20 s run with a lowered limit and a budget step (`pals emulate run`). Equal digests: equal",
         "  schedule, tick by tick.",
-        "- *unmet dependencies*: what the release's own metadata asks for and this environment does not have; *added to the locks*: what it",
-        "  could not do without, installed beside that release alone.",
+        "- *unmet dependencies*: what the release's own metadata asks for and this environment does not have; *added to the locks*: what was",
+        "  absent altogether, installed beside that release alone.",
         "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -15,10 +15,13 @@ from pathlib import Path
 import pytest
 
 from pals.cli import main
+from pals.cli.emulate import emulating
 from pals.core.quantities import OperatingPoint
+from pals.engines.emulated_device import open_bank
 from pals.engines.model_zoo import local_folder
 from pals.engines.openai_client import RequestResult, RequestSpec
 from pals.experiments.outcome import energy_between_j
+from pals.plant.boards import BoardBank
 from pals.plant.specs import parse_boards
 from pals.runtime.config import Config, OutputConfig, load_config
 from pals.runtime.journal import read_journal
@@ -231,3 +234,14 @@ def test_what_means_nothing_in_virtual_time_is_refused(capsys: pytest.CaptureFix
     told = capsys.readouterr().err
     assert told.count("Nothing was started") == 5
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_platform_answers_for_the_boards_named_now(tmp_path: Path) -> None:
+    """vLLM picks its defaults by the board's name: an earlier engine of this process must not decide them."""
+    names = []
+    for boards in ("h100-sxm5-80gb", "2xa100-sxm4-80gb"):
+        bank = tmp_path / f"{boards}.bank"
+        BoardBank.create(bank, *parse_boards(boards)).close()
+        with emulating("any", tmp_path, bank):
+            names.append(open_bank().spec.name)
+    assert names == ["h100-sxm5-80gb", "a100-sxm4-80gb"]

@@ -28,13 +28,13 @@ MEDIAN_TOKENS, SPREAD = 180.0, 0.7  # log-normal output lengths where the client
 
 
 def open_bank() -> BoardBank:
-    """The boards named by PALS_EMU_BOARDS (a bank file), or one default board of this process alone."""
-    return _bank_at(os.environ.get("PALS_EMU_BOARDS"))
+    """The boards that PALS_EMU_BOARDS names now (a bank file), or one default board of this process alone."""
+    return _bank_at(os.environ.get("PALS_EMU_BOARDS") or None)
 
 
 @cache
 def _bank_at(path: str | None) -> BoardBank:
-    if path:
+    if path is not None:
         return BoardBank.open(Path(path))
     spec, count = parse_boards(DEFAULT_BOARDS)
     with tempfile.TemporaryDirectory(prefix="pals-emu-") as folder:  # what is mapped outlives its name
@@ -90,7 +90,7 @@ class EmulatedDevice:
         req_ids, sampled, batch = self._read(output)
         start_s, end_s = self._book(batch) if batch.tokens else (self._clock(), self._clock())
         if batch.tokens:
-            self.trace.add(start_s, end_s, batch, len(req_ids))
+            self.trace.add(start_s, end_s, batch)
         return BookedStep(start_s=start_s, end_s=end_s, req_ids=req_ids, sampled=sampled)
 
     def dummy_step(self) -> float:
@@ -173,8 +173,8 @@ class DeviceTrace:
         self._file = open(path, "w") if path else None  # noqa: SIM115 - open for the life of the engine
         self._last_end_s: float | None = None
 
-    def add(self, start_s: float, end_s: float, batch: StepBatch, requests: int) -> None:
-        """Write one step of so many requests; `gap_s` is how long the device stood idle before it."""
+    def add(self, start_s: float, end_s: float, batch: StepBatch) -> None:
+        """Write one step; `gap_s` is how long the device stood idle before it."""
         if self._file is None:
             return
         gap_s = max(0.0, start_s - self._last_end_s) if self._last_end_s is not None else 0.0
@@ -185,7 +185,6 @@ class DeviceTrace:
             "gap_s": gap_s,
             "decode": batch.decode_sequences,
             "prefill": batch.prefill_tokens,
-            "requests": requests,
         }
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()

@@ -64,7 +64,7 @@ class VirtualEngine:
                 f"vLLM runs without the PALS plugin: no channel appeared in {folder}. Is VLLM_PLUGINS set without 'pals', "
                 "or PALS_PLUGIN=0? Nothing was run"
             )
-        return EngineGroup(mine)
+        return EngineGroup(mine[-1:])  # the newest: an earlier engine of this process may have died in its start
 
     def send(self, spec: RequestSpec, ids: list[int], finished: Finished) -> None:
         """A request of exactly the tokens asked for arrives now; `finished` gets what came of it."""
