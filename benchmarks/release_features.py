@@ -20,11 +20,13 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from pals.core.errors import PalsError
+from pals.core.quantities import LOWERINGS
 from pals.engines.openai_client import RequestSpec, replay
 from pals.engines.vllm_launcher import tail
 from pals.experiments.demo import free_port, healthy
@@ -146,30 +148,41 @@ def capabilities(server: Server) -> str:
     return ", ".join(k for k, v in server.engine().info.capabilities.items() if v) or "none"
 
 
-def moves(server: Server) -> str:
-    """The limit goes 32 → 4 → 32 under load, the batch follows, and every stream is whole."""
+def moves(lowering: str, server: Server) -> str:
+    """The limit goes 32 → 4 → 32 under load as `lowering` says, the batch follows, and every stream is whole."""
     engine = server.engine()
+    if lowering != "drain" and not engine.info.capabilities.get(lowering, False):
+        raise FeatureError("this scheduler does not offer it: the plugin drains instead")
     specs = [RequestSpec(at_s=0.0, prompt_tokens=40, output_tokens=250 + i % 9) for i in range(160)]
+    preempted_before = engine.read().preemptions
+
+    def lowered() -> bool:
+        now = engine.read()
+        batch = now.scheduled if lowering == "time-slice" else now.running
+        return now.lowering == lowering and batch is not None and 0 < batch <= LOWERED
 
     async def hold(limit: int, until: Callable[[], bool]) -> None:
         end_s = time.monotonic() + PATIENCE_S
         while not until():
             if time.monotonic() > end_s:
-                raise FeatureError(f"at a limit of {limit}, {engine.read().running} sequences still run")
-            engine.apply(limit, lease_s=2.0)
+                raise FeatureError(
+                    f"at a limit of {limit}: {engine.read().running} run, {engine.read().scheduled} in a step"
+                )
+            engine.apply(limit, lease_s=2.0, lowering=lowering)
             await asyncio.sleep(0.05)
 
     async def load() -> str:
         task = asyncio.create_task(replay(specs, base_url=server.url, model=MODEL, seed=2))
         await hold(LAUNCH, lambda: engine.read().running == LAUNCH)
-        await hold(LOWERED, lambda: engine.read().running <= LOWERED)
-        preempted = engine.read().preemptions
+        await hold(LOWERED, lowered)
         await hold(LAUNCH, lambda: engine.read().running > LAUNCH // 2)
-        if preempted:
-            raise FeatureError(f"{preempted} requests were preempted by the lowering")
         return exact(specs, await task)
 
-    return f"{asyncio.run(load())}, 0 preempted"
+    told = asyncio.run(load())
+    preempted = engine.read().preemptions - preempted_before
+    if preempted and lowering != "preempt":
+        raise FeatureError(f"{preempted} requests were preempted")
+    return f"{told}, {preempted} preempted"
 
 
 def expires(server: Server) -> str:
@@ -226,7 +239,7 @@ FEATURES: tuple[tuple[str, Callable[[Server], str]], ...] = (
     ("streaming", streams),
     ("plugin", plugin),
     ("capabilities", capabilities),
-    (f"{LAUNCH} → {LOWERED} → {LAUNCH} live", moves),
+    *((f"{LAUNCH} → {LOWERED} → {LAUNCH} live, {way}", partial(moves, way)) for way in LOWERINGS),
     ("setpoint expiry", expires),
     ("clean stop", stops),
     ("virtual run", virtual),
