@@ -15,7 +15,7 @@ from typing import Any
 from pals.core.quantities import EngineInfo
 from pals.engines.emulated_world import clock_of
 from pals.engines.lowering import TimeSlice, possible, preempt_down
-from pals.engines.step_telemetry import StepTelemetry
+from pals.engines.step_telemetry import StepTelemetry, tokens_given
 from pals.runtime.channel import EngineChannel, run_dir
 
 log = logging.getLogger("vllm.pals")
@@ -98,10 +98,10 @@ class EngineLink:
         """Count a request that the engine accepted."""
         self.telemetry.arrived(request, self._now_s())
 
-    def publish(self, scheduler: Any, sampled_token_ids: Any) -> None:
-        """Count a step's tokens and write the counters."""
+    def publish(self, scheduler: Any, engine_outputs: Any, sampled_token_ids: Any) -> None:
+        """Count the tokens that a step gave, and write the counters."""
         now_s = self._now_s()
-        self.telemetry.updated(sampled_token_ids, now_s)
+        self.telemetry.updated(tokens_given(engine_outputs, sampled_token_ids), now_s)
         running, waiting = scheduler.get_request_counts()
         self.telemetry.publish(
             self.channel,
@@ -251,7 +251,7 @@ class PalsMixin:
         result = super().update_from_output(scheduler_output, model_runner_output, *args, **kwargs)  # type: ignore[misc]
         if self._pals is not None:
             try:
-                self._pals.publish(self, model_runner_output.sampled_token_ids)
+                self._pals.publish(self, result, model_runner_output.sampled_token_ids)
             except Exception as e:  # noqa: BLE001 - see the class
                 self._pals_failed(e)
         return result
