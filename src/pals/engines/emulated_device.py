@@ -46,6 +46,7 @@ class _Request:
     known: int  # tokens known so far: prompt and sampled
     target: int | None  # ends with EOS as its n-th token; None: the client decides
     offset: int  # where in the canned text it starts
+    logprobs: bool  # of the tokens sampled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,7 @@ class BookedStep:
     end_s: float
     req_ids: list[str]
     sampled: list[list[int]]
+    logprobs: bool = False  # whether one of the requests asks for them
 
 
 class EmulatedDevice:
@@ -88,7 +90,8 @@ class EmulatedDevice:
         start_s, end_s = self._book(batch) if batch.tokens else (self._clock(), self._clock())
         if batch.tokens:
             self.trace.add(start_s, end_s, batch, len(req_ids))
-        return BookedStep(start_s=start_s, end_s=end_s, req_ids=req_ids, sampled=sampled)
+        logprobs = any(self._requests[rid].logprobs for rid in req_ids)
+        return BookedStep(start_s=start_s, end_s=end_s, req_ids=req_ids, sampled=sampled, logprobs=logprobs)
 
     def dummy_step(self) -> float:
         """Book what an idle rank of a data-parallel MoE runs along with; return its end."""
@@ -154,7 +157,13 @@ class EmulatedDevice:
         length = max(1, round(MEDIAN_TOKENS * float(np.exp(SPREAD * rng.standard_normal()))))
         least = int(getattr(sampling, "min_tokens", 0) or 0) + 1
         offset = int(rng.integers(0, len(self._canned)))
-        return _Request(prompt_len=prompt_len, known=known, target=max(length, least) if free else None, offset=offset)
+        return _Request(
+            prompt_len=prompt_len,
+            known=known,
+            target=max(length, least) if free else None,
+            offset=offset,
+            logprobs=getattr(sampling, "logprobs", None) is not None,
+        )
 
     def _token(self, request: _Request) -> int:
         nth = request.known - request.prompt_len + 1
