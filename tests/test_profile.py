@@ -132,6 +132,26 @@ def test_what_is_no_profile_is_refused_with_the_way_out(text: str) -> None:
         Profile.from_json(text)
 
 
+@pytest.mark.parametrize(
+    ("was", "becomes", "told"),
+    [
+        ('"boards": 4', '"boards": "4"', "fingerprint.boards is '4', not a whole number"),
+        ('"power_limit_w": 150.0', '"limit_w": 150.0', r"rows\[0\].limit_w is unknown"),
+        ('"window_s": 8.0', '"window_s": null', r"rows\[0\].window_s is 'None', not a number"),
+        ('"load"', '"lord"', "lord is unknown"),
+    ],
+)
+def test_a_damaged_profile_is_told_by_the_key(was: str, becomes: str, told: str) -> None:
+    assert was in profile().to_json()
+    with pytest.raises(ConfigError, match=told):
+        Profile.from_json(profile().to_json().replace(was, becomes, 1))
+
+
+def test_a_row_without_output_cannot_be_fitted() -> None:
+    with pytest.raises(ConfigError, match="row 1 of the profile has a figure that is not above 0"):
+        fit([replace(rows()[0], tokens_per_s=0.0), *rows()[1:]], boards=4)
+
+
 def test_nan_in_a_row_is_refused() -> None:
     text = profile().to_json().replace("8.0}", "NaN}", 1)
 

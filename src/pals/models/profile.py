@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pals.core.errors import ConfigError
+from pals.core.plain import decode
 from pals.core.quantities import Fingerprint, OperatingPoint, Prediction, refuse_nan
 from pals.models.clock_model import ClockModel, fit_clocks
 from pals.models.soft_limit import SoftLimit, fit_soft_limit
@@ -90,16 +91,14 @@ class Profile:
         """
         try:
             data = json.loads(text)
-            if data.get("format") != FORMAT:
+            written_as = data.pop("format", None)
+            if written_as != FORMAT:
                 raise ConfigError(
-                    f"{name}: format {data.get('format')!r}, expected {FORMAT!r}; make it anew with `pals profile`"
+                    f"{name}: format {written_as!r}, expected {FORMAT!r}; make it anew with `pals profile`"
                 )
-            return Profile(
-                fingerprint=Fingerprint(**data["fingerprint"]),
-                rows=tuple(ProfileRow(**r) for r in data["rows"]),
-                **{f.name: data[f.name] for f in fields(Profile) if f.name not in ("fingerprint", "rows")},
-            )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as e:
+            data.pop("fit", None)  # for the reader; computed anew from the rows
+            return decode(Profile, data, may_lack={"requested_clock_mhz"})  # type: ignore[no-any-return]
+        except (TypeError, AttributeError, ValueError, RecursionError) as e:
             raise ConfigError(
                 f"{name} is not a readable profile ({type(e).__name__}: {e}); make it anew with `pals profile`"
             ) from e
@@ -164,8 +163,14 @@ def fit(rows: Sequence[ProfileRow], *, boards: int) -> FittedModel:
     """Least squares in logs over `rows`; those under a clock lock apart.
 
     Raises:
-        ConfigError: fewer than `MIN_ROWS` rows without a lock, or a single active-sequence level of them.
+        ConfigError: fewer than `MIN_ROWS` rows without a lock, a single active-sequence level of them, or a row with a
+            figure that is not above 0.
     """
+    for i, r in enumerate(rows, start=1):
+        if min(r.power_limit_w, r.active_sequences, r.power_w, r.tokens_per_s, r.requested_clock_mhz or 1) <= 0:
+            raise ConfigError(
+                f"row {i} of the profile has a figure that is not above 0: {r.to_dict()}; measure it anew"
+            )
     every, rows = rows, [r for r in rows if r.requested_clock_mhz is None]
     levels = sorted({r.active_sequences for r in rows})
     if len(rows) < MIN_ROWS or len(levels) < 2:
