@@ -76,6 +76,9 @@ def serve(args: argparse.Namespace, rest: list[str]) -> int:
             code = 0
         else:
             code = steer(config, folder, lambda: living(folder, channel.info.pid), ended)
+            if code == EXIT_ENGINE_GONE and channel.alive():  # only the plugin has left, or vLLM is about to end
+                say("vLLM serves on without PALS until it ends, or you stop it (Ctrl-C)")
+                ended.wait()
         if gone.is_set():
             say(f"vLLM ended by itself (exit code {process.returncode}); see {log}")
             return EXIT_ENGINE_GONE
