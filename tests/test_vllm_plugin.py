@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from pathlib import Path
@@ -190,11 +191,44 @@ def test_boards_follow_rank_and_visible_devices() -> None:
 
     assert boards_of(second, "") == (2, 3)
     assert boards_of(second, "4,5,6,7") == (6, 7)
-    assert boards_of(second, "GPU-aaaa,GPU-bbbb,GPU-cccc,GPU-dddd") == ()  # unknown: nobody may guess
+    assert boards_of(second, "4,5,6") == ()
     second.assigned_physical_gpu_ids = [3, 1, 7, 5]  # --device-ids, of all ranks
     assert boards_of(second, "0,1") == (7, 5)
     second.assigned_physical_gpu_ids = [7, 5]  # of this rank alone
     assert boards_of(second, "") == (7, 5)
+
+
+def test_boards_by_uuid_are_those_vllms_platform_finds_and_never_guessed() -> None:
+    from pals.engines.vllm_plugin import boards_of
+
+    four = SimpleNamespace(tensor_parallel_size=4, pipeline_parallel_size=1)
+    assert boards_of(four, "GPU-aaaa,GPU-bbbb,GPU-cccc,GPU-dddd") == ()  # no such boards here
+    assert boards_of(four, "0,1,2,MIG-dddd") == ()
+    assert boards_of(four, " 3, 2,1 ,0") == (3, 2, 1, 0)
+
+
+def test_only_local_ranks_count_and_what_ray_placed_is_unknown(config: Any) -> None:
+    from pals.engines.vllm_plugin import boards_of
+
+    parallel = copy.copy(config.parallel_config)
+    parallel.tensor_parallel_size, parallel.world_size = 16, 16
+    parallel.nnodes, parallel.node_rank = 2, 1
+    assert boards_of(parallel, "") == tuple(range(8))
+    assert boards_of(parallel, "7,6,5,4,3,2,1,0") == (7, 6, 5, 4, 3, 2, 1, 0)
+    parallel.nnodes = 1
+    parallel.prefill_context_parallel_size, parallel.world_size = 2, 32
+    assert len(boards_of(parallel, "")) == 32
+    parallel.distributed_executor_backend = "ray"
+    assert boards_of(parallel, "") == ()
+
+
+def test_the_order_of_cudas_indices_is_told() -> None:
+    from pals.engines.vllm_plugin import in_cuda_order
+
+    assert in_cuda_order({})
+    assert in_cuda_order({"CUDA_VISIBLE_DEVICES": "1,0", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"})
+    assert not in_cuda_order({"CUDA_VISIBLE_DEVICES": "1,0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
+    assert not in_cuda_order({"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"})
 
 
 def test_the_channel_of_a_real_link_says_what_the_engine_is(config: Any) -> None:

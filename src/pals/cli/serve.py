@@ -99,6 +99,7 @@ def target_of(args: argparse.Namespace, rest: list[str], folder: Path) -> Iterat
     environ = {**os.environ, "PALS_RUN_DIR": str(folder), "PALS_MODEL_NAME": args.model}
     if args.boards:
         environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, chosen(args.boards, "--boards")))
+        environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as NVML counts, and with it PALS
     names: tuple[str, ...] = (args.model,)
     if not args.emulate:
         if environ.get("PALS_EMU"):
