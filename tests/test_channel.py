@@ -81,6 +81,35 @@ def test_a_dead_engine_is_gone_and_its_channel_removed(tmp_path: Path) -> None:
     assert not engine.path.exists()
 
 
+def test_a_channel_taken_away_or_made_anew_by_a_living_process_is_gone_too(tmp_path: Path) -> None:
+    engine, agent = pair(tmp_path)
+    EngineChannel(tmp_path, engine_info(os.getpid()), name="vllm-test")  # the process made another under the same name
+    with pytest.raises(EngineGoneError, match="PALS plugin switched itself off"):
+        agent.read()
+
+    agent = AgentChannel(engine.path)
+    assert agent.read().steps == 0
+    engine.close()
+    with pytest.raises(EngineGoneError, match="took its channel away"):
+        agent.read()
+
+
+def test_an_idle_engine_is_at_its_launch_limit_once_the_setpoint_has_expired(tmp_path: Path) -> None:
+    now_s = [100.0]
+    engine = EngineChannel(tmp_path, engine_info(os.getpid()), name="vllm-idle")
+    agent = AgentChannel(engine.path, lambda: now_s[0])
+    told = {"active_limit": 8.0, "launch_limit": 64.0, "lowering": 1.0, "running": 3.0}
+    agent.apply(8, lease_s=3.0, lowering="time-slice")
+    engine.publish([told.get(name, 0.0) for name in GAUGES])
+    now_s[0] = 104.0
+    assert agent.read().active_limit == 8  # busy: it says itself what it obeys
+
+    engine.publish([(told | {"running": 0.0}).get(name, 0.0) for name in GAUGES])
+    assert (agent.read().active_limit, agent.read().lowering) == (64, "drain")
+    agent.apply(8, lease_s=3.0)
+    assert agent.read().active_limit == 8
+
+
 def test_a_reader_never_sees_a_half_written_block(tmp_path: Path) -> None:
     engine, agent = pair(tmp_path)
     writer = (

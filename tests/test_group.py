@@ -96,6 +96,19 @@ def test_counters_of_ranks_add_up(tmp_path: Path) -> None:
         group.apply(129, lease_s=1.0)
 
 
+def test_a_rank_that_stands_still_is_not_hidden_by_the_others(tmp_path: Path) -> None:
+    channels = ranks_of(tmp_path, 3, parallelism="tp1 pp1 dp3 ep1", boards_each=1)
+    group = group_ranks([AgentChannel(c.path) for c in channels])[0]
+    for channel, time_s, running in zip(channels, (50.0, 60.0, 10.0), (4.0, 4.0, 0.0), strict=True):
+        told = {"time_s": time_s, "running": running}
+        channel.publish([told.get(name, 0.0) for name in GAUGES])
+
+    assert group.read().time_s == 50.0  # the third is idle
+    channels[0].publish([0.0] * len(GAUGES))
+    channels[1].publish([0.0] * len(GAUGES))
+    assert group.read().time_s == 10.0
+
+
 class Rank:
     """A rank in memory that remembers its part."""
 

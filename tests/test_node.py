@@ -65,6 +65,18 @@ def test_the_sum_of_the_limits_never_rises_above_a_budget_that_jumps(node: Agent
     assert node.records["a/one"][-1].budget.power_w == 1591.0
 
 
+def test_an_engine_whose_plugin_switched_itself_off_has_its_boards_put_back(node: AgentWorld) -> None:
+    lost = node.add("a/lost", boards=(0, 1), pid=node.spawn().pid)
+    node.add("b/last", boards=(2, 3), pid=node.spawn().pid)
+    seen: list[list[float]] = []
+    node.events = {102.0: lost.close, 104.0: lambda: seen.append(limits_w(node))}
+
+    assert node.run(control={"power_limit_w": 250.0}) == 0
+
+    assert seen == [[400.0, 400.0, 250.0, 250.0, *[400.0] * 4]]
+    assert any("plugin switched itself off" in s and "1 more are steered on" in s for s in node.said)
+
+
 def test_an_engine_that_ends_is_dropped_and_the_last_one_ends_the_agent(node: AgentWorld) -> None:
     first, last = node.spawn(), node.spawn()
     node.add("a/first", boards=(0, 1), pid=first.pid)

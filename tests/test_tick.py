@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from hypothesis import strategies as st
 from pals.control.guard import Guard
 from pals.control.static import StaticPolicy
 from pals.core.errors import ConfigError, EngineGoneError, NotSupportedError
-from pals.core.quantities import Budget, OperatingPoint, Slo
+from pals.core.quantities import Budget, EngineSample, OperatingPoint, Slo
 from pals.runtime.budgets import BudgetSchedule, parse_budget
 from pals.runtime.loop import GridClock, boards_as_found, left_by_dead_agent, run
+from pals.runtime.staleness import stale_notes
 from pals.runtime.tick import Rig, TickRecord
-from tests.worlds import Board, Clock, Engine
+from tests.worlds import Board, Clock, Engine, engine_sample
 
 
 def rig(clock: Clock, boards: Sequence[Board], engine: Engine, *, limit_w: float = 400.0, n: int = 64) -> Rig:
@@ -115,6 +117,33 @@ def test_a_lost_board_is_told_and_nothing_is_written_to_the_group() -> None:
     assert "lost" in record.notes[0]
     assert boards[0].written_w == []
     assert record.sample.power_w is None
+
+
+class Hanging(Engine):
+    """Takes no step between two times, and says so in its counters."""
+
+    hangs_s = (102.0, 110.0)
+
+    def read(self) -> EngineSample:
+        told = super().read()
+        first, last = self.hangs_s
+        return replace(told, time_s=first, steps=7) if first < self.clock.now < last else told
+
+
+def test_an_engine_that_hangs_is_told_while_it_does_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock(until_s=113.0)
+
+    records = go(rig(clock, [Board(clock)], Hanging(clock), limit_w=200.0), clock)
+
+    noted = [r.sample.time_s for r in records if r.notes]
+    assert (noted[0], noted[-1]) == (107.5, 109.5)
+    assert "no step has ended for more than 5 s (after step 7)" in next(r.notes[0] for r in records if r.notes)
+    assert sum("stands still" in m for m in caplog.messages) == 1
+
+
+def test_an_idle_engine_is_not_stale() -> None:
+    assert stale_notes(engine_sample(0.0), 1000.0) == []
+    assert len(stale_notes(engine_sample(0.0, running=1), 1000.0)) == 1
 
 
 class Refusing(Board):

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from pals.cli.main import say
 from pals.core.errors import ConfigError, EngineGoneError, PalsError
 from pals.core.quantities import EngineInfo
-from pals.hardware.nvml import Nvml, open_boards
+from pals.hardware.nvml import Nvml, NvmlBoard, open_boards
 from pals.runtime.agent import FOUND_RECORD, STATUS_FILES, AgentSetup, Watcher
 from pals.runtime.channel import find_engines, process_alive, run_dir
 from pals.runtime.config import Config, load_config
@@ -109,25 +110,46 @@ def emulated_bank(folder: Path) -> Path | None:
 def boards_of(folder: Path, channel: EngineGroup | None, *, write: bool) -> Iterator[Nvml]:
     """Open the engine's boards; before that, mend what a killed agent left, if `write`."""
     bank = emulated_bank(folder)
-    indices = known_boards(channel.info) if channel is not None else None
     if write:
         mend(folder, bank)
-    with open_boards(emulated=bank, indices=indices) as nvml:
+    with open_boards(emulated=bank, indices=None if channel is None else ()) as nvml:
+        if channel is not None:
+            nvml.boards = open_boards_of(channel.info, nvml)
         yield nvml
 
 
-def known_boards(engine: EngineInfo) -> tuple[int, ...]:
-    """The indices of the engine's boards.
+def open_boards_of(engine: EngineInfo, nvml: Nvml) -> tuple[NvmlBoard, ...]:
+    """Open the engine's boards.
 
     Raises:
-        ConfigError: it does not say.
+        ConfigError: it does not say which they are, or counts them in an order that NVML does not know.
     """
     if not engine.boards:
         raise ConfigError(
-            f"the engine {engine.name} (process {engine.pid}) does not say which boards it uses (CUDA_VISIBLE_DEVICES lists "
-            "no indices); PALS will not guess. Nothing was changed: start the engine with board indices in CUDA_VISIBLE_DEVICES"
+            f"the engine {engine.name} (process {engine.pid}) does not say which boards it uses (CUDA_VISIBLE_DEVICES names "
+            "something that vLLM does not resolve, or Ray placed it); PALS will not guess. Nothing was changed: start the "
+            "engine with board indices or UUIDs in CUDA_VISIBLE_DEVICES"
         )
-    return engine.boards
+    if engine.cuda_order and len(kinds := kinds_of_board(nvml)) > 1:
+        raise ConfigError(
+            f"this node has boards of several kinds ({', '.join(sorted(kinds))}), and the engine {engine.name} (process "
+            f"{engine.pid}) counts them fastest first, as CUDA does by default, not as NVML does; PALS will not guess. Nothing "
+            "was changed: start the engine with CUDA_DEVICE_ORDER=PCI_BUS_ID, or with UUIDs in CUDA_VISIBLE_DEVICES"
+        )
+    return nvml.open(engine.boards)
+
+
+def kinds_of_board(nvml: Nvml) -> set[str]:
+    """The names of all boards that NVML lists; one that cannot be opened is left out."""
+    names: set[str] = set()
+    for i in count():
+        try:
+            names.update(b.info.name for b in nvml.open((i,)))
+        except ConfigError:  # no such index
+            return names
+        except (PalsError, ValueError):
+            continue
+    return names
 
 
 def mend(folder: Path, bank: Path | None, *, clock: Callable[[], float] = time.monotonic) -> int:
@@ -181,7 +203,7 @@ def steer(config: Config, folder: Path, find: Callable[[], Sequence[EngineGroup]
     ):
         setup = AgentSetup(
             find=find,
-            open_boards=lambda group: nvml.open(known_boards(group.info)),
+            open_boards=lambda group: open_boards_of(group.info, nvml),
             config=config,
             emulated=emulated,
             may_write=nvml.may_write,

@@ -30,7 +30,10 @@ def replay(args: argparse.Namespace) -> int:
     header, records = read_journal(Path(args.journal))
     profile = Profile.from_json(header.profile_json, name=args.journal) if header.profile_json else None
     guard = Guard.of(header.boards, header.engine.launch_sequences)
-    policy = build_policy(header.policy, header.policy_settings, profile, guard)
+    try:
+        policy = build_policy(header.policy, header.policy_settings, profile, guard)
+    except TypeError as e:  # a setting this policy does not have
+        raise ConfigError(f"{args.journal}, line 1: policy_settings do not fit {header.policy}: {e}") from e
     result = replay_records(policy, guard, records)
     for difference in result.differences[:5]:
         print(difference)

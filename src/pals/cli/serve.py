@@ -76,6 +76,9 @@ def serve(args: argparse.Namespace, rest: list[str]) -> int:
             code = 0
         else:
             code = steer(config, folder, lambda: living(folder, channel.info.pid), ended)
+            if code == EXIT_ENGINE_GONE and channel.alive():  # only the plugin has left, or vLLM is about to end
+                say("vLLM serves on without PALS until it ends, or you stop it (Ctrl-C)")
+                ended.wait()
         if gone.is_set():
             say(f"vLLM ended by itself (exit code {process.returncode}); see {log}")
             return EXIT_ENGINE_GONE
@@ -96,6 +99,7 @@ def target_of(args: argparse.Namespace, rest: list[str], folder: Path) -> Iterat
     environ = {**os.environ, "PALS_RUN_DIR": str(folder), "PALS_MODEL_NAME": args.model}
     if args.boards:
         environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, chosen(args.boards, "--boards")))
+        environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as NVML counts, and with it PALS
     names: tuple[str, ...] = (args.model,)
     if not args.emulate:
         if environ.get("PALS_EMU"):

@@ -26,4 +26,4 @@ class DeviceLostError(PalsError):
 
 
 class EngineGoneError(PalsError):
-    """The serving engine's process has ended; restore the boards and stop."""
+    """The serving engine has ended, or no longer takes part; restore the boards and stop."""

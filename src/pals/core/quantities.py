@@ -210,6 +210,7 @@ class EngineInfo:
     launch_sequences: int
     capabilities: dict[str, bool] = field(default_factory=dict)
     served_as: str = ""  # the name in the API; empty: the model's
+    cuda_order: bool = False  # boards count fastest first, as CUDA does by default; NVML counts by PCI bus
     data_parallel: bool = False  # one rank of several: those of the same parent process belong together
 
     @property

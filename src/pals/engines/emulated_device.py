@@ -27,13 +27,10 @@ DEFAULT_BOARDS = "h100-sxm5-80gb"
 MEDIAN_TOKENS, SPREAD = 180.0, 0.7  # log-normal output lengths where the client lets the model end
 
 
+@cache
 def open_bank() -> BoardBank:
     """The boards that PALS_EMU_BOARDS names now (a bank file), or one default board of this process alone."""
-    return _bank_at(os.environ.get("PALS_EMU_BOARDS") or None)
-
-
-@cache
-def _bank_at(path: str | None) -> BoardBank:
+    path = os.environ.get("PALS_EMU_BOARDS")
     if path is not None:
         return BoardBank.open(Path(path))
     spec, count = parse_boards(DEFAULT_BOARDS)
@@ -49,6 +46,7 @@ class _Request:
     known: int  # tokens known so far: prompt and sampled
     target: int | None  # ends with EOS as its n-th token; None: the client decides
     offset: int  # where in the canned text it starts
+    logprobs: bool  # of the tokens sampled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +57,7 @@ class BookedStep:
     end_s: float
     req_ids: list[str]
     sampled: list[list[int]]
+    logprobs: bool = False  # whether one of the requests asks for them
 
 
 class EmulatedDevice:
@@ -90,8 +89,9 @@ class EmulatedDevice:
         req_ids, sampled, batch = self._read(output)
         start_s, end_s = self._book(batch) if batch.tokens else (self._clock(), self._clock())
         if batch.tokens:
-            self.trace.add(start_s, end_s, batch)
-        return BookedStep(start_s=start_s, end_s=end_s, req_ids=req_ids, sampled=sampled)
+            self.trace.add(start_s, end_s, batch, len(req_ids))
+        logprobs = any(self._requests[rid].logprobs for rid in req_ids)
+        return BookedStep(start_s=start_s, end_s=end_s, req_ids=req_ids, sampled=sampled, logprobs=logprobs)
 
     def dummy_step(self) -> float:
         """Book what an idle rank of a data-parallel MoE runs along with; return its end."""
@@ -157,7 +157,13 @@ class EmulatedDevice:
         length = max(1, round(MEDIAN_TOKENS * float(np.exp(SPREAD * rng.standard_normal()))))
         least = int(getattr(sampling, "min_tokens", 0) or 0) + 1
         offset = int(rng.integers(0, len(self._canned)))
-        return _Request(prompt_len=prompt_len, known=known, target=max(length, least) if free else None, offset=offset)
+        return _Request(
+            prompt_len=prompt_len,
+            known=known,
+            target=max(length, least) if free else None,
+            offset=offset,
+            logprobs=getattr(sampling, "logprobs", None) is not None,
+        )
 
     def _token(self, request: _Request) -> int:
         nth = request.known - request.prompt_len + 1
@@ -173,8 +179,8 @@ class DeviceTrace:
         self._file = open(path, "w") if path else None  # noqa: SIM115 - open for the life of the engine
         self._last_end_s: float | None = None
 
-    def add(self, start_s: float, end_s: float, batch: StepBatch) -> None:
-        """Write one step; `gap_s` is how long the device stood idle before it."""
+    def add(self, start_s: float, end_s: float, batch: StepBatch, requests: int) -> None:
+        """Write one step of so many requests; `gap_s` is how long the device stood idle before it."""
         if self._file is None:
             return
         gap_s = max(0.0, start_s - self._last_end_s) if self._last_end_s is not None else 0.0
@@ -185,6 +191,7 @@ class DeviceTrace:
             "gap_s": gap_s,
             "decode": batch.decode_sequences,
             "prefill": batch.prefill_tokens,
+            "requests": requests,
         }
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
 from pals.engines.emulated_device import BookedStep, EmulatedDevice, open_bank
 from pals.engines.emulated_world import clock_of, world_of
@@ -151,7 +151,7 @@ class EmulatedExecutor(Executor):
         """Phase 1: book the step."""
         step = self._device.launch(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0:
-            output = _output(step)
+            output = model_output(step)
             return ready(output) if non_block else output
         self._pending = step
         return ready(None) if non_block else None
@@ -163,7 +163,7 @@ class EmulatedExecutor(Executor):
             return ready(None) if non_block else None
         if grammar_output is not None:
             obey_grammar(step, grammar_output)
-        future = StepFuture(_output(step), step.end_s, self._clock)
+        future = StepFuture(model_output(step), step.end_s, self._clock)
         return future if non_block else future.result()
 
     def check_health(self) -> None:
@@ -181,11 +181,26 @@ class EmulatedExecutor(Executor):
         return None
 
 
-def _output(step: BookedStep) -> Any:
+def model_output(step: BookedStep) -> Any:
+    """The step as vLLM's scheduler takes it."""
     return ModelRunnerOutput(
         req_ids=step.req_ids,
         req_id_to_index={rid: i for i, rid in enumerate(step.req_ids)},
         sampled_token_ids=step.sampled,
+        logprobs=certain(step) if step.logprobs else None,
+    )
+
+
+def certain(step: BookedStep) -> LogprobsLists:
+    """Log-probabilities of the step's tokens: no model weighed others, so each had probability one and rank 1.
+
+    One row a request, as vLLM slices them; where top log-probabilities are asked for, the token is the only one told.
+    """
+    ids = [tokens[:1] or [0] for tokens in step.sampled]
+    return LogprobsLists(
+        logprob_token_ids=np.array(ids, dtype=np.int32),
+        logprobs=np.zeros((len(ids), 1), dtype=np.float32),
+        sampled_token_ranks=np.ones(len(ids), dtype=np.int32),
     )
 
 

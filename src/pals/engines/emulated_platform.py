@@ -22,6 +22,15 @@ def _silence_accelerator() -> None:
                 setattr(torch.accelerator, name, lambda *args, **kwargs: None)
 
 
+def refusal() -> type[Exception]:
+    """What vLLM takes for a request's own fault."""
+    try:
+        from vllm.exceptions import VLLMValidationError
+    except ImportError:
+        return ValueError
+    return VLLMValidationError
+
+
 def _know_deepseek_moe() -> None:
     """The first DeepSeek-MoE: vLLM has the model, transformers reads its config only with code from the hub."""
     from transformers import AutoConfig, PretrainedConfig
@@ -101,6 +110,20 @@ class EmulatedPlatform(Platform):
     @classmethod
     def update_block_size_for_backend(cls, vllm_config: Any) -> None:
         return None
+
+    @classmethod
+    def validate_request(cls, processed_inputs: Any, params: Any, *args: Any) -> None:
+        """Refuse log-probabilities of prompt tokens, and of tokens named beforehand: no model computes them here.
+
+        Raises:
+            VLLMValidationError: what vLLM answers with status 400; `ValueError` in a release without it.
+        """
+        for name in ("prompt_logprobs", "prompt_logprob_token_ids", "logprob_token_ids"):
+            if getattr(params, name, None) is not None:
+                raise refusal()(
+                    f"{name} is not there on emulated boards: no model weighs tokens. Ask without it (echo with logprobs "
+                    "asks for it too); logprobs of output tokens are there, each with probability one"
+                )
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:

@@ -74,10 +74,10 @@ class StepTelemetry:
         self._now["prefill_tokens"] += prefill
         self._now["decode_tokens"] += output.total_num_scheduled_tokens - prefill
 
-    def updated(self, sampled_token_ids: Any, now_s: float) -> None:
-        """A step's tokens came back."""
+    def updated(self, output_tokens: int, now_s: float) -> None:
+        """A step came back, and so many tokens of it were given to requests."""
         now = self._now
-        now["output_tokens"] += sum(map(len, sampled_token_ids))
+        now["output_tokens"] += output_tokens
         if self._prefilling:
             self._first_tokens(now_s)
         if self._busy_since_s is not None:
@@ -145,6 +145,18 @@ class StepTelemetry:
             tpot_s = max(0.0, self._last_update_s - known.first_token_s) / (tokens - 1)
             self._tpot[bisect_left(LATENCY_BOUNDS_S, tpot_s)] += 1
             self._tpot_new = True
+
+
+def tokens_given(engine_outputs: Any, sampled_token_ids: Any) -> int:
+    """Tokens that a step gave to its requests, of what the scheduler's `update_from_output` returned, one item a client.
+
+    Fewer than were sampled: under async scheduling a request that ends at EOS has one more step in flight, whose token
+    vLLM discards. A release that returns something else is counted by what was sampled.
+    """
+    try:
+        return sum(len(out.new_token_ids) for client in engine_outputs.values() for out in client.outputs)
+    except (AttributeError, TypeError):
+        return sum(map(len, sampled_token_ids))
 
 
 def _preempted(output: Any) -> Collection[str]:

@@ -10,12 +10,13 @@ import contextlib
 import inspect
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from pals.core.quantities import EngineInfo
 from pals.engines.emulated_world import clock_of
 from pals.engines.lowering import TimeSlice, possible, preempt_down
-from pals.engines.step_telemetry import StepTelemetry
+from pals.engines.step_telemetry import StepTelemetry, tokens_given
 from pals.runtime.channel import EngineChannel, run_dir
 
 log = logging.getLogger("vllm.pals")
@@ -98,10 +99,10 @@ class EngineLink:
         """Count a request that the engine accepted."""
         self.telemetry.arrived(request, self._now_s())
 
-    def publish(self, scheduler: Any, sampled_token_ids: Any) -> None:
-        """Count a step's tokens and write the counters."""
+    def publish(self, scheduler: Any, engine_outputs: Any, sampled_token_ids: Any) -> None:
+        """Count the tokens that a step gave, and write the counters."""
         now_s = self._now_s()
-        self.telemetry.updated(sampled_token_ids, now_s)
+        self.telemetry.updated(tokens_given(engine_outputs, sampled_token_ids), now_s)
         running, waiting = scheduler.get_request_counts()
         self.telemetry.publish(
             self.channel,
@@ -164,6 +165,7 @@ def engine_info(scheduler: Any, launch_limit: int, capabilities: dict[str, bool]
         model=os.environ.get("PALS_MODEL_NAME") or str(config.model_config.model),
         parallelism=parallelism,
         boards=boards_of(p, os.environ.get("CUDA_VISIBLE_DEVICES", "")),
+        cuda_order=in_cuda_order(os.environ),
         launch_sequences=launch_limit,
         capabilities=capabilities,
         served_as=served_name(config.model_config),
@@ -178,23 +180,51 @@ def served_name(model_config: Any) -> str:
 
 
 def boards_of(parallel: Any, visible: str) -> tuple[int, ...]:
-    """Board indices of this data-parallel rank, through --device-ids or CUDA_VISIBLE_DEVICES; empty where unknown.
+    """Board indices of this data-parallel rank on this node, as vLLM's workers count them; empty where unknown.
 
-    Empty means unknown: an agent must not guess, or it would steer boards that belong to somebody else.
+    Through --device-ids or CUDA_VISIBLE_DEVICES, by index or UUID. Empty means unknown: an agent must not guess, or it would
+    steer boards that belong to somebody else. Ranks on other nodes are not counted; boards that Ray chose are unknown.
     """
-    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-    first = (getattr(parallel, "data_parallel_rank_local", 0) or 0) * ranks
-    local = range(first, first + ranks)
+    backends = {getattr(parallel, f"{kind}_backend", None) for kind in ("distributed_executor", "data_parallel")}
+    if backends & {"ray", "external_launcher"}:
+        return ()
+    first, ranks = _local_ranks(parallel)
     assigned = getattr(parallel, "assigned_physical_gpu_ids", None)
     if assigned:  # of this rank alone, or of all
         mine = assigned if len(assigned) == ranks else assigned[first : first + ranks]
         return tuple(int(i) for i in mine) if len(mine) == ranks else ()
     if not visible:
-        return tuple(local)
-    listed = [v.strip() for v in visible.split(",")]
-    if len(listed) < first + ranks or not all(v.isdigit() for v in listed):
-        return ()
-    return tuple(int(listed[i]) for i in local)
+        return tuple(range(first, first + ranks))
+    mine = [_index(v.strip()) for v in visible.split(",")[first : first + ranks]]
+    return tuple(i for i in mine if i is not None) if len(mine) == ranks and None not in mine else ()
+
+
+def _local_ranks(parallel: Any) -> tuple[int, int]:
+    """The first local rank of this data-parallel rank, and how many it has here."""
+    every = getattr(parallel, "world_size", None) or parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    here = getattr(parallel, "local_world_size", every)
+    if here < every:  # over several nodes: vLLM counts from 0 on each
+        return 0, here
+    return (getattr(parallel, "data_parallel_rank_local", 0) or 0) * here, here
+
+
+def _index(device: str) -> int | None:
+    """The NVML index of an index or UUID in CUDA_VISIBLE_DEVICES, as vLLM's platform finds it; None where it does not."""
+    if device.isdigit():
+        return int(device)
+    try:
+        from vllm.platforms import current_platform
+
+        return int(current_platform.device_control_id_to_physical_device_id(device))
+    except Exception:  # noqa: BLE001 - the driver's own error among them, which vLLM brings along; unknown is an answer
+        return None
+
+
+def in_cuda_order(environ: Mapping[str, str]) -> bool:
+    """Whether indices count boards as CUDA does by default, fastest first, which NVML does not know."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
+    by_uuid = bool(visible) and not any(v.strip().isdigit() for v in visible.split(","))
+    return environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID" and not by_uuid
 
 
 class PalsMixin:
@@ -251,7 +281,7 @@ class PalsMixin:
         result = super().update_from_output(scheduler_output, model_runner_output, *args, **kwargs)  # type: ignore[misc]
         if self._pals is not None:
             try:
-                self._pals.publish(self, model_runner_output.sampled_token_ids)
+                self._pals.publish(self, result, model_runner_output.sampled_token_ids)
             except Exception as e:  # noqa: BLE001 - see the class
                 self._pals_failed(e)
         return result

@@ -1,23 +1,24 @@
 """A profile: measured rows of limit or SM clock × active sequences on one engine and board, and small models fitted to them.
 
-Model: power = boards · min(limit, natural draw(n)), natural draw a quadratic in log n fitted to the rows of the
-highest limit; throughput = exp of a quadratic in (log effective limit, log n), the effective limit being the smaller
-of limit and natural draw. Both forms are inert above natural draw, as boards are. Rows under a clock lock have a model
-of their own (`clock_model`); where a limit binds too, the smaller figures of the two count.
+Model: power = boards · the soft minimum of limit and natural draw(n) (`soft_limit`); throughput = exp of a quadratic in
+(log of that power per board, log n). Both are inert far above natural draw, as boards are. Rows under a clock lock have
+a model of their own (`clock_model`); where a limit binds too, the smaller figures of the two count.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pals.core.errors import ConfigError
+from pals.core.plain import decode
 from pals.core.quantities import Fingerprint, OperatingPoint, Prediction, refuse_nan
 from pals.models.clock_model import ClockModel, fit_clocks
+from pals.models.soft_limit import SoftLimit, fit_soft_limit
 
 FORMAT = "pals-profile/1"
 MIN_ROWS = 8
@@ -90,16 +91,14 @@ class Profile:
         """
         try:
             data = json.loads(text)
-            if data.get("format") != FORMAT:
+            written_as = data.pop("format", None)
+            if written_as != FORMAT:
                 raise ConfigError(
-                    f"{name}: format {data.get('format')!r}, expected {FORMAT!r}; make it anew with `pals profile`"
+                    f"{name}: format {written_as!r}, expected {FORMAT!r}; make it anew with `pals profile`"
                 )
-            return Profile(
-                fingerprint=Fingerprint(**data["fingerprint"]),
-                rows=tuple(ProfileRow(**r) for r in data["rows"]),
-                **{f.name: data[f.name] for f in fields(Profile) if f.name not in ("fingerprint", "rows")},
-            )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as e:
+            data.pop("fit", None)  # for the reader; computed anew from the rows
+            return decode(Profile, data, may_lack={"requested_clock_mhz"})  # type: ignore[no-any-return]
+        except (TypeError, AttributeError, ValueError, RecursionError) as e:
             raise ConfigError(
                 f"{name} is not a readable profile ({type(e).__name__}: {e}); make it anew with `pals profile`"
             ) from e
@@ -121,7 +120,7 @@ class FittedModel:
 
     boards: int
     points: tuple[OperatingPoint, ...]
-    natural: tuple[float, ...]  # coefficients of log natural draw per board in log n
+    power: SoftLimit  # of one board
     throughput: tuple[float, ...]  # coefficients of log tokens/s in (1, x, y, x², xy, y²)
     n_range: tuple[int, int]
     residuals: Residuals
@@ -129,8 +128,7 @@ class FittedModel:
 
     def natural_draw_w(self, active_sequences: int) -> float:
         """Draw of one board with no limit binding, W."""
-        n = float(np.clip(active_sequences, *self.n_range))
-        return float(np.exp(np.polynomial.polynomial.polyval(np.log(n), self.natural)))
+        return float(self.power.natural_draw_w(self._measured(active_sequences))[0])
 
     def predict(self, point: OperatingPoint) -> Prediction:
         """Throughput and power of all boards at `point` with enough work; `active_sequences` None means the largest.
@@ -139,10 +137,10 @@ class FittedModel:
             ValueError: `point` locks the clock and no row did.
         """
         n = point.active_sequences if point.active_sequences is not None else self.n_range[1]
-        per_board_w = min(point.power_limit_w, self.natural_draw_w(n))
-        features = _features(np.array([per_board_w]), np.array([float(n)]))
+        per_board_w = self.power.power_w(np.array([point.power_limit_w]), self._measured(n))
+        features = _features(per_board_w, np.array([float(n)]))
         tokens_per_s = float(np.exp((features @ np.array(self.throughput))[0]))
-        power_w = per_board_w * self.boards
+        power_w = float(per_board_w[0]) * self.boards
         if point.sm_clock_mhz is not None:
             if self.clock is None:
                 raise ValueError(f"no row of this profile locks the SM clock: {point.sm_clock_mhz} MHz is unknown")
@@ -150,6 +148,10 @@ class FittedModel:
             tokens_per_s = min(tokens_per_s, float(locked[0][0]))
             power_w = min(point.power_limit_w * self.boards, float(locked[1][0]))
         return Prediction(point=point, tokens_per_s=tokens_per_s, power_w=power_w)
+
+    def _measured(self, active_sequences: int) -> FloatArray:
+        """`active_sequences` clipped to what was measured, shape (1,)."""
+        return np.array([float(np.clip(active_sequences, *self.n_range))])
 
 
 def _features(limit_w: FloatArray, n: FloatArray) -> FloatArray:
@@ -161,8 +163,14 @@ def fit(rows: Sequence[ProfileRow], *, boards: int) -> FittedModel:
     """Least squares in logs over `rows`; those under a clock lock apart.
 
     Raises:
-        ConfigError: fewer than `MIN_ROWS` rows without a lock, or a single active-sequence level of them.
+        ConfigError: fewer than `MIN_ROWS` rows without a lock, a single active-sequence level of them, or a row with a
+            figure that is not above 0.
     """
+    for i, r in enumerate(rows, start=1):
+        if min(r.power_limit_w, r.active_sequences, r.power_w, r.tokens_per_s, r.requested_clock_mhz or 1) <= 0:
+            raise ConfigError(
+                f"row {i} of the profile has a figure that is not above 0: {r.to_dict()}; measure it anew"
+            )
     every, rows = rows, [r for r in rows if r.requested_clock_mhz is None]
     levels = sorted({r.active_sequences for r in rows})
     if len(rows) < MIN_ROWS or len(levels) < 2:
@@ -170,24 +178,19 @@ def fit(rows: Sequence[ProfileRow], *, boards: int) -> FittedModel:
             f"{len(rows)} rows without a clock lock at {len(levels)} active-sequence levels are too few to fit (need {MIN_ROWS} and 2); "
             "let `pals profile` finish"
         )
-    top_w = max(r.power_limit_w for r in rows)
-    top = [r for r in rows if r.power_limit_w == top_w]
-    degree = min(2, len({r.active_sequences for r in top}) - 1)
-    natural = np.polynomial.polynomial.polyfit(
-        np.log([float(r.active_sequences) for r in top]), np.log([r.power_w / boards for r in top]), max(degree, 0)
-    )
     n = np.array([float(r.active_sequences) for r in rows])
-    draw_w = np.exp(np.polynomial.polynomial.polyval(np.log(n), natural))
-    effective_w = np.minimum(np.array([r.power_limit_w for r in rows]), draw_w)
+    limit_w = np.array([r.power_limit_w for r in rows])
+    power = np.array([r.power_w for r in rows])
+    model = fit_soft_limit(power_limit_w=limit_w, active_sequences=n, power_w=power / boards)
+    effective_w = model.power_w(limit_w, n)
     tokens = np.array([r.tokens_per_s for r in rows])
     features = _features(effective_w, n)
     coefficients, *_ = np.linalg.lstsq(features, np.log(tokens), rcond=None)
-    power = np.array([r.power_w for r in rows])
     clock, clock_residuals = _fit_locked([r for r in every if r.requested_clock_mhz is not None])
     return FittedModel(
         boards=boards,
         points=tuple(r.point for r in every),
-        natural=tuple(float(c) for c in natural),
+        power=model,
         throughput=tuple(float(c) for c in coefficients),
         n_range=(levels[0], levels[-1]),
         residuals=Residuals(

@@ -166,6 +166,7 @@ class AgentChannel:
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.path, self._clock = path, clock
         with path.open("r+b") as f:
+            self._file_id = os.fstat(f.fileno()).st_ino
             self._mapped = mmap.mmap(f.fileno(), SIZE)
         if self._mapped[: len(MAGIC)] != MAGIC:
             raise ValueError(f"{path} is not a PALS channel (or of another version)")
@@ -187,18 +188,34 @@ class AgentChannel:
     def read(self) -> EngineSample:
         """Return the latest telemetry.
 
+        An idle engine takes no step in which to tell that its setpoint has expired: its launch limit is what it will obey.
+
         Raises:
-            EngineGoneError: the engine's process has ended.
+            EngineGoneError: the engine's process has ended, or took its channel away.
         """
         if not self.alive():
             raise EngineGoneError(f"the engine (process {self._info.pid}, {self._info.model}) has ended")
+        if not self._there():
+            raise EngineGoneError(
+                f"the engine (process {self._info.pid}, {self._info.model}) took its channel away: it is stopping, or its PALS "
+                "plugin switched itself off (vLLM's log then says 'PALS plugin failed') and it serves on at its launch limits"
+            )
         values = self._telemetry.read()
         if values is None:
             values = self._before_first_step()
         gauges: dict[str, Any] = {k: v if k in _FLOATS else int(v) for k, v in zip(_GAUGES, values, strict=False)}
         gauges["lowering"] = LOWERINGS[gauges["lowering"]]
+        if gauges["running"] + gauges["waiting"] == 0 and self.setpoint(self._clock()) is None:
+            gauges |= {"active_limit": gauges["launch_limit"], "lowering": LOWERINGS[0]}
         counts = tuple(int(v) for v in values[len(_GAUGES) :])
         return EngineSample(**gauges, ttft_counts=counts[:_BUCKETS], tpot_counts=counts[_BUCKETS:])
+
+    def _there(self) -> bool:
+        """Whether the file mapped here still has its name."""
+        try:
+            return self.path.stat().st_ino == self._file_id
+        except FileNotFoundError:
+            return False
 
     def _before_first_step(self) -> tuple[float, ...]:
         values = [0.0] * (len(_GAUGES) + 2 * _BUCKETS)

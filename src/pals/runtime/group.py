@@ -20,7 +20,7 @@ _ADDED = (
     "steps running waiting arrived_requests arrived_prompt_tokens prefill_tokens decode_tokens output_tokens "
     "finished_requests aborted_requests preemptions active_limit launch_limit"
 )
-_LARGEST = "time_s kv_usage busy_s last_step_s oldest_waiting_s"
+_LARGEST = "kv_usage busy_s last_step_s oldest_waiting_s"
 _OPTIONAL = "scheduled"  # summed where every rank tells it
 
 
@@ -79,6 +79,8 @@ class EngineGroup:
             return samples[0]
         merged: dict[str, Any] = {name: sum(getattr(s, name) for s in samples) for name in _ADDED.split()}
         merged |= {name: max(getattr(s, name) for s in samples) for name in _LARGEST.split()}
+        # a rank that stands still is not hidden by the others
+        merged["time_s"] = min((s.time_s for s in samples if s.running), default=max(s.time_s for s in samples))
         for name in ("ttft_counts", "tpot_counts"):
             merged[name] = tuple(sum(column) for column in zip(*(getattr(s, name) for s in samples), strict=True))
         for name in _OPTIONAL.split():

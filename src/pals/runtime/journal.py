@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from pals.core.errors import ConfigError
-from pals.core.quantities import BoardInfo, EngineInfo
+from pals.core.plain import decode
+from pals.core.quantities import LATENCY_BOUNDS_S, BoardInfo, EngineInfo
 from pals.runtime.tick import TickRecord
 
 FORMAT = "pals-journal/1"
+#: Fields that journals of this format may lack, being older; all others must be there.
+ADDED_LATER = frozenset(
+    {
+        *("lowering", "clock", "accepted_clocks_mhz", "scheduled", "sm_clocks_mhz"),
+        *("memory_clock_mhz", "busy_ratio", "served_as", "data_parallel", "cuda_order"),
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +28,7 @@ class JournalHeader:
     """What a replay needs beside the records: the policy with its settings and profile, the boards as found."""
 
     policy: str
-    policy_settings: dict[str, Any]
+    policy_settings: dict[str, float | None]
     profile_json: str | None
     boards: tuple[BoardInfo, ...]
     engine: EngineInfo
@@ -65,46 +71,84 @@ def encode(value: Any) -> Any:
     return value
 
 
-def decode(kind: Any, data: Any) -> Any:
-    """The inverse of `encode` for the type `kind`."""
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        inner = [a for a in typing.get_args(kind) if a is not type(None)]
-        return None if data is None else decode(inner[0], data)
-    if origin is tuple:
-        return tuple(decode(typing.get_args(kind)[0], v) for v in data)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        hints = typing.get_type_hints(kind)
-        return kind(**{k: decode(hints[k], v) for k, v in data.items()})
-    return data
-
-
 def read_journal(path: Path) -> tuple[JournalHeader, Iterator[TickRecord]]:
     """Open a journal; the records are read as they are asked for. A last line cut off by a crash is left out.
 
     Raises:
-        ConfigError: the file is missing or no journal.
+        ConfigError: the file is missing, no journal, or damaged; asking for a damaged record raises it too. It names the
+            line and says what before it is sound.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"cannot read the journal {path}: {e}") from e
     try:
-        head = json.loads(lines[0])
-        if head.pop("format") != FORMAT:
-            raise ValueError("another format")
-        header = decode(JournalHeader, head)
-    except (IndexError, ValueError, KeyError, TypeError, AttributeError) as e:
+        head = _parse(lines[0])
+        written_as = head.pop("format")
+        if written_as != FORMAT:
+            raise ValueError(f"format {written_as!r}, this PALS reads {FORMAT!r}")
+    except (IndexError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
         raise ConfigError(f"{path} is not a PALS journal ({type(e).__name__}: {e})") from e
+    try:
+        header = decode(JournalHeader, head, may_lack=ADDED_LATER)
+        _check_header(header)
+    except ValueError as e:
+        raise ConfigError(f"{path}, line 1: {e}. That is the header: without it nothing can be replayed") from e
     return header, _records(path, lines[1:])
+
+
+def _parse(line: str) -> Any:
+    """JSON without NaN and Infinity, which it does not have."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON; unknown values are null, never NaN")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def _check_header(header: JournalHeader) -> None:
+    """What every replay rests on; raises `ValueError`."""
+    if not header.boards:
+        raise ValueError("boards is empty")
+    for i, board in enumerate(header.boards):
+        if not 0 < board.min_limit_w <= board.max_limit_w:
+            raise ValueError(f"boards[{i}] accepts {board.min_limit_w:g}..{board.max_limit_w:g} W, which is no range")
+    if header.engine.launch_sequences < 1 or header.period_s <= 0:
+        raise ValueError("engine.launch_sequences and period_s must be above 0")
 
 
 def _records(path: Path, lines: list[str]) -> Iterator[TickRecord]:
     for number, line in enumerate(lines, start=2):
         try:
-            data = json.loads(line)
+            data = _parse(line)
         except json.JSONDecodeError as e:
             if number == len(lines) + 1:
                 return
-            raise ConfigError(f"{path}, line {number}: not JSON ({e}); the lines before it are sound") from e
-        yield decode(TickRecord, data)
+            raise _damaged(path, number, f"not JSON ({e})") from e
+        except (ValueError, RecursionError) as e:
+            raise _damaged(path, number, str(e)) from e
+        try:
+            record: TickRecord = decode(TickRecord, data, may_lack=ADDED_LATER)
+            _check_record(record, number - 2)
+        except ValueError as e:
+            raise _damaged(path, number, str(e)) from e
+        yield record
+
+
+def _damaged(path: Path, number: int, why: str) -> ConfigError:
+    sound = {2: "the header before it is sound", 3: "the header and the record before it are sound"}.get(
+        number, f"the header and the {number - 2} records before it are sound"
+    )
+    return ConfigError(f"{path}, line {number}: {why}; {sound}")
+
+
+def _check_record(record: TickRecord, nth: int) -> None:
+    """What types do not say; raises `ValueError`."""
+    if record.index != nth:
+        raise ValueError(f"index is {record.index} where tick {nth} should stand: lines are missing or out of order")
+    engine = record.sample.engine
+    if engine is not None and {len(engine.ttft_counts), len(engine.tpot_counts)} != {len(LATENCY_BOUNDS_S) + 1}:
+        raise ValueError(
+            f"sample.engine: {len(engine.ttft_counts)} TTFT and {len(engine.tpot_counts)} TPOT counts, not "
+            f"{len(LATENCY_BOUNDS_S) + 1}"
+        )

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pals.control.guard import Guard
+from pals.core.errors import ConfigError
 from pals.core.protocols import AnyController
 from pals.runtime.tick import TickRecord
 
@@ -20,13 +21,23 @@ class ReplayResult:
 
 
 def replay(policy: AnyController, guard: Guard, records: Iterable[TickRecord]) -> ReplayResult:
-    """Step `policy` through the recorded samples and compare its decisions, and the guard's, with the recorded ones."""
+    """Step `policy` through the recorded samples and compare its decisions, and the guard's, with the recorded ones.
+
+    Raises:
+        ConfigError: a record's values cannot be computed with.
+    """
     state = policy.initial()
     total = same = 0
     differences: list[str] = []
     for record in records:
-        decision, state = policy.step(state, record.sample, record.budget, record.slo, record.sample.time_s)
-        guarded = guard.check(decision, record.budget)
+        try:
+            decision, state = policy.step(state, record.sample, record.budget, record.slo, record.sample.time_s)
+            guarded = guard.check(decision, record.budget)
+        except (ValueError, ArithmeticError) as e:  # finite, but absurd
+            raise ConfigError(
+                f"tick {record.index}: its values cannot be computed with ({e}); the {total} decisions before it were "
+                f"compared, {same} are identical"
+            ) from e
         total += 1
         if (decision, guarded) == (record.decision, record.guarded):
             same += 1

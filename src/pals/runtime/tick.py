@@ -28,6 +28,7 @@ from pals.core.quantities import (
     TelemetrySample,
 )
 from pals.runtime.clock_locks import ClockLocks
+from pals.runtime.staleness import stale_notes
 
 log = logging.getLogger("pals")
 VIOLATION_PERIODS = 4
@@ -122,7 +123,7 @@ def tick(rig: Rig, state: TickState, budget: Budget, slo: Slo, now_s: float) -> 
 
 
 def read_sample(rig: Rig, previous: TelemetrySample | None, now_s: float, notes: list[str]) -> TelemetrySample:
-    """Read boards and engine; a lost board is left out and noted."""
+    """Read boards and engine; a lost board is left out and noted, as is an engine that stands still."""
     boards: list[PowerSample] = []
     for meter in rig.meters:
         try:
@@ -130,12 +131,14 @@ def read_sample(rig: Rig, previous: TelemetrySample | None, now_s: float, notes:
         except DeviceLostError as e:
             notes.append(str(e))
     power_w = mean_power_w(previous.boards, boards) if previous is not None else None
+    engine = rig.engine.read()
+    notes += stale_notes(engine, now_s)
     return TelemetrySample(
         time_s=now_s,
         window_s=now_s - previous.time_s if previous is not None else 0.0,
         boards=tuple(boards),
         power_w=power_w,
-        engine=rig.engine.read(),
+        engine=engine,
     )
 
 
