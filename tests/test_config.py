@@ -44,7 +44,7 @@ def test_a_full_file_is_read_and_the_command_line_wins(tmp_path: Path) -> None:
         ('[control]\npolicy = "clock-only"\n', "policy clock-only steers by a throughput target"),
         ("[output]\nmetrics_port = 9400\ndcgm_port = 9400\n", "must differ"),
         ("[output]\ndcgm_port = 70000\n", "0..65535"),
-        ('[control]\nmode = "canary"\n', "unknown key 'canary'"),
+        ('[control]\nmode = "canary"\n', "unknown mode 'canary'"),
         ('[control]\nperiod_s = "fast"\n', "not a float"),
         ("[control]\nperiod_s = 0.001\n", r"0\.05\.\.60"),
         ("[slo]\nttft_p95_s = -1\n", "must be positive"),

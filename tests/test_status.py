@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pals.cli.agent import remove_stale_status
 from pals.cli.inspect import engines_now, limited, steered_now
+from pals.cli.run_folder import remove_stale_status
 from pals.views.status import print_status
 from tests.node_world import AgentWorld
 from tests.worlds import Clock

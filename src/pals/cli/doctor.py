@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pals import __version__
-from pals.cli.agent import emulated_bank
+from pals.cli.run_folder import emulated_bank
 from pals.cli.shared_bank import owner_of
 from pals.core.diagnosis import NodeFacts, Status
 from pals.core.errors import ConfigError

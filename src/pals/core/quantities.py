@@ -211,6 +211,7 @@ class EngineInfo:
     capabilities: dict[str, bool] = field(default_factory=dict)
     served_as: str = ""  # the name in the API; empty: the model's
     data_parallel: bool = False  # one rank of several: those of the same parent process belong together
+    bank: str | None = None  # the file of its emulated boards; None: it runs on real ones
 
     @property
     def name(self) -> str:

@@ -35,6 +35,12 @@ def control_engines(setup: AgentSetup, clock: GridClock) -> int:
     return 0
 
 
+def refuse_existing(journal: Path) -> None:
+    """Raise `ConfigError` where a journal was written already: it may be the only record of what happened."""
+    if journal.is_file() and journal.stat().st_size:
+        raise ConfigError(f"the journal {journal} exists; choose another, or remove it. No board was changed")
+
+
 class Node:
     """The engines that are steered now."""
 
@@ -125,8 +131,10 @@ class Node:
         if given := setup.config.output.journal:
             path = Path(given)
             path = path if alone else path.with_stem(f"{path.stem}-{slug(name)}")
+            if path not in self._journals:
+                refuse_existing(path)
         else:
-            path = setup.folder / f"journal-{slug(name)}-{datetime.now(UTC):%Y%m%d-%H%M%S}.jsonl"
+            path = (setup.journals or setup.folder) / f"journal-{slug(name)}-{datetime.now(UTC):%Y%m%d-%H%M%S}.jsonl"
         first, n = path, 1
         while path in self._journals:
             n += 1
