@@ -40,7 +40,7 @@ def examine(folder: Path, watch_s: float) -> NodeFacts:
     owner = owner_of(folder)
     return NodeFacts(
         nvml=probe_nvml(
-            emulated=emulated_bank(folder),
+            emulated=emulated_bank(folder, left_too=True),
             emulator_pid=owner,
             emulator_alive=owner is not None and process_alive(owner),
             watch_s=watch_s,

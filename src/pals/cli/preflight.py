@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,20 +37,20 @@ def check_before_launch(
         pid=0, engine="", version="", model=model, parallelism="", boards=(), launch_sequences=0, served_as=served_as
     )
     control = config.of(info).control
-    if config.output.journal:
-        refuse_existing(Path(config.output.journal))
-    profile = load_profile(Path(control.profile)) if control.profile else None
-    if profile is not None:
-        _check_profile(
-            profile, boards, model=model, launch_sequences=launch_sequences, exact=exact, name=str(control.profile)
-        )
-        launch_sequences = launch_sequences or profile.fingerprint.launch_sequences
     try:
-        build_policy(
-            control.policy, policy_settings(control), profile, Guard.of(boards, launch_sequences or ANY_SEQUENCES)
-        )
+        if config.output.journal:
+            refuse_existing(Path(config.output.journal))
+        profile = load_profile(Path(control.profile)) if control.profile else None
+        if profile is not None:
+            _check_profile(
+                profile, boards, model=model, launch_sequences=launch_sequences, exact=exact, name=str(control.profile)
+            )
+            launch_sequences = launch_sequences or profile.fingerprint.launch_sequences
+        guard = Guard.of(boards, launch_sequences or ANY_SEQUENCES)
+        build_policy(control.policy, policy_settings(control), profile, guard)
     except ConfigError as e:
-        raise ConfigError(f"{str(e).removesuffix('Nothing was written.').rstrip()} Nothing was started") from e
+        told = re.sub(r"\.? *(Nothing was written|No board was changed)?\.?$", "", str(e))
+        raise type(e)(f"{told}. Nothing was started") from e
 
 
 def _check_profile(
@@ -68,5 +69,5 @@ def _check_profile(
         raise ProfileMismatchError(
             f"{name} was measured on something else:\n  "
             + "\n  ".join(differences)
-            + "\nMake one for this engine with `pals profile`. Nothing was started"
+            + "\nMake one for this engine with `pals profile`"
         )

@@ -53,13 +53,16 @@ def boards_told(bank: str | None) -> str:
     return "real boards" if bank is None else f"emulated boards ({bank or 'of its own'})"
 
 
-def emulated_bank(folder: Path) -> Path | None:
-    """The emulated boards that a living process of this run directory uses, else those PALS_EMU_BOARDS names; None: real ones."""
+def emulated_bank(folder: Path, *, left_too: bool = False) -> Path | None:
+    """The emulated boards that a living process of this run directory uses, else those PALS_EMU_BOARDS names; None: real ones.
+
+    `left_too`: also those that a killed server left, for whoever looks for such things.
+    """
     told = {c.info.bank for c in open_channels(folder) if c.alive()} if os.path.isdir(folder) else set()
     if told == {None}:  # a real engine's word counts more than a file
         return None
     named = os.environ.get("PALS_EMU_BOARDS")
-    mine = [folder / BANK_FILE] if living_owners(folder / OWNERS_FILE) else []
+    mine = [folder / BANK_FILE] if left_too or living_owners(folder / OWNERS_FILE) else []
     banks = [*(Path(b) for b in sorted(filter(None, told))), *mine, *([Path(named)] if named else [])]
     return next((bank for bank in banks if os.path.exists(bank)), None)  # False where the folder is closed to us
 
@@ -143,7 +146,7 @@ def sweep(folder: Path) -> None:
     with folder_locked(folder):
         bank, owners = folder / BANK_FILE, folder / OWNERS_FILE
         used = {c.info.bank for c in open_channels(folder)}
-        if not living_owners(owners) and str(bank) not in used:
+        if not living_owners(owners) and str(bank.absolute()) not in used:
             if bank.exists():
                 say(f"removed emulated boards that a killed server left in {folder}")
             bank.unlink(missing_ok=True)

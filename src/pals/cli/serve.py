@@ -36,7 +36,7 @@ from pals.hardware.nvml import open_boards
 from pals.plant.keeper import kept_fresh
 from pals.plant.specs import parse_boards
 from pals.runtime.agent import EXIT_ENGINE_GONE, FOUND_RECORD, indices_text
-from pals.runtime.channel import run_dir
+from pals.runtime.channel import find_engines, run_dir
 from pals.runtime.config import Config
 from pals.runtime.files import own_folder, state_dir
 from pals.runtime.loop import left_by_dead_agent
@@ -66,17 +66,19 @@ def serve(args: argparse.Namespace, rest: list[str]) -> int:
     output = config.output
     check_ports(endpoint, [] if args.no_agent else [(output.metrics_port, "metrics"), (output.dcgm_port, "dcgm")])
     require("vllm", "pynvml")
-    folder = own_folder(run_dir(os.environ))
+    folder = own_folder(run_dir(os.environ)).absolute()
     if not args.no_agent and will_write(config, emulated=bool(args.emulate)):
         refuse_second_agent(folder)
     sweep(folder)
+    vllm_log = Path(args.log) if args.log else state_dir(os.environ) / f"vllm-{os.getpid()}.log"
+    if vllm_log.is_dir():
+        raise ConfigError(f"--log {vllm_log} is a folder; name a file. Nothing was started")
     signals = Signals()
     with ExitStack() as exits:
         exits.enter_context(stopping(signals.ended, also=signals.arrived))
         target = exits.enter_context(target_of(args, rest, folder))
         if not args.no_agent:
             check_target(config, target, exact=bool(args.emulate))
-        vllm_log = Path(args.log) if args.log else state_dir(os.environ) / f"vllm-{os.getpid()}.log"
         sockets = exits.enter_context(socket_folder(folder))
         say(f"starting vLLM for {target.served_names[0]}; its log: {vllm_log}")
         process = launch_vllm(
@@ -84,6 +86,7 @@ def serve(args: argparse.Namespace, rest: list[str]) -> int:
             environ={"VLLM_RPC_BASE_PATH": str(sockets), **target.environ}, log_path=vllm_log, drain_s=drain_s,
         )  # fmt: skip
         exits.enter_context(log_kept_small(vllm_log))
+        exits.callback(find_engines, folder)  # removes the channel of an engine that had to be killed
         server = Server(process, signals, drain_s)
         exits.callback(server.shut_down)
         code = serve_on(args, config, server, signals, endpoint, folder, target, vllm_log)
