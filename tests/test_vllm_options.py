@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import socket
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +66,9 @@ def test_the_drain_is_ours_or_vllms_own(own: int | None, rest: list[str], drain_
     assert drain_of(argparse.Namespace(drain_s=own), rest) == drain_s
 
 
-@pytest.mark.parametrize(("own", "rest"), [(5, ["--shutdown-timeout", "9"]), (-1, []), (None, ["--shutdown-timeout=x"])])
+@pytest.mark.parametrize(
+    ("own", "rest"), [(5, ["--shutdown-timeout", "9"]), (-1, []), (None, ["--shutdown-timeout=x"])]
+)
 def test_two_drains_or_none_that_makes_sense_are_refused(own: int | None, rest: list[str]) -> None:
     with pytest.raises(ConfigError, match="Nothing was started"):
         drain_of(argparse.Namespace(drain_s=own), rest)
@@ -95,7 +96,9 @@ def check(sequences: int | None = 64, *, model: str = "test/model", exact: bool 
         ({"policy": "pals-paper", "profile": "/nonexistent.json"}, "cannot read the profile"),
     ],
 )
-def test_what_the_agent_would_refuse_is_refused_before_the_model_is_loaded(control: dict[str, object], told: str) -> None:
+def test_what_the_agent_would_refuse_is_refused_before_the_model_is_loaded(
+    control: dict[str, object], told: str
+) -> None:
     with pytest.raises(ConfigError, match=told) as refused:
         check(control=control, slo={"throughput_tokens_s": 5.0})
     assert str(refused.value).endswith("Nothing was started")
