@@ -93,7 +93,9 @@ def test_budgets_step_at_their_times() -> None:
     assert parse_budget("1200").at(0.0).power_w == 1200.0
 
 
-@pytest.mark.parametrize("text", ["", "lots", "0:5:6", "30:1000,10:900", "0:-5", "nan", "0:inf"])
+@pytest.mark.parametrize(
+    "text", ["", "lots", "0:5:6", "30:1000,10:900", "0:-5", "nan", "0:inf", "nan:100", "inf:100", "0:100,nan:50"]
+)
 def test_a_bad_budget_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="budget"):
         parse_budget(text)

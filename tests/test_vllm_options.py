@@ -6,6 +6,7 @@ import argparse
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,9 +82,9 @@ def test_a_number_of_sequences_must_be_one() -> None:
             whole(["--max-num-seqs", text], "--max-num-seqs", least=1)
 
 
-def check(sequences: int | None = 64, *, model: str = "test/model", exact: bool = True, **sections: object) -> None:
-    config = load_config(None, sections)  # type: ignore[arg-type]
-    check_before_launch(config, BOARDS, model=model, served_as=model, launch_sequences=sequences, exact=exact)
+def check(sections: dict[str, dict[str, Any]], sequences: int | None = 64, model: str = "test/model") -> None:
+    config = load_config(None, sections)
+    check_before_launch(config, BOARDS, model=model, served_as=model, launch_sequences=sequences, exact=True)
 
 
 @pytest.mark.parametrize(
@@ -96,11 +97,9 @@ def check(sequences: int | None = 64, *, model: str = "test/model", exact: bool 
         ({"policy": "pals-paper", "profile": "/nonexistent.json"}, "cannot read the profile"),
     ],
 )
-def test_what_the_agent_would_refuse_is_refused_before_the_model_is_loaded(
-    control: dict[str, object], told: str
-) -> None:
+def test_what_the_agent_would_refuse_is_refused_before_the_model_is_loaded(control: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told) as refused:
-        check(control=control, slo={"throughput_tokens_s": 5.0})
+        check({"control": control, "slo": {"throughput_tokens_s": 5.0}})
     assert str(refused.value).endswith("Nothing was started")
     assert "Nothing was written" not in str(refused.value)
 
@@ -109,21 +108,24 @@ def test_a_foreign_profile_and_a_journal_that_exists_are_refused_and_fitting_one
     made = replace(profile(), fingerprint=fingerprint_of(replace(engine_info(), model="test/model"), BOARDS))
     path = tmp_path / "p.json"
     path.write_text(made.to_json())
-    sections = {"control": {"policy": "pals-paper", "profile": str(path)}, "slo": {"throughput_tokens_s": 5.0}}
+    sections: dict[str, dict[str, Any]] = {
+        "control": {"policy": "pals-paper", "profile": str(path)},
+        "slo": {"throughput_tokens_s": 5.0},
+    }
     sequences = made.fingerprint.launch_sequences
 
-    check(sequences, **sections)
-    check(None, **sections)
+    check(sections, sequences)
+    check(sections, None)
     with pytest.raises(ConfigError, match=r"model: 'test/model' in the profile, 'b' here[\s\S]*Nothing was started"):
-        check(sequences, model="b", **sections)
+        check(sections, sequences, "b")
     with pytest.raises(ConfigError, match="launch_sequences"):
-        check(sequences + 1, **sections)
+        check(sections, sequences + 1)
     journal = tmp_path / "j.jsonl"
     journal.write_text("{}\n")
     with pytest.raises(ConfigError, match=r"j\.jsonl exists; choose another"):
-        check(output={"journal": str(journal)})
+        check({"output": {"journal": str(journal)}})
     assert journal.read_text() == "{}\n"
-    check(output={"journal": "/dev/null"})
+    check({"output": {"journal": "/dev/null"}})
 
 
 def test_model_names_may_lack_or_have_dashes() -> None:

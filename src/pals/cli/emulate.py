@@ -171,11 +171,13 @@ def profile(args: argparse.Namespace, rest: list[str]) -> int:
 @contextmanager
 def node_of(args: argparse.Namespace, rest: list[str]) -> Iterator[VirtualNode]:
     """The node asked for, with a run directory of its own; this process becomes one that emulates."""
+    from pals.cli.extras import require
     from pals.cli.serve import cache_folder
     from pals.cli.vllm_options import PARALLEL, given
     from pals.engines.model_zoo import full_name, local_folder
     from pals.plant.specs import parse_boards
 
+    require("vllm", "pynvml")
     spec, count = parse_boards(args.boards)
     name, model = args.model, Path(args.model)
     if not model.is_dir():

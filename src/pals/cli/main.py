@@ -209,9 +209,10 @@ def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
         return emulate(args, rest)
     if args.command == "demo":
         from pals.cli.extras import require
-        from pals.experiments.demo import demo
 
         require("vllm", "pynvml", "aiohttp", "matplotlib")
+        from pals.experiments.demo import demo
+
         return demo(model=args.model, seconds=args.seconds, out=args.out)
     if args.command == "doctor":
         from pals.cli.doctor import doctor

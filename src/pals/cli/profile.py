@@ -44,10 +44,10 @@ from pals.runtime.tick import Rig
 
 def profile(args: argparse.Namespace) -> int:
     """Sweep and write; 130 and a partial file on Ctrl-C."""
+    require("pynvml", "aiohttp")
     folder = run_dir(os.environ)
     check_folder(folder)
     channel = pick_engine(folder, args.engine)
-    require("pynvml", "aiohttp")
     emulated = channel.info.bank is not None
     if not emulated and args.mode != "auto":
         raise ConfigError(
