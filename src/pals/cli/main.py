@@ -1,7 +1,7 @@
 """Arguments and dispatch; errors become one message on stderr and an exit code, never a traceback.
 
-Exit codes: 0 done, 1 a check found a difference, 2 bad input or no permission, 3 the engine ended by itself,
-130 interrupted.
+Exit codes: 0 done, 1 a check found a difference, or a server cut requests or lost its agent, 2 bad input or no
+permission, 3 the engine ended by itself, 130 interrupted.
 """
 
 from __future__ import annotations

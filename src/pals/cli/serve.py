@@ -89,7 +89,16 @@ def serve(args: argparse.Namespace, rest: list[str]) -> int:
         exits.callback(find_engines, folder)  # removes the channel of an engine that had to be killed
         server = Server(process, signals, drain_s)
         exits.callback(server.shut_down)
-        code = serve_on(args, config, server, signals, endpoint, folder, target, vllm_log)
+        code = serve_on(
+            args,
+            config,
+            server,
+            endpoint,
+            signals=signals,
+            folder=folder,
+            name=target.served_names[0],
+            vllm_log=vllm_log,
+        )
     return code or (EXIT_FAILED if server.cut else 0)
 
 
@@ -97,10 +106,11 @@ def serve_on(
     args: argparse.Namespace,
     config: Config,
     server: Server,
-    signals: Signals,
     endpoint: Endpoint,
+    *,
+    signals: Signals,
     folder: Path,
-    target: Target,
+    name: str,
     vllm_log: Path,
 ) -> int:
     """Wait for vLLM, then steer it until it is told to stop or ends by itself."""
@@ -115,7 +125,7 @@ def serve_on(
             raise
         return EXIT_INTERRUPTED
     signals.unfinished = lambda: unfinished_in(channel)
-    say(f"serving {target.served_names[0]} at {endpoint.url}/v1")
+    say(f"serving {name} at {endpoint.url}/v1")
     gone = server.watch()
     if args.no_agent:
         signals.ended.wait()
