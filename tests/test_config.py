@@ -44,7 +44,7 @@ def test_a_full_file_is_read_and_the_command_line_wins(tmp_path: Path) -> None:
         ('[control]\npolicy = "clock-only"\n', "policy clock-only steers by a throughput target"),
         ("[output]\nmetrics_port = 9400\ndcgm_port = 9400\n", "must differ"),
         ("[output]\ndcgm_port = 70000\n", "0..65535"),
-        ('[control]\nmode = "canary"\n', "unknown key 'canary'"),
+        ('[control]\nmode = "canary"\n', "unknown mode 'canary'"),
         ('[control]\nperiod_s = "fast"\n', "not a float"),
         ("[control]\nperiod_s = 0.001\n", r"0\.05\.\.60"),
         ("[slo]\nttft_p95_s = -1\n", "must be positive"),
@@ -93,7 +93,9 @@ def test_budgets_step_at_their_times() -> None:
     assert parse_budget("1200").at(0.0).power_w == 1200.0
 
 
-@pytest.mark.parametrize("text", ["", "lots", "0:5:6", "30:1000,10:900", "0:-5", "nan", "0:inf"])
+@pytest.mark.parametrize(
+    "text", ["", "lots", "0:5:6", "30:1000,10:900", "0:-5", "nan", "0:inf", "nan:100", "inf:100", "0:100,nan:50"]
+)
 def test_a_bad_budget_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="budget"):
         parse_budget(text)

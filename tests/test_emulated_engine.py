@@ -313,6 +313,7 @@ def test_a_killed_engine_ends_the_agent_with_boards_restored_and_a_killed_parent
     assert "boards put back as found" in made.log()
     assert "ended" in made.log()
 
+    (made.folder / "j.jsonl").unlink()  # a journal is never written over
     made = start(tmp_path / "run", "--power-limit-w", "200", "--sm-clock-mhz", "1005")
     made.wait_for("policy static")
     time.sleep(0.7)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pals.cli.agent import BANK_FILE
-from pals.cli.serve import chosen, emulated_boards
-from pals.cli.shared_bank import OWNERS_FILE, shared_bank
+from pals.cli.run_folder import BANK_FILE, OWNERS_FILE
+from pals.cli.shared_bank import shared_bank
+from pals.cli.vllm_options import chosen, emulated_boards
 from pals.core.errors import ConfigError
 from pals.plant.boards import BoardBank
 from pals.plant.specs import board_specs

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pals.cli.agent import remove_stale_status
-from pals.cli.inspect import engines_now, limited, steered_now
+from pals.cli.inspect import died_now, engines_now, limited, steered_now
+from pals.cli.run_folder import remove_stale_status
 from pals.views.status import print_status
 from tests.node_world import AgentWorld
 from tests.worlds import Clock
@@ -68,6 +68,10 @@ def test_without_an_agent_and_after_a_killed_one(node: AgentWorld, capsys: pytes
     told = seen(node, capsys)
     assert "an agent was killed: 1 boards may stay limited" in told
     assert "no agent" in told
+    boards = [(b.info, b.read()) for b in node.boards]
+    print_status(node.folder, [], boards, [], emulated=True, limited=1, died=died_now(node.folder))
+    assert f"agent (process {dead.pid}): dead since 2" in (told := capsys.readouterr().out)
+    assert "; run `pals restore`" in told
 
     remove_stale_status(node.folder)
     assert not list(node.folder.glob("agent-status-*"))

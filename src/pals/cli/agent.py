@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
 import signal
 import threading
@@ -17,12 +15,14 @@ from types import FrameType
 from typing import Any
 
 from pals.cli.main import say
+from pals.cli.run_folder import bank_of, boards_told, emulated_bank, put_back, sweep
 from pals.core.errors import ConfigError, EngineGoneError, PalsError
-from pals.core.quantities import EngineInfo
+from pals.core.quantities import BoardInfo, EngineInfo
 from pals.hardware.nvml import Nvml, NvmlBoard, open_boards
-from pals.runtime.agent import FOUND_RECORD, STATUS_FILES, AgentSetup, Watcher
-from pals.runtime.channel import find_engines, process_alive, run_dir
+from pals.runtime.agent import FOUND_RECORD, AgentSetup, Board, Watcher
+from pals.runtime.channel import find_engines, run_dir
 from pals.runtime.config import Config, load_config
+from pals.runtime.files import check_folder, state_dir
 from pals.runtime.group import EngineGroup, group_ranks
 from pals.runtime.loop import clocks_left_locked, left_by_dead_agent, wall_clock
 from pals.runtime.node import control_engines
@@ -30,13 +30,12 @@ from pals.runtime.tick import TickRecord
 from pals.views.dcgm import DcgmCollector, serve_dcgm
 from pals.views.metrics import AgentMetrics, serve_metrics
 
-BANK_FILE = "emulated-boards.bank"
-
 
 def agent(args: argparse.Namespace) -> int:
     """Run the agent until SIGINT or SIGTERM."""
     config = config_of(args)
     folder = run_dir(os.environ)
+    check_folder(folder)
     engines_of(folder, args.engine)  # none, or not this one: say so before anything is opened
     stop = threading.Event()
     with stopping(stop):
@@ -99,19 +98,12 @@ def pick_engine(folder: Path, pid: int | None) -> EngineGroup:
     raise ConfigError(f"several engines run: {', '.join(e.told() for e in engines)}; choose one with --engine PID")
 
 
-def emulated_bank(folder: Path) -> Path | None:
-    """The emulated boards of this run directory, else those that PALS_EMU_BOARDS names, where there are any."""
-    named = os.environ.get("PALS_EMU_BOARDS")
-    banks = [folder / BANK_FILE, *([Path(named)] if named else [])]
-    return next((bank for bank in banks if os.path.exists(bank)), None)  # False where the folder is closed to us
-
-
 @contextmanager
 def boards_of(folder: Path, channel: EngineGroup | None, *, write: bool) -> Iterator[Nvml]:
     """Open the engine's boards; before that, mend what a killed agent left, if `write`."""
-    bank = emulated_bank(folder)
+    bank = bank_of([channel]) if channel is not None else emulated_bank(folder)
     if write:
-        mend(folder, bank)
+        put_back(folder, mend)
     with open_boards(emulated=bank, indices=None if channel is None else ()) as nvml:
         if channel is not None:
             nvml.boards = open_boards_of(channel.info, nvml)
@@ -188,28 +180,45 @@ def mend(folder: Path, bank: Path | None, *, clock: Callable[[], float] = time.m
 
 def steer(config: Config, folder: Path, find: Callable[[], Sequence[EngineGroup]], stop: threading.Event) -> int:
     """Run the agent on the engines that `find` finds; return its exit code."""
-    bank = emulated_bank(folder)
+    engines = find()
+    bank = bank_of(engines)
     emulated = bank is not None
     if will_write(config, emulated=emulated):
-        mend(folder, bank)
-    remove_stale_status(folder)
-    warn_of_strangers(config, find())
-    port = config.output.metrics_port
+        put_back(folder, mend)
+    sweep(folder)
+    warn_of_strangers(config, engines)
     metrics = AgentMetrics()
+    ports = {"metrics": config.output.metrics_port, "boards as dcgm-exporter shows them": config.output.dcgm_port}
     with (
         open_boards(emulated=bank, indices=()) as nvml,
-        serving_metrics(metrics, port),
+        serving_metrics(metrics, config.output.metrics_port),
         dcgm_endpoint(config.output.dcgm_port, emulated=emulated) as dcgm,
     ):
+
+        def boards(group: EngineGroup) -> Sequence[Board]:
+            if group.info.bank != engines[0].info.bank:
+                raise ConfigError(
+                    f"it runs on {boards_told(group.info.bank)}, this agent steers {boards_told(engines[0].info.bank)}"
+                )
+            return open_boards_of(group.info, nvml)
+
+        def watch(name: str, infos: Sequence[BoardInfo]) -> Watcher:
+            while ports:  # told with the first engine: nothing refuses any more
+                what, port = ports.popitem()
+                if port:
+                    say(f"{what} at http://127.0.0.1:{port}/metrics")
+            return Views(metrics.engine(name, [b.index for b in infos]), dcgm.engine(infos))
+
         setup = AgentSetup(
             find=find,
-            open_boards=lambda group: open_boards_of(group.info, nvml),
+            open_boards=boards,
             config=config,
             emulated=emulated,
             may_write=nvml.may_write,
             folder=folder,
-            watch=lambda name, boards: Views(metrics.engine(name, [b.index for b in boards]), dcgm.engine(boards)),
+            watch=watch,
             say=say,
+            journals=state_dir(os.environ),
         )
         return control_engines(setup, wall_clock(stop))
 
@@ -218,14 +227,6 @@ def will_write(config: Config, *, emulated: bool) -> bool:
     """Whether an agent of this process would write power limits of some engine."""
     modes = {c.control.mode or ("auto" if emulated else "advise") for c in (config, *config.engines.values())}
     return "auto" in modes and (emulated or os.geteuid() == 0)
-
-
-def remove_stale_status(folder: Path) -> None:
-    """Remove the status files of agents that were killed."""
-    for path in folder.glob(STATUS_FILES):
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-            if not process_alive(int(json.loads(path.read_text())["agent_pid"])):
-                path.unlink()
 
 
 def warn_of_strangers(config: Config, engines: Sequence[EngineGroup]) -> None:
@@ -243,7 +244,6 @@ def serving_metrics(metrics: AgentMetrics, port: int) -> Iterator[None]:
         yield
         return
     close = serve_metrics(metrics, port)
-    say(f"metrics at http://127.0.0.1:{port}/metrics")
     try:
         yield
     finally:
@@ -258,7 +258,6 @@ def dcgm_endpoint(port: int, *, emulated: bool) -> Iterator[DcgmCollector]:
         yield collector
         return
     close = serve_dcgm(collector, port)
-    say(f"boards as dcgm-exporter shows them at http://127.0.0.1:{port}/metrics")
     try:
         yield collector
     finally:
@@ -284,7 +283,7 @@ class Views:
 
 @contextmanager
 def stopping(stop: threading.Event, also: Callable[[], None] | None = None) -> Iterator[None]:
-    """SIGINT and SIGTERM set `stop` (a second one too: the order of stopping is kept)."""
+    """SIGINT, SIGTERM and a terminal that closes set `stop` (a second one too: the order of stopping is kept)."""
 
     def handler(signum: int, frame: FrameType | None) -> None:
         if not stop.is_set():
@@ -293,12 +292,18 @@ def stopping(stop: threading.Event, also: Callable[[], None] | None = None) -> I
         if also is not None:
             also()
 
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, handler) for s in stop_signals()}
     try:
         yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def stop_signals() -> list[signal.Signals]:
+    """What asks a process to stop; SIGHUP not where it is ignored already (nohup)."""
+    asked = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    return [s for s in asked if s is not signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]
 
 
 def wait_for_channel(folder: Path, session: int, timeout_s: float, alive: Callable[[], bool]) -> EngineGroup:

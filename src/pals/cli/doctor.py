@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pals import __version__
-from pals.cli.agent import emulated_bank
+from pals.cli.run_folder import emulated_bank
 from pals.cli.shared_bank import owner_of
 from pals.core.diagnosis import NodeFacts, Status
 from pals.core.errors import ConfigError
@@ -40,7 +40,7 @@ def examine(folder: Path, watch_s: float) -> NodeFacts:
     owner = owner_of(folder)
     return NodeFacts(
         nvml=probe_nvml(
-            emulated=emulated_bank(folder),
+            emulated=emulated_bank(folder, left_too=True),
             emulator_pid=owner,
             emulator_alive=owner is not None and process_alive(owner),
             watch_s=watch_s,

@@ -171,16 +171,19 @@ def profile(args: argparse.Namespace, rest: list[str]) -> int:
 @contextmanager
 def node_of(args: argparse.Namespace, rest: list[str]) -> Iterator[VirtualNode]:
     """The node asked for, with a run directory of its own; this process becomes one that emulates."""
-    from pals.cli.serve import PARALLEL, cache_folder
+    from pals.cli.extras import require
+    from pals.cli.serve import cache_folder
+    from pals.cli.vllm_options import PARALLEL, given
     from pals.engines.model_zoo import full_name, local_folder
     from pals.plant.specs import parse_boards
 
+    require("vllm", "pynvml")
     spec, count = parse_boards(args.boards)
     name, model = args.model, Path(args.model)
     if not model.is_dir():
         name = full_name(args.model)
         model = local_folder(args.model, cache_folder())
-    parallel = any(a.split("=")[0] in flags for flags in PARALLEL for a in rest)
+    parallel = any(given(rest, *flags) for flags in PARALLEL)
     options = rest if parallel else [*rest, "--tensor-parallel-size", str(count)]
     with tempfile.TemporaryDirectory(prefix="pals-virtual-") as scratch:
         from pals.experiments.virtual_run import BANK_FILE, VirtualNode

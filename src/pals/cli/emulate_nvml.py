@@ -23,6 +23,7 @@ from pals.plant.keeper import kept_fresh
 from pals.plant.silicon import Load
 from pals.plant.specs import parse_boards
 from pals.runtime.channel import run_dir
+from pals.runtime.files import own_folder
 
 
 def add_nvml(kinds: Any) -> None:
@@ -90,7 +91,7 @@ def boards(args: argparse.Namespace) -> Iterator[Path]:
     if not 0.0 <= args.load <= 1.0:
         raise ConfigError(f"--load {args.load} lies outside 0..1. Nothing was started")
     spec, count = parse_boards(args.boards)
-    folder.mkdir(parents=True, exist_ok=True)
+    own_folder(folder)
     path = folder / f"nvml-{os.getpid()}.bank"
     bank = BoardBank.create(path, spec, count, seed=args.seed_boards, writable=not args.unprivileged)
     load = Load(compute=args.load, memory=args.load) if args.load else None
@@ -106,7 +107,7 @@ def boards(args: argparse.Namespace) -> Iterator[Path]:
 
 def served_bank(folder: Path) -> Path:
     """The bank that a living `pals serve` keeps in this run directory."""
-    from pals.cli.agent import emulated_bank
+    from pals.cli.run_folder import emulated_bank
 
     path = emulated_bank(folder)
     age_s = float("inf")

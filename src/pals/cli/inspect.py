@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from pals.cli.agent import emulated_bank, living, mend
+from pals.cli.agent import living, mend
 from pals.cli.main import say
+from pals.cli.run_folder import agent_lives, emulated_bank, put_back, read_status
 from pals.control.guard import Guard
 from pals.control.policies import build_policy
 from pals.core.errors import ConfigError, EngineGoneError
 from pals.hardware.nvml import open_boards
 from pals.models.profile import Profile
 from pals.runtime.agent import FOUND_RECORD, STATUS_FILES
-from pals.runtime.channel import process_alive, run_dir
+from pals.runtime.channel import run_dir
+from pals.runtime.files import check_folder
 from pals.runtime.group import unique_name
 from pals.runtime.journal import read_journal
 from pals.runtime.loop import left_by_dead_agent
@@ -54,8 +55,9 @@ def status(args: argparse.Namespace) -> int:
         boards = []
         say(str(e))
     print_status(
-        folder, engines_now(folder), boards, steered_now(folder), emulated=bank is not None, limited=limited(folder)
-    )
+        folder, engines_now(folder), boards, steered_now(folder), emulated=bank is not None, limited=limited(folder),
+        died=died_now(folder),
+    )  # fmt: skip
     return 0
 
 
@@ -80,17 +82,28 @@ def steered_now(folder: Path) -> list[dict[str, Any]]:
     """What a living agent wrote of each engine last, by its boards; a file being replaced or removed is left out."""
     found = []
     for path in folder.glob(STATUS_FILES):
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            told = json.loads(path.read_text())
-            if process_alive(told["agent_pid"]):
-                found.append(told)
+        told = read_status(path)
+        if told is not None and "record" in told and agent_lives(told):
+            found.append(told)
     return sorted(found, key=lambda s: [b["index"] for b in s["header"]["boards"]])
+
+
+def died_now(folder: Path) -> dict[int, float]:
+    """Agents that ended without removing what they told last: process id, and when they told it (Unix time)."""
+    found: dict[int, float] = {}
+    for path in folder.glob(STATUS_FILES):
+        with contextlib.suppress(OSError):
+            told, at_s = read_status(path), path.stat().st_mtime
+            if told is not None and not agent_lives(told):
+                found[told["agent_pid"]] = max(at_s, found.get(told["agent_pid"], 0.0))
+    return found
 
 
 def restore(args: argparse.Namespace) -> int:
     """Put boards back that a killed agent left limited."""
     folder = run_dir(os.environ)
-    if mend(folder, emulated_bank(folder)) == 0:
+    check_folder(folder)
+    if put_back(folder, mend) == 0:
         say(f"nothing to put back: no dead agent's record in {folder}")
     return 0
 

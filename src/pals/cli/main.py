@@ -1,12 +1,13 @@
 """Arguments and dispatch; errors become one message on stderr and an exit code, never a traceback.
 
-Exit codes: 0 done, 1 a check found a difference, 2 bad input or no permission, 3 the engine ended by itself,
-130 interrupted.
+Exit codes: 0 done, 1 a check found a difference, or a server cut requests or lost its agent, 2 bad input or no
+permission, 3 the engine ended by itself, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
@@ -58,7 +59,12 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--unprivileged", action="store_true", help="emulated boards refuse writes, as real ones without root"
     )
-    serve.add_argument("--log", metavar="FILE", help="vLLM's log (default: in the run directory)")
+    serve.add_argument(
+        "--log", metavar="FILE", help="vLLM's log, kept below 2 x 64 MiB (default: in the state directory)"
+    )
+    serve.add_argument(
+        "--drain-s", type=int, metavar="S", help="how long accepted requests are answered when stopping (default 60)"
+    )
     add_agent_options(serve)
     agent = commands.add_parser("agent", help="steer every engine that runs here with PALS installed")
     agent.add_argument(
@@ -110,7 +116,7 @@ def add_agent_options(p: argparse.ArgumentParser) -> None:
         "--budget-w", metavar="W|STEPS", help="budget of all engines together: 1200, or steps 0:none,30:1000,60:1600"
     )
     p.add_argument("--period-s", type=float, metavar="S", help="control period (default 0.5)")
-    p.add_argument("--journal", metavar="FILE", help="journal file (default: in the run directory, one per engine)")
+    p.add_argument("--journal", metavar="FILE", help="journal file (default: in the state directory, one per engine)")
     p.add_argument(
         "--metrics-port", type=int, metavar="PORT", help="Prometheus port on 127.0.0.1 (default 9477; 0: off)"
     )
@@ -157,7 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code."""
     logging.basicConfig(level=logging.WARNING, format="pals: %(message)s", stream=sys.stderr)
     logging.getLogger("pals").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # every way of stopping runs the same orderly end
+    for number in (signal.SIGTERM, signal.SIGHUP):  # every way of stopping runs the same orderly end
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
     args, rest = parser().parse_known_args(argv)
     args.given = sys.argv[1:] if argv is None else list(argv)
     if rest and args.command != "serve" and not getattr(args, "takes_engine_options", False):
@@ -176,6 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        say(f"{e.filename or args.command}: {e.strerror or e}")
+        return 2
 
 
 def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
@@ -197,6 +208,9 @@ def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
 
         return emulate(args, rest)
     if args.command == "demo":
+        from pals.cli.extras import require
+
+        require("vllm", "pynvml", "aiohttp", "matplotlib")
         from pals.experiments.demo import demo
 
         return demo(model=args.model, seconds=args.seconds, out=args.out)
@@ -216,5 +230,6 @@ def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def say(text: str) -> None:
-    """One line for people, on stderr."""
-    print(f"pals: {text}", file=sys.stderr, flush=True)
+    """One line for people, on stderr; where that is gone (a closed terminal, a full disk), work goes on."""
+    with contextlib.suppress(OSError):
+        print(f"pals: {text}", file=sys.stderr, flush=True)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pals.cli.agent import boards_of, emulated_bank, pick_engine, stopping
+from pals.cli.agent import boards_of, pick_engine, stopping
+from pals.cli.extras import require
 from pals.cli.main import say
 from pals.control.guard import Guard
 from pals.control.static import StaticPolicy
@@ -35,6 +36,7 @@ from pals.profiler.sweep import (
 )
 from pals.runtime.agent import FOUND_RECORD, Board
 from pals.runtime.channel import run_dir
+from pals.runtime.files import check_folder
 from pals.runtime.group import EngineGroup
 from pals.runtime.loop import GridClock, boards_as_found, wall_clock
 from pals.runtime.tick import Rig
@@ -42,9 +44,11 @@ from pals.runtime.tick import Rig
 
 def profile(args: argparse.Namespace) -> int:
     """Sweep and write; 130 and a partial file on Ctrl-C."""
+    require("pynvml", "aiohttp")
     folder = run_dir(os.environ)
+    check_folder(folder)
     channel = pick_engine(folder, args.engine)
-    emulated = emulated_bank(folder) is not None
+    emulated = channel.info.bank is not None
     if not emulated and args.mode != "auto":
         raise ConfigError(
             "the sweep writes power limits of real boards: say --mode auto to allow it. Nothing was changed"

@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
-import socket
-import subprocess
-import threading
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from pals.cli.agent import config_of, living, steer, stopping, wait_for_channel, will_write
+from pals.cli.extras import require
 from pals.cli.main import say
+from pals.cli.preflight import check_before_launch
+from pals.cli.run_folder import SOCKETS, SOCKETS_PATH_MAX, sweep
+from pals.cli.server_life import Server, Signals, log_kept_small, unfinished_in
 from pals.cli.shared_bank import shared_bank
-from pals.core.errors import ConfigError
+from pals.cli.vllm_options import (
+    PARALLEL,
+    Endpoint,
+    check_ports,
+    chosen,
+    emulated_boards,
+    endpoint_of,
+    option,
+    whole,
+)
+from pals.core.errors import ConfigError, EngineGoneError, PalsError
+from pals.core.quantities import BoardInfo
 from pals.engines.model_zoo import full_name, local_folder
-from pals.engines.vllm_launcher import launch_vllm, stop, wait_ready
+from pals.engines.vllm_launcher import launch_vllm, wait_ready
 from pals.hardware.nvml import open_boards
 from pals.plant.keeper import kept_fresh
 from pals.plant.specs import parse_boards
 from pals.runtime.agent import EXIT_ENGINE_GONE, FOUND_RECORD, indices_text
-from pals.runtime.channel import run_dir
+from pals.runtime.channel import find_engines, run_dir
+from pals.runtime.config import Config
+from pals.runtime.files import own_folder, state_dir
+from pals.runtime.group import EngineGroup
 from pals.runtime.loop import left_by_dead_agent
 
 READY_TIMEOUT_S = 900.0
-DRAIN_TIMEOUT_S = 60.0
-PARALLEL = (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
+DRAIN_S = 60
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+log = logging.getLogger("pals")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,49 +56,154 @@ class Target:
     served_names: tuple[str, ...]  # the first is what PALS calls it
     extra: list[str]
     environ: dict[str, str]
+    boards: tuple[BoardInfo, ...]  # that it will use; of real ones perhaps not all
 
 
 def serve(args: argparse.Namespace, rest: list[str]) -> int:
-    """Serve until SIGINT or SIGTERM; 0 then, 3 when vLLM ended by itself."""
+    """Serve until SIGINT, SIGTERM or SIGHUP; 0 then, 1 when the agent failed or requests were cut, 3 when vLLM ended by itself."""
     config = config_of(args)
     rest = [a for a in rest if a != "--"]
-    port = port_of(option(rest, "--port") or "8000")
-    check_port(option(rest, "--host") or "127.0.0.1", port, "API port", "--port")
-    for own, what in ((config.output.metrics_port, "metrics"), (config.output.dcgm_port, "dcgm")):
-        if own and not args.no_agent:
-            check_port("127.0.0.1", own, f"{what} port", f"--{what}-port")
-    folder = run_dir(os.environ)
-    folder.mkdir(parents=True, exist_ok=True)
+    endpoint, drain_s = endpoint_of(rest), drain_of(args, rest)
+    output = config.output
+    check_ports(endpoint, [] if args.no_agent else [(output.metrics_port, "metrics"), (output.dcgm_port, "dcgm")])
+    require("vllm", "pynvml")
+    folder = own_folder(run_dir(os.environ)).absolute()
     if not args.no_agent and will_write(config, emulated=bool(args.emulate)):
         refuse_second_agent(folder)
+    sweep(folder)
+    vllm_log = Path(args.log) if args.log else state_dir(os.environ) / f"vllm-{os.getpid()}.log"
+    if vllm_log.is_dir():
+        raise ConfigError(f"--log {vllm_log} is a folder; name a file. Nothing was started")
+    signals = Signals()
     with ExitStack() as exits:
+        exits.enter_context(stopping(signals.ended, also=signals.arrived))
         target = exits.enter_context(target_of(args, rest, folder))
-        log = Path(args.log) if args.log else folder / f"vllm-{os.getpid()}.log"
-        sockets = exits.enter_context(TemporaryDirectory(prefix="pals-ipc-", ignore_cleanup_errors=True))
-        say(f"starting vLLM for {target.served_names[0]}; its log: {log}")
+        if not args.no_agent:
+            check_target(config, target, exact=bool(args.emulate))
+        sockets = exits.enter_context(socket_folder(folder))
+        say(f"starting vLLM for {target.served_names[0]}; its log: {vllm_log}")
         process = launch_vllm(
-            target.model, served_names=target.served_names, port=port, extra_args=target.extra,
-            environ={"VLLM_RPC_BASE_PATH": sockets, **target.environ}, log_path=log,
+            target.model, served_names=target.served_names, port=endpoint.port, extra_args=target.extra,
+            environ={"VLLM_RPC_BASE_PATH": str(sockets), **target.environ}, log_path=vllm_log, drain_s=drain_s,
         )  # fmt: skip
-        exits.callback(shut_down, process)
-        wait_ready(process, f"http://127.0.0.1:{port}", READY_TIMEOUT_S, log)
-        channel = wait_for_channel(folder, process.pid, 10.0, lambda: process.poll() is None)
-        say(f"serving {target.served_names[0]} at http://127.0.0.1:{port}/v1")
-        ended = threading.Event()
-        exits.enter_context(stopping(ended))
-        gone = watch(process, ended)
-        if args.no_agent:
-            ended.wait()
-            code = 0
-        else:
-            code = steer(config, folder, lambda: living(folder, channel.info.pid), ended)
-            if code == EXIT_ENGINE_GONE and channel.alive():  # only the plugin has left, or vLLM is about to end
-                say("vLLM serves on without PALS until it ends, or you stop it (Ctrl-C)")
-                ended.wait()
-        if gone.is_set():
-            say(f"vLLM ended by itself (exit code {process.returncode}); see {log}")
-            return EXIT_ENGINE_GONE
+        exits.enter_context(log_kept_small(vllm_log))
+        exits.callback(find_engines, folder)  # removes the channel of an engine that had to be killed
+        server = Server(process, signals, drain_s)
+        exits.callback(server.shut_down)
+        code = serve_on(
+            args,
+            config,
+            server,
+            endpoint,
+            signals=signals,
+            folder=folder,
+            name=target.served_names[0],
+            vllm_log=vllm_log,
+        )
+    return code or (EXIT_FAILED if server.cut else 0)
+
+
+def serve_on(
+    args: argparse.Namespace,
+    config: Config,
+    server: Server,
+    endpoint: Endpoint,
+    *,
+    signals: Signals,
+    folder: Path,
+    name: str,
+    vllm_log: Path,
+) -> int:
+    """Wait for vLLM, then steer it until it is told to stop or ends by itself."""
+    process = server.process
+    try:
+        wait_ready(process, endpoint.url, READY_TIMEOUT_S, vllm_log, signals.ended)
+        channel = wait_for_channel(
+            folder, process.pid, 10.0, lambda: process.poll() is None and not signals.ended.is_set()
+        )
+    except EngineGoneError:
+        if not signals.ended.is_set():
+            raise
+        return EXIT_INTERRUPTED
+    signals.unfinished = lambda: unfinished_in(channel)
+    say(f"serving {name} at {endpoint.url}/v1")
+    gone = server.watch()
+    if args.no_agent:
+        signals.ended.wait()
+        code = 0
+    else:
+        code = steered(config, folder, channel, signals)
+    if gone.is_set():
+        say(f"vLLM ended by itself (exit code {process.returncode}); see {vllm_log}")
+        return EXIT_ENGINE_GONE
+    return code
+
+
+def steered(config: Config, folder: Path, channel: EngineGroup, signals: Signals) -> int:
+    """Steer; an agent that fails leaves the server serving until it is told to stop."""
+    try:
+        code = steer(config, folder, lambda: living(folder, channel.info.pid), signals.ended)
+        if code == EXIT_ENGINE_GONE and channel.alive():  # only the plugin has left, or vLLM is about to end
+            say("vLLM serves on without PALS until it ends, or you stop it (Ctrl-C)")
+            signals.ended.wait()
         return code
+    except Exception as e:  # the server outlives its agent, whatever ends that
+        if not isinstance(e, PalsError | OSError):
+            log.exception("unexpected; please report this")
+        if not signals.ended.is_set():
+            boards = "boards are as they were found"
+            if (folder / FOUND_RECORD).exists():
+                boards = "boards may still be limited: after this server's end run `pals restore`"
+            say(f"the agent failed: {e}")
+            say(f"vLLM serves on without it, {boards}; start `pals agent` to steer again, or stop with Ctrl-C")
+        signals.ended.wait()
+        return EXIT_FAILED
+
+
+def check_target(config: Config, target: Target, *, exact: bool) -> None:
+    """Raise `ConfigError` for what the agent would refuse after the model has loaded."""
+    sequences = whole(target.extra, "--max-num-seqs", least=1)
+    ranks = whole(target.extra, *PARALLEL[2], least=1) or 1
+    check_before_launch(
+        config,
+        target.boards,
+        model=target.environ["PALS_MODEL_NAME"],
+        served_as=option(target.extra, "--served-model-name") or target.served_names[0],
+        launch_sequences=sequences * ranks if sequences is not None else None,
+        exact=exact,
+    )
+
+
+def drain_of(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """How long accepted requests are answered when stopping, seconds.
+
+    Raises:
+        ConfigError: no such time, or two of them.
+    """
+    own = whole(rest, "--shutdown-timeout")
+    if args.drain_s is not None and own is not None:
+        raise ConfigError("--drain-s and vLLM's --shutdown-timeout say the same; give one. Nothing was started")
+    if args.drain_s is not None and args.drain_s < 0:
+        raise ConfigError(f"--drain-s {args.drain_s} must be 0 or more. Nothing was started")
+    told = own if args.drain_s is None else args.drain_s
+    return DRAIN_S if told is None else int(told)
+
+
+@contextmanager
+def socket_folder(folder: Path) -> Iterator[Path]:
+    """Where vLLM puts its sockets: in the run directory, where its path is short enough for a Unix socket."""
+    mine = folder.absolute() / f"{SOCKETS}{os.getpid()}"
+    if len(str(mine)) > SOCKETS_PATH_MAX:
+        with tempfile.TemporaryDirectory(prefix="pals-ipc-", ignore_cleanup_errors=True) as elsewhere:
+            yield Path(elsewhere)
+        return
+    mine.mkdir(mode=0o700, exist_ok=True)
+    try:
+        yield mine
+    finally:
+        for left in mine.iterdir():
+            left.unlink(missing_ok=True)
+        mine.rmdir()
 
 
 def refuse_second_agent(folder: Path) -> None:
@@ -104,9 +225,10 @@ def target_of(args: argparse.Namespace, rest: list[str], folder: Path) -> Iterat
     if not args.emulate:
         if environ.get("PALS_EMU"):
             raise ConfigError("PALS_EMU is set but --emulate is not given; unset it, or say which boards to emulate")
-        with open_boards(indices=chosen(args.boards, "--boards") if args.boards else None):
-            pass  # no driver: says so, and names --emulate
-        yield Target(model=args.model, served_names=names, extra=rest, environ=environ)
+        # no driver: says so, and names --emulate
+        with open_boards(indices=chosen(args.boards, "--boards") if args.boards else None) as nvml:
+            infos = tuple(b.info for b in nvml.boards)
+        yield Target(model=args.model, served_names=names, extra=rest, environ=environ, boards=infos)
         return
     spec, count = parse_boards(args.emulate)
     boards, extra = emulated_boards(environ.get("CUDA_VISIBLE_DEVICES", ""), count, rest)
@@ -122,44 +244,9 @@ def target_of(args: argparse.Namespace, rest: list[str], folder: Path) -> Iterat
         told = "" if len(boards) == count else f", of which this server uses {indices_text(boards)}"
         say(f"EMULATED: {count} × {spec.nvml_name}{told}; no GPU is used, every watt and second below is simulated")
         environ |= {"PALS_EMU": "1", "PALS_EMU_BOARDS": str(bank), "HF_HUB_OFFLINE": "1"}
-        yield Target(model=model, served_names=names, extra=extra, environ=environ)
-
-
-def emulated_boards(visible: str, count: int, rest: list[str]) -> tuple[tuple[int, ...], list[str]]:
-    """Which of `count` emulated boards this server uses, and vLLM's options: without any parallelism, all that are visible.
-
-    Raises:
-        ConfigError: boards that are not emulated, or fewer than the parallelism needs.
-    """
-    mine = chosen(visible, "CUDA_VISIBLE_DEVICES") if visible else tuple(range(count))
-    if absent := [i for i in mine if i >= count]:
-        raise ConfigError(
-            f"boards {absent} are not among the {count} emulated ones (0..{count - 1}). Nothing was started"
-        )
-    given = [next((v for v in (option(rest, flag) for flag in flags) if v is not None), None) for flags in PARALLEL]
-    if given == [None] * len(given):
-        return mine, [*rest, "--tensor-parallel-size", str(len(mine))]
-    if bad := [v for v in given if v is not None and not v.isdigit()]:
-        raise ConfigError(f"{bad[0]!r} is not a size of a parallel group. Nothing was started")
-    needed = prod(int(v) for v in given if v is not None)
-    if needed > len(mine):
-        raise ConfigError(
-            f"this parallelism needs {needed} boards, {len(mine)} are there ({indices_text(mine)}); emulate more "
-            "(--emulate 8x…) or choose more (--boards). Nothing was started"
-        )
-    return mine[:needed], rest
-
-
-def chosen(text: str, where: str) -> tuple[int, ...]:
-    """Board indices out of "4,5,6,7".
-
-    Raises:
-        ConfigError: not of that form.
-    """
-    words = [w.strip() for w in text.split(",")]
-    if not all(w.isdigit() for w in words) or len(set(words)) != len(words):
-        raise ConfigError(f"{where} {text!r}: expected different board indices like 4,5,6,7. Nothing was started")
-    return tuple(int(w) for w in words)
+        with open_boards(emulated=bank, indices=boards) as nvml:
+            infos = tuple(b.info for b in nvml.boards)
+        yield Target(model=model, served_names=names, extra=extra, environ=environ, boards=infos)
 
 
 def cache_folder() -> Path:
@@ -171,57 +258,3 @@ def pals_cache() -> Path:
     """Where whatever is built once is kept: $XDG_CACHE_HOME/pals, else ~/.cache/pals."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "pals"
-
-
-def port_of(text: str) -> int:
-    """A port number.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if not text.isdigit() or not 0 < int(text) < 65536:
-        raise ConfigError(f"{text!r} is not a port (1..65535). Nothing was started")
-    return int(text)
-
-
-def option(rest: list[str], name: str) -> str | None:
-    """The value of `name` among vLLM's own options."""
-    for i, arg in enumerate(rest):
-        if arg == name and i + 1 < len(rest):
-            return rest[i + 1]
-        if arg.startswith(name + "="):
-            return arg.split("=", 1)[1]
-    return None
-
-
-def check_port(host: str, port: int, what: str, flag: str) -> None:
-    """Raise `ConfigError` where the port cannot be bound."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind((host, port))
-        except (OSError, OverflowError) as e:
-            raise ConfigError(
-                f"{what} {port} on {host} cannot be used ({e}); choose another with {flag}. Nothing was started"
-            ) from e
-
-
-def watch(process: subprocess.Popen[bytes], ended: threading.Event) -> threading.Event:
-    """Set `ended` when the process ends by itself; the event returned says that it did."""
-    gone = threading.Event()
-
-    def wait() -> None:
-        process.wait()
-        if not ended.is_set():
-            gone.set()
-            ended.set()
-
-    threading.Thread(target=wait, name="vllm-watch", daemon=True).start()
-    return gone
-
-
-def shut_down(process: subprocess.Popen[bytes]) -> None:
-    """Let vLLM answer what it accepted, then stop it."""
-    if process.poll() is None:
-        say("stopping vLLM; accepted requests are answered first")
-    stop(process, DRAIN_TIMEOUT_S)

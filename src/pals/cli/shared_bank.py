@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from pals.cli.agent import BANK_FILE
+from pals.cli.run_folder import BANK_FILE, OWNERS_FILE, folder_locked, living_owners
 from pals.core.errors import ConfigError
 from pals.plant.boards import BoardBank
 from pals.plant.specs import BoardSpec
-from pals.runtime.channel import process_alive
-
-OWNERS_FILE = "emulated-boards.owners"  # a line each: process id, its boards
+from pals.runtime.files import replace_file
 
 
 @contextmanager
@@ -27,8 +24,8 @@ def shared_bank(
         ConfigError: the bank there is another one, or a living server uses one of `boards`; nothing was changed.
     """
     bank, owners = folder / BANK_FILE, folder / OWNERS_FILE
-    with _locked(folder):
-        others = _living(owners)
+    with folder_locked(folder):
+        others = living_owners(owners)
         if others and bank.exists():
             _check_same(bank, spec, count, writable, next(iter(others)))
             _check_free(boards, others)
@@ -38,8 +35,8 @@ def shared_bank(
     try:
         yield bank
     finally:
-        with _locked(folder):
-            left = {pid: used for pid, used in _living(owners).items() if pid != os.getpid()}
+        with folder_locked(folder):
+            left = {pid: used for pid, used in living_owners(owners).items() if pid != os.getpid()}
             if left:
                 _write(owners, left)
             else:
@@ -49,7 +46,7 @@ def shared_bank(
 
 def owner_of(folder: Path) -> int | None:
     """A living server that has the emulated boards of this run directory; None where there is none."""
-    return next(iter(_living(folder / OWNERS_FILE)), None)
+    return next(iter(living_owners(folder / OWNERS_FILE)), None)
 
 
 def _check_same(bank: Path, spec: BoardSpec, count: int, writable: bool, owner: int) -> None:
@@ -71,28 +68,6 @@ def _check_free(boards: tuple[int, ...], others: dict[int, tuple[int, ...]]) -> 
             )
 
 
-def _living(owners: Path) -> dict[int, tuple[int, ...]]:
-    """Servers that live, with their boards; a damaged line is nobody's."""
-    try:
-        lines = owners.read_text().splitlines()
-    except OSError:  # none, or the folder is closed to us
-        return {}
-    rows = [line.split() for line in lines]
-    known = {int(r[0]): tuple(int(i) for i in r[1:]) for r in rows if r and all(word.isdigit() for word in r)}
-    return {pid: boards for pid, boards in known.items() if process_alive(pid)}
-
-
 def _write(owners: Path, servers: dict[int, tuple[int, ...]]) -> None:
-    fresh = owners.with_suffix(".new")
-    fresh.write_text("".join(f"{' '.join(map(str, (pid, *boards)))}\n" for pid, boards in servers.items()))
-    fresh.replace(owners)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+    lines = "".join(f"{' '.join(map(str, (pid, *boards)))}\n" for pid, boards in servers.items())
+    replace_file(owners, lines.encode())

@@ -1,5 +1,8 @@
 """The error classes; each answers one of: fix your input, retry, or fall back to a safe state."""
 
+#: How to get the optional packages; the package is not on an index yet.
+INSTALL = "from the checkout: pip install '.[vllm,nvml,client,figures]'"
+
 
 class PalsError(Exception):
     """Base of every error PALS raises on purpose; the message says what failed, what is in force, what to do."""

@@ -212,6 +212,7 @@ class EngineInfo:
     served_as: str = ""  # the name in the API; empty: the model's
     cuda_order: bool = False  # boards count fastest first, as CUDA does by default; NVML counts by PCI bus
     data_parallel: bool = False  # one rank of several: those of the same parent process belong together
+    bank: str | None = None  # the file of its emulated boards; None: it runs on real ones
 
     @property
     def name(self) -> str:

@@ -27,10 +27,13 @@ DEFAULT_BOARDS = "h100-sxm5-80gb"
 MEDIAN_TOKENS, SPREAD = 180.0, 0.7  # log-normal output lengths where the client lets the model end
 
 
-@cache
 def open_bank() -> BoardBank:
     """The boards that PALS_EMU_BOARDS names now (a bank file), or one default board of this process alone."""
-    path = os.environ.get("PALS_EMU_BOARDS")
+    return _bank_at(os.environ.get("PALS_EMU_BOARDS") or None)
+
+
+@cache
+def _bank_at(path: str | None) -> BoardBank:
     if path is not None:
         return BoardBank.open(Path(path))
     spec, count = parse_boards(DEFAULT_BOARDS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import shutil
 import sysconfig
 import tempfile
@@ -41,7 +42,7 @@ def full_name(name: str) -> str:
         ConfigError: unknown or ambiguous.
     """
     names, wanted = model_names(), name.lower()
-    exact = [n for n in names if wanted in (n.lower(), n.lower().split("/")[1])]
+    exact = [n for n in names if plain(name) in (plain(n), plain(n.split("/")[-1]))]
     found = exact or [n for n in names if n.lower().split("/")[1].startswith(wanted) or n.lower().startswith(wanted)]
     if len(found) == 1:
         return found[0]
@@ -54,6 +55,11 @@ def full_name(name: str) -> str:
         f"no shape of model {name!r} is shipped; {hint}`pals models` lists them, or give a folder with a config.json and "
         "a tokenizer. Nothing was started"
     )
+
+
+def plain(name: str) -> str:
+    """A name without case and dashes: people write GPT-2 and gpt2."""
+    return re.sub(r"[-_ ]", "", name.lower())
 
 
 def local_folder(name: str, cache: Path) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pals.core.errors import ConfigError
+from pals.core.errors import INSTALL, ConfigError
 from pals.core.quantities import Checked
 
 LOWEST_ID, HIGHEST_ID = 10, 15000  # below every shipped tokenizer's size
@@ -27,7 +27,7 @@ def _aiohttp() -> Any:
     try:
         import aiohttp
     except ImportError as e:
-        raise ConfigError("aiohttp is not installed; install it with `pip install 'pals-llm[client]'`") from e
+        raise ConfigError(f"aiohttp is not installed; {INSTALL}") from e
     return aiohttp
 
 

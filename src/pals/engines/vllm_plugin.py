@@ -170,6 +170,7 @@ def engine_info(scheduler: Any, launch_limit: int, capabilities: dict[str, bool]
         capabilities=capabilities,
         served_as=served_name(config.model_config),
         data_parallel=getattr(p, "data_parallel_rank_local", None) is not None,
+        bank=os.environ.get("PALS_EMU_BOARDS", "") if os.environ.get("PALS_EMU") else None,
     )
 
 

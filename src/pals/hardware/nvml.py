@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from pals.core.diagnosis import BoardSettings
 from pals.core.errors import (
+    INSTALL,
     ConfigError,
     DeviceLostError,
     NotSupportedError,
@@ -42,7 +43,7 @@ def _pynvml() -> ModuleType:
     try:
         import pynvml
     except ImportError as e:
-        raise ConfigError("nvidia-ml-py is not installed; install it with `pip install 'pals-llm[nvml]'`") from e
+        raise ConfigError(f"nvidia-ml-py is not installed; {INSTALL}") from e
     return pynvml
 
 

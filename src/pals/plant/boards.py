@@ -112,7 +112,8 @@ class BoardBank:
         `writable` False makes every setter answer "no permission". `now_s` is when time starts (None: at the first call).
         """
         fresh = path.with_suffix(".new")
-        with fresh.open("wb") as f:
+        fresh.unlink(missing_ok=True)
+        with fresh.open("xb") as f:  # never into what somebody else put there, nor through a link
             f.write(make_head(spec, count, writable=writable, setter_latency_s=setter_latency_s).tobytes())
             f.truncate(bank_size(count))
         fresh.replace(path)

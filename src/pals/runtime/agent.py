@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pals.control.guard import Guard
 from pals.control.pals_paper import PaperSettings
@@ -21,10 +19,11 @@ from pals.core.errors import ConfigError, ProfileMismatchError
 from pals.core.protocols import PowerActuator, PowerMeter
 from pals.core.quantities import BoardInfo, Budget, Slo, fingerprint_of
 from pals.models.profile import Profile
-from pals.runtime.config import Config
+from pals.runtime.config import Config, ControlConfig
 from pals.runtime.group import EngineGroup
-from pals.runtime.journal import Journal, JournalHeader, encode
+from pals.runtime.journal import Journal, JournalHeader
 from pals.runtime.loop import boards_as_found
+from pals.runtime.outlets import Outlet, StatusFile, close_quietly, journal_outlet
 from pals.runtime.tick import Rig, TickRecord, TickState, tick
 
 FOUND_RECORD = "limits-found.json"
@@ -61,6 +60,7 @@ class AgentSetup:
     folder: Path
     watch: Callable[[str, Sequence[BoardInfo]], Watcher]  # by the engine's name and its boards
     say: Callable[[str], None]
+    journals: Path | None = None  # where those go that nobody named; None: `folder`
     virtual_command: str | None = None  # in virtual time: the command, without what differs between equal runs
 
 
@@ -161,15 +161,7 @@ def _assemble(setup: AgentSetup, config: Config, group: EngineGroup) -> tuple[Ri
     profile = load_profile(Path(control.profile)) if control.profile else None
     if profile is not None:
         check_profile(profile, group, boards, str(control.profile))
-    settings = (
-        {
-            "power_limit_w": control.power_limit_w,
-            "sm_clock_mhz": control.sm_clock_mhz,
-            "active_sequences": control.active_sequences,
-        }
-        if control.policy == "static"
-        else asdict(PaperSettings())
-    )
+    settings = policy_settings(control)
     rig = Rig(
         meters=boards,
         actuators=boards if acts else (),
@@ -202,14 +194,25 @@ def _assemble(setup: AgentSetup, config: Config, group: EngineGroup) -> tuple[Ri
     return rig, header
 
 
+def policy_settings(control: ControlConfig) -> dict[str, Any]:
+    """What the policy of this configuration is made with."""
+    if control.policy != "static":
+        return asdict(PaperSettings())
+    return {
+        "power_limit_w": control.power_limit_w,
+        "sm_clock_mhz": control.sm_clock_mhz,
+        "active_sequences": control.active_sequences,
+    }
+
+
 def reproducible(header: JournalHeader, command: str) -> JournalHeader:
-    """`header` without what differs between two runs of one seed: no process id, the date of virtual time's zero."""
+    """`header` without what differs between two runs of one seed: no process id or folder, the date of virtual time's zero."""
     return replace(
         header,
         clock="virtual",
         started_at=datetime.fromtimestamp(0, UTC).isoformat(timespec="seconds"),
         command=command,
-        engine=replace(header.engine, pid=0),
+        engine=replace(header.engine, pid=0, bank=header.engine.bank and Path(header.engine.bank).name),
     )
 
 
@@ -228,17 +231,27 @@ def _sink(
     setup: AgentSetup, name: str, header: JournalHeader, journal_path: Path, exits: ExitStack
 ) -> Callable[[TickRecord], None]:
     """Where an engine's records go: journal, status file, watcher; closed by `exits`."""
-    journal = Journal(journal_path, header)
-    exits.callback(journal.close)
+    try:
+        journal = Journal(journal_path, header)
+    except OSError as e:
+        raise ConfigError(
+            f"the journal {journal_path} cannot be written ({e.strerror}); name another with --journal. No board was changed"
+        ) from e
+    exits.callback(close_quietly, journal)
     status = StatusFile(setup.folder / STATUS_FILES.replace("*", slug(name)), name, header)
     exits.callback(status.remove)
     watcher = setup.watch(name, header.boards)
     exits.callback(watcher.close)
 
+    outlets = (
+        journal_outlet(journal, setup.say),
+        Outlet(f"the status file {status.path} cannot be written", status.write, status.remove, setup.say),
+        Outlet("the metrics cannot be shown", watcher.observe, lambda: None, setup.say),
+    )
+
     def sink(record: TickRecord) -> None:
-        journal.append(record)
-        status.write(record)
-        watcher.observe(record)
+        for outlet in outlets:
+            outlet.take(record)
 
     return sink
 
@@ -262,22 +275,3 @@ def runs_text(boards: Sequence[int]) -> str:
         else:
             runs.append([i])
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-
-
-class StatusFile:
-    """An engine's newest record, for `pals status`; replaced atomically each tick, removed at the end."""
-
-    def __init__(self, path: Path, name: str, header: JournalHeader) -> None:
-        self._path = path
-        told = {k: v for k, v in encode(header).items() if k != "profile_json"}
-        self._fixed = {"agent_pid": os.getpid(), "name": name, "header": told}
-
-    def write(self, record: TickRecord) -> None:
-        """Replace the file."""
-        fresh = self._path.with_suffix(".tmp")
-        fresh.write_text(json.dumps({**self._fixed, "record": encode(record)}))
-        fresh.replace(self._path)
-
-    def remove(self) -> None:
-        """Remove the file."""
-        self._path.unlink(missing_ok=True)

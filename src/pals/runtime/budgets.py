@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
@@ -40,8 +41,8 @@ def parse_budget(text: str) -> BudgetSchedule:
         ) from e
     times = [t for t, _ in steps]
     bad_watts = [w for _, w in steps if w is not None and not 0 < w < 1e7]
-    if times != sorted(set(times)) or times[0] < 0 or bad_watts:
+    if not all(map(math.isfinite, times)) or times != sorted(set(times)) or times[0] < 0 or bad_watts:
         raise ConfigError(
-            f"budget {text!r}: times must rise from 0 or later and watts be positive; nothing was changed"
+            f"budget {text!r}: times must be numbers that rise from 0 or later and watts be positive; nothing was changed"
         )
     return BudgetSchedule(tuple(times), tuple(w for _, w in steps))

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from pals.core.errors import EngineGoneError
 from pals.core.quantities import LATENCY_BOUNDS_S, LOWERINGS, EngineInfo, EngineSample
+from pals.runtime.files import own_folder, replace_file
 
 MAGIC = b"PALSCH02"
 SUFFIX = ".channel"
@@ -111,18 +112,12 @@ class EngineChannel:
     """The engine's end: creates the file, publishes telemetry, reads the setpoint."""
 
     def __init__(self, folder: Path, info: EngineInfo, *, name: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{name}{SUFFIX}"
+        self.path = own_folder(folder) / f"{name}{SUFFIX}"
         text = json.dumps(asdict(info)).encode()
         if len(text) > _INFO_SIZE:
             raise ValueError(f"engine description of {len(text)} bytes exceeds {_INFO_SIZE}")
-        fresh = self.path.with_suffix(".new")
-        with fresh.open("wb") as f:
-            f.write((MAGIC + _SEQ.pack(len(text)) + text).ljust(SIZE, b"\0"))
-        fresh.chmod(0o600)
-        fresh.rename(self.path)
-        with self.path.open("r+b") as f:
-            self._mapped = mmap.mmap(f.fileno(), SIZE)
+        replace_file(self.path, (MAGIC + _SEQ.pack(len(text)) + text).ljust(SIZE, b"\0"))
+        self._mapped, _ = _map(self.path)
         self._telemetry = _Block(self._mapped, _TELEMETRY_OFFSET, _TELEMETRY)
         self._setpoint = _Block(self._mapped, _SETPOINT_OFFSET, _SETPOINT)
 
@@ -148,6 +143,15 @@ class EngineChannel:
         self._mapped.close()
 
 
+def _map(path: Path) -> tuple[mmap.mmap, int]:
+    """The file's bytes, shared, and its inode; not those of a file elsewhere that a link points to."""
+    handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return mmap.mmap(handle, SIZE), os.fstat(handle).st_ino
+    finally:
+        os.close(handle)
+
+
 def _fresh(setpoint: _Block, now_s: float) -> Setpoint | None:
     """What a setpoint block holds, or None when that is nothing or has expired."""
     values = setpoint.read()
@@ -165,14 +169,15 @@ class AgentChannel:
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.path, self._clock = path, clock
-        with path.open("r+b") as f:
-            self._file_id = os.fstat(f.fileno()).st_ino
-            self._mapped = mmap.mmap(f.fileno(), SIZE)
+        self._mapped, self._file_id = _map(path)
         if self._mapped[: len(MAGIC)] != MAGIC:
             raise ValueError(f"{path} is not a PALS channel (or of another version)")
         size = _SEQ.unpack_from(self._mapped, len(MAGIC))[0]
-        raw = json.loads(self._mapped[_INFO_OFFSET : _INFO_OFFSET + size])
-        self._info = EngineInfo(**{**raw, "boards": tuple(raw["boards"])})
+        try:
+            raw = json.loads(self._mapped[_INFO_OFFSET : _INFO_OFFSET + min(size, _INFO_SIZE)])
+            self._info = EngineInfo(**{**raw, "boards": tuple(raw["boards"])})
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"{path} is a channel of another PALS version ({e})") from e
         self._telemetry = _Block(self._mapped, _TELEMETRY_OFFSET, _TELEMETRY)
         self._setpoint = _Block(self._mapped, _SETPOINT_OFFSET, _SETPOINT)
 
@@ -200,6 +205,10 @@ class AgentChannel:
                 f"the engine (process {self._info.pid}, {self._info.model}) took its channel away: it is stopping, or its PALS "
                 "plugin switched itself off (vLLM's log then says 'PALS plugin failed') and it serves on at its launch limits"
             )
+        return self.last()
+
+    def last(self) -> EngineSample:
+        """What the engine published last, also after its end."""
         values = self._telemetry.read()
         if values is None:
             values = self._before_first_step()
@@ -256,6 +265,14 @@ def process_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def process_started(pid: int) -> int | None:
+    """When process `pid` started, in clock ticks since boot: with it, a process id is never mistaken for its successor's."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 def open_channels(folder: Path, clock: Callable[[], float] = time.monotonic) -> list[AgentChannel]:

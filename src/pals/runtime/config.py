@@ -81,7 +81,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Mapping[str, Any]] | 
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
             raise ConfigError(f"cannot read the configuration {path}: {e}") from e
     source = str(path) if path is not None else "command line"
-    check_keys(data, [*_SECTIONS, "budget", "engine"], f"{source}: section")
+    check_keys(data, [*_SECTIONS, "budget", "engine"], source, "section")
     general = {name: _table(data, name, source) for name in (*_SECTIONS, "budget")}
     engines = {
         name: _build_config(_for_engine(general, values, f"{source}: [engine.{name!r}]"), overrides, source)
@@ -127,13 +127,13 @@ def _table(data: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]
     return table
 
 
-def check_keys(given: Mapping[str, Any], known: list[str], where: str) -> None:
+def check_keys(given: Mapping[str, Any], known: list[str], where: str, what: str = "key") -> None:
     """Raise `ConfigError` for the first key of `given` that is not `known`, naming the nearest."""
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"{where}: unknown key {key!r}; {hint} Nothing was started.")
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
+            raise ConfigError(f"{where}: unknown {what} {key!r}; {hint} Nothing was started.")
 
 
 def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
@@ -154,11 +154,11 @@ def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
 def _validated(config: Config) -> Config:
     c, slo, out = config.control, config.slo, config.output
     if c.policy not in POLICIES:
-        check_keys({c.policy: None}, list(POLICIES), "[control] policy")
+        check_keys({c.policy: None}, list(POLICIES), "[control]", "policy")
     if c.mode is not None and c.mode not in MODES:
-        check_keys({c.mode: None}, list(MODES), "[control] mode")
+        check_keys({c.mode: None}, list(MODES), "[control]", "mode")
     if c.lowering not in LOWERINGS:
-        check_keys({c.lowering: None}, list(LOWERINGS), "[control] lowering")
+        check_keys({c.lowering: None}, list(LOWERINGS), "[control]", "lowering")
     rules = [
         (0.05 <= c.period_s <= 60, f"[control] period_s = {c.period_s} must lie in 0.05..60"),
         (0 <= out.metrics_port <= 65535, f"[output] metrics_port = {out.metrics_port} must lie in 0..65535 (0: off)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -47,7 +48,12 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file: IO[str] = path.open("w", encoding="utf-8")
-        self._write({"format": FORMAT, **encode(header)})
+        try:
+            self._write({"format": FORMAT, **encode(header)})
+        except OSError:
+            with contextlib.suppress(OSError):  # closing writes again
+                self._file.close()
+            raise
 
     def append(self, record: TickRecord) -> None:
         """Write one record."""

@@ -35,6 +35,14 @@ def control_engines(setup: AgentSetup, clock: GridClock) -> int:
     return 0
 
 
+def refuse_existing(journal: Path) -> None:
+    """Raise `ConfigError` where a journal was written already: it may be the only record of what happened."""
+    if journal.is_dir():
+        raise ConfigError(f"the journal {journal} is a folder; name a file. No board was changed")
+    if journal.is_file() and journal.stat().st_size:
+        raise ConfigError(f"the journal {journal} exists; choose another, or remove it. No board was changed")
+
+
 class Node:
     """The engines that are steered now."""
 
@@ -125,10 +133,12 @@ class Node:
         if given := setup.config.output.journal:
             path = Path(given)
             path = path if alone else path.with_stem(f"{path.stem}-{slug(name)}")
+            if path not in self._journals:
+                refuse_existing(path)
         else:
-            path = setup.folder / f"journal-{slug(name)}-{datetime.now(UTC):%Y%m%d-%H%M%S}.jsonl"
+            path = (setup.journals or setup.folder) / f"journal-{slug(name)}-{datetime.now(UTC):%Y%m%d-%H%M%S}.jsonl"
         first, n = path, 1
-        while path in self._journals:
+        while path in self._journals or (n > 1 and path.is_file()):
             n += 1
             path = first.with_stem(f"{first.stem}-{n}")
         self._journals.add(path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pals.core.errors import ConfigError
+from pals.core.errors import INSTALL, ConfigError
 
 #: Okabe and Ito's colours, told apart by colour-blind readers; the dashed lines differ in shape as well.
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
@@ -50,7 +50,7 @@ def draw_runs(runs: Sequence[RunSeries], path: Path, *, title: str, subtitle: st
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as e:
-        raise ConfigError("matplotlib is not installed; install it with `pip install 'pals-llm[figures]'`") from e
+        raise ConfigError(f"matplotlib is not installed; {INSTALL}") from e
     below_titles = ConstrainedLayoutEngine(rect=(0.0, 0.0, 1.0, 0.92), h_pad=0.08, w_pad=0.08)
     figure = Figure(figsize=(max(9.0, 1.8 + 4.6 * len(runs)), 8.6), layout=below_titles, dpi=130)
     figure.text(0.01, 0.985, title, va="top", fontsize=15, fontweight="bold")

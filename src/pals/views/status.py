@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -32,10 +34,12 @@ def print_status(
     *,
     emulated: bool,
     limited: int,
+    died: Mapping[int, float] = MappingProxyType({}),
 ) -> None:
     """Print what runs in this run directory.
 
-    `steered` are the contents of the living agent's status files; `limited` boards were left so by a killed one.
+    `steered` are the contents of the living agent's status files; `limited` boards were left so by a killed one;
+    `died` are killed agents by process id, with the Unix time of their newest record.
     """
     console = Console(highlight=False)
     if engines:
@@ -44,6 +48,9 @@ def print_status(
         console.print(f"no engine with PALS runs in {folder}")
     if boards:
         console.print(_boards(boards, engines, emulated=emulated))
+    for pid, at_s in sorted(died.items()):
+        since = datetime.fromtimestamp(at_s).strftime("%Y-%m-%d %H:%M:%S")
+        console.print(f"agent (process {pid}): dead since {since}{'; run `pals restore`' if limited else ''}")
     if limited:
         console.print(
             f"an agent was killed: {limited} boards may stay limited until the next agent, or `pals restore`, puts them back"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
-from pals.core.errors import ConfigError
+from pals.core.errors import INSTALL, ConfigError
 from pals.plant.bank_layout import c_header
 
 SONAME = "libnvidia-ml.so.1"
@@ -48,7 +48,7 @@ def entry_points() -> list[str]:
     if spec is None or spec.origin is None:
         raise ConfigError(
             "nvidia-ml-py is not installed and the library's list of functions comes from it; "
-            "install it with `pip install 'pals-llm[nvml]'`. Nothing was built"
+            f"{INSTALL}. Nothing was built"
         )
     text = Path(spec.origin).read_text(encoding="utf-8")
     return sorted(set(re.findall(r'_nvmlGetFunctionPointer\("(nvml\w+)"\)', text)))
