@@ -115,7 +115,7 @@ class AgentWorld:
         """The boards of a group, found at the limits they have now."""
         mine = [self.boards[i] for i in group.info.boards]
         for board in mine:
-            board.found_w = board.limit_w
+            board.opened()
         return mine
 
     def watch(self, name: str, boards: Sequence[BoardInfo]) -> Watcher:

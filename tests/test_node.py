@@ -178,7 +178,7 @@ def test_what_was_found_of_every_engine_is_written_down_until_it_is_put_back(nod
     found: list[set[str]] = []
 
     def look() -> None:
-        found.append(set(json.loads((node.folder / "limits-found.json").read_text())["limits_w"]))
+        found.append(set(json.loads((node.folder / "limits-found.json").read_text())["boards"]))
 
     node.events = {101.0: look, 102.0: lambda: node.kill(first), 104.0: look}
 

@@ -72,6 +72,8 @@ def test_energy_differences_give_the_power_that_the_mean_shows_late(world: World
         world.now = 14.0
         after = nvml.boards[0].read()
 
+    assert before.energy_j is not None
+    assert after.energy_j is not None
     power_w = (after.energy_j - before.energy_j) / (after.time_s - before.time_s)
     assert power_w == pytest.approx(after.power_w, rel=0.02)
     assert after.sm_clock_mhz == 1980

@@ -97,6 +97,10 @@ class EmulatedNvml:
     def nvmlDeviceGetPersistenceMode(self, handle: Any, mode: Any) -> int:
         return self._lost(handle) or _put(mode, 1)
 
+    def nvmlDeviceGetMigMode(self, handle: Any, current: Any, pending: Any) -> int:
+        _put(pending, 0)
+        return self._lost(handle) or _put(current, 0)
+
     # --- sensors -----------------------------------------------------------------------------------------------
 
     def nvmlDeviceGetPowerUsage(self, handle: Any, milliwatts: Any) -> int:

@@ -155,7 +155,12 @@ def _clock(subject: str, info: BoardInfo, now: PowerSample, settings: BoardSetti
 
 def _energy_counter(subject: str, now: PowerSample, meter: MeterFacts | None) -> Finding:
     status, remedy = OK, None
-    if meter is None:
+    if now.energy_j is None:
+        status, text = (
+            WARNING,
+            "no energy counter: power comes from the driver's own readings, which may lag by a second",
+        )
+    elif meter is None:
         status, text = UNKNOWN, "energy counter present; how often it refreshes was not watched"
         remedy = "run again with --watch-s 2"
     elif meter.energy_refresh_s is None:
