@@ -47,9 +47,9 @@ def read_found(record: Path) -> Found | None:
         return _parse(json.loads(record.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except PermissionError as e:
+    except OSError as e:
         raise ConfigError(f"{record} cannot be read ({e.strerror}): run as the user of the agent that wrote it") from e
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ConfigError(
             f"{record} is damaged or of another version of PALS ({type(e).__name__}: {e}); nothing was written. Check the "
             "limits with `nvidia-smi -q -d POWER`, set them by hand where they are too low, then remove the file"
