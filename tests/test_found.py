@@ -252,10 +252,11 @@ def test_whoever_writes_when_the_limit_never_rises_above_the_last_other_hand(ste
         assert limit_w <= max(ceiling_w, stands_w)
         owner.about_to_write(limit_w)
         assert owner.is_mine(stands_w)
+        assert owner.is_mine(limit_w)
         if what == "ask":
             stands_w = limit_w
             owner.wrote(limit_w)
-        assert owner.is_mine(stands_w)
+        assert not owner.seen(stands_w)
     owner.seen(stands_w)
     assert abs(owner.restore_w - back_w) < 1.0
 

@@ -74,6 +74,7 @@ class NvmlBoard:
         self._owner = LimitOwner(self._info.uuid, self._info.found_limit_w)
         self._locked_at_mhz: int | None = None
         self._write_ahead: Callable[[BoardWrite], None] = lambda write: None
+        self._announced = self._owner.told(clock_locked=False)
 
     @property
     def info(self) -> BoardInfo:
@@ -100,7 +101,10 @@ class NvmlBoard:
         return self._owner.other_hand_w
 
     def announce_to(self, write_ahead: Callable[[BoardWrite], None]) -> None:
-        """Call `write_ahead` before each write from now on; where it raises, nothing is written."""
+        """Call `write_ahead` before each write from now on; where it raises, nothing is written.
+
+        Also when it is known how the last write ended, with what can still be ours.
+        """
         self._write_ahead = write_ahead
 
     def read(self) -> PowerSample:
@@ -200,8 +204,8 @@ class NvmlBoard:
     def _limit_now_w(self) -> float:
         """The limit set now; one that is not ours is from here on the ceiling and what is put back."""
         set_w = self._watts("read its limit", self._nvml.nvmlDeviceGetPowerManagementLimit)
-        if self._owner.seen(set_w):
-            self._announce(locks=False)
+        self._owner.seen(set_w)
+        self._announce(locks=False)  # after our own write too: from now on the board can stand at nothing else
         return set_w
 
     def _write_limit(self, limit_w: float, *, locks: bool) -> None:
@@ -212,7 +216,10 @@ class NvmlBoard:
         self._owner.wrote(limit_w)
 
     def _announce(self, *, locks: bool) -> None:
-        self._write_ahead(self._owner.told(clock_locked=locks or self._locked_at_mhz is not None))
+        write = self._owner.told(clock_locked=locks or self._locked_at_mhz is not None)
+        if write != self._announced:
+            self._write_ahead(write)
+            self._announced = write
 
     def restore(self) -> None:
         """Put the limit back where it is still ours, and release our clock lock; both are tried.
@@ -235,7 +242,7 @@ class NvmlBoard:
         if not self._owner.written:
             return None
         set_w = self._watts("read its limit", self._nvml.nvmlDeviceGetPowerManagementLimit)
-        if not self._owner.is_mine(set_w):
+        if self._owner.seen(set_w):
             log.warning("%s: somebody else set %.0f W since PALS wrote it; left so", self._label, set_w)
             return None
         return None if abs(set_w - self._owner.restore_w) < 0.5 else self._owner.restore_w
@@ -291,7 +298,7 @@ class NvmlBoard:
 
     def _optional(self, function: Callable[..., Any], *args: Any) -> float | None:
         try:
-            return float(self._call("read it", function, self._handle, *args))
+            return float(self._call("give a reading", function, self._handle, *args))
         except NotSupportedError:
             return None
 

@@ -91,7 +91,17 @@ def boards_as_found(meters: Sequence[PowerMeter], actuators: Sequence[PowerActua
                 f"{len(refused)} of {len(meters)} boards could not be put back: {'; '.join(refused)} {record} keeps what was "
                 "found: run `pals restore` with the rights to write"
             )
-        log.info("boards put back as found")
+        log.info(
+            "boards put back as found: %s",
+            ", ".join(_left_at(m, a) for m, a in zip(meters, actuators, strict=True)),
+        )
+
+
+def _left_at(meter: PowerMeter, actuator: PowerActuator) -> str:
+    other_w = actuator.other_hand_w
+    if other_w is not None:
+        return f"{other_w:.0f} W (set by somebody else meanwhile)"
+    return f"{meter.info.found_limit_w:.0f} W"
 
 
 def _put_back(meters: Sequence[PowerMeter], actuators: Sequence[PowerActuator], record: Path) -> list[str]:

@@ -81,7 +81,7 @@ def board(facts: BoardFacts, *, steered: bool) -> Iterator[Finding]:
     if info is None or now is None or settings is None:
         yield finding(
             "boards", "usable", PROBLEM, f"cannot be used: {facts.error}", subject=subject,
-            remedy="PALS needs power, energy counter, limits and clock; keep the board out of CUDA_VISIBLE_DEVICES",
+            remedy="PALS needs power, limits and clock; keep the board out of CUDA_VISIBLE_DEVICES",
             index=facts.index, error=facts.error,
         )  # fmt: skip
         return
