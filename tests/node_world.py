@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pals.core.errors import DeviceLostError
 from pals.core.quantities import BoardInfo, OperatingPoint
 from pals.runtime.agent import AgentSetup, Board, Watcher
 from pals.runtime.channel import GAUGES, EngineChannel, find_engines
@@ -58,6 +59,7 @@ class AgentWorld:
     records: dict[str, list[TickRecord]] = field(default_factory=dict)
     sums_w: list[tuple[float, float]] = field(default_factory=list)
     events: dict[float, Callable[[], object]] = field(default_factory=dict)  # by time: what happens on the node
+    unopenable: set[int] = field(default_factory=set)  # boards that are lost when an engine that uses them comes
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -113,9 +115,11 @@ class AgentWorld:
 
     def open_boards(self, group: EngineGroup) -> Sequence[Board]:
         """The boards of a group, found at the limits they have now."""
+        for i in self.unopenable & set(group.info.boards):
+            raise DeviceLostError(f"board {i} is lost")
         mine = [self.boards[i] for i in group.info.boards]
         for board in mine:
-            board.found_w = board.limit_w
+            board.opened()
         return mine
 
     def watch(self, name: str, boards: Sequence[BoardInfo]) -> Watcher:

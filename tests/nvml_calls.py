@@ -92,7 +92,7 @@ def steps(
 def snapshot(where: str, handle: Any, ask: Callable[..., None]) -> None:
     """Everything that can be read."""
     for name in (
-        "Index", "Name", "UUID", "CudaComputeCapability", "MemoryInfo", "PersistenceMode", "PowerUsage",
+        "Index", "Name", "UUID", "CudaComputeCapability", "MemoryInfo", "PersistenceMode", "MigMode", "PowerUsage",
         "TotalEnergyConsumption", "EnforcedPowerLimit", "PowerManagementLimit", "PowerManagementDefaultLimit",
         "PowerManagementLimitConstraints", "CurrentClocksThrottleReasons", "CurrentClocksEventReasons", "UtilizationRates",
     ):  # fmt: skip

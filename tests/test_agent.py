@@ -86,6 +86,17 @@ def test_without_permission_it_advises_in_one_line_and_writes_nothing(tmp_path: 
     assert world.records[-1].guarded.point.power_limit_w == 200.0
 
 
+def test_a_board_that_must_not_be_written_makes_its_engine_advise_with_the_reason(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.boards[1].refusal = "board 1: MIG mode is enabled"
+
+    assert world.run(policy="static", power_limit_w=200.0, active_sequences=8) == 0
+
+    assert [s for s in world.said if "MIG mode is enabled. Decisions are recorded" in s] == [world.said[0]]
+    assert [b.written_w for b in world.boards] == [[], []]
+    assert {r.mode for r in world.records} == {"advise"}
+
+
 def test_the_way_of_lowering_reaches_the_engine_and_the_journal_and_a_missing_one_is_told(tmp_path: Path) -> None:
     world = World(tmp_path)
     asked: list[Setpoint | None] = []

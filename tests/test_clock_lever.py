@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,23 +13,24 @@ from pals.cli.agent import mend
 from pals.control.guard import Guard
 from pals.control.policies import build_policy
 from pals.control.static import StaticPolicy
-from pals.core.errors import ConfigError, PalsError
+from pals.core.errors import ConfigError, NotPutBackError, PalsError
 from pals.core.quantities import Budget, Decision, OperatingPoint, Slo
 from pals.hardware.nvml import Nvml, open_boards
 from pals.plant.boards import BoardBank
 from pals.plant.silicon import Load
 from pals.plant.specs import board_specs
 from pals.runtime.budgets import BudgetSchedule
+from pals.runtime.found import left_by_dead_agent
 from pals.runtime.journal import encode
-from pals.runtime.loop import GridClock, boards_as_found, clocks_left_locked, run
+from pals.runtime.loop import GridClock, boards_as_found, run
 from pals.runtime.tick import Rig, TickRecord
 from pals.views.metrics import AgentMetrics
 from pals.views.status import clock_text
+from tests.found_records import write_record
 from tests.test_tick import go, rig
 from tests.worlds import Board, Clock, Engine, board_info
 
 A100 = board_specs()["a100-sxm4-80gb"]
-DEAD_PID = 2**22 + 1
 
 
 def locked(clock: Clock, boards: Sequence[Board], mhz: int | None, record: Path | None = None) -> list[TickRecord]:
@@ -39,7 +39,7 @@ def locked(clock: Clock, boards: Sequence[Board], mhz: int | None, record: Path 
     made.controller = StaticPolicy(OperatingPoint(power_limit_w=300.0, sm_clock_mhz=mhz, active_sequences=64))
     if record is None:
         return go(made, clock)
-    with boards_as_found(boards, boards, record) as made.locks.write_ahead:
+    with boards_as_found(boards, boards, record):
         return go(made, clock)
 
 
@@ -127,14 +127,15 @@ def test_a_lock_that_something_else_released_is_written_again_once(world: Emulat
     assert (records[-1].sample.boards[0].sm_clock_mhz > 1005) == always
 
 
-def test_the_record_of_what_was_found_says_whether_a_lock_was_written(tmp_path: Path) -> None:
+def test_the_record_says_before_each_write_what_is_written_and_whether_a_lock_may_be_left(tmp_path: Path) -> None:
     record = tmp_path / "found.json"
-    seen: list[bool] = []
+    seen: list[tuple[bool, bool]] = []
 
     class Watched(Board):
-        def apply(self, wanted: OperatingPoint) -> OperatingPoint:
-            seen.append(clocks_left_locked(record))
-            return super().apply(wanted)
+        def write(self, limit_w: float) -> None:
+            (left,) = left_by_dead_agent(record).values()
+            seen.append((left.clock_locked, limit_w in left.written_w))
+            super().write(limit_w)
 
     for mhz in (None, 1200):
         clock = Clock(until_s=101.0)
@@ -143,7 +144,7 @@ def test_the_record_of_what_was_found_says_whether_a_lock_was_written(tmp_path: 
         assert boards[0].lock_mhz is None
         assert not record.exists()
 
-    assert seen == [False, False, True, True]  # announced before the first lock is written, not after
+    assert seen == [(False, True)] * 2 + [(True, True)] * 2
 
 
 @pytest.mark.parametrize("wrote_locks", [True, False])
@@ -154,8 +155,7 @@ def test_what_a_killed_agent_locked_is_released_and_what_somebody_else_locked_is
         left = {b.info.uuid: b.info.found_limit_w for b in nvml.boards}
         for board in nvml.boards:
             board.apply(OperatingPoint(power_limit_w=200.0, sm_clock_mhz=1005))
-    found = {"pid": DEAD_PID, "limits_w": left, "clocks_locked": wrote_locks}
-    (tmp_path / "limits-found.json").write_text(json.dumps(found))
+    write_record(tmp_path / "limits-found.json", {u: (w, [300.0, 200.0]) for u, w in left.items()}, locked=wrote_locks)
 
     assert mend(tmp_path, world.path, clock=world.clock.now_s) == 2
 
@@ -165,21 +165,28 @@ def test_what_a_killed_agent_locked_is_released_and_what_somebody_else_locked_is
     assert not (tmp_path / "limits-found.json").exists()
 
 
+def lock_and_deny(world: Emulated, nvml: Nvml, record: Path) -> None:
+    """Steer both boards; before they are put back, board 0 begins to refuse limits."""
+    with boards_as_found(nvml.boards, nvml.boards, record):
+        for board in nvml.boards:
+            board.apply(OperatingPoint(power_limit_w=200.0, sm_clock_mhz=1005))
+        world.bank.inject(0, "limit_denied", 1, world.clock.now)
+
+
 def test_a_board_that_refuses_its_limit_still_loses_its_lock_and_keeps_no_other_board_limited(
     world: Emulated, tmp_path: Path
 ) -> None:
     record = tmp_path / "limits-found.json"
     with world.open() as nvml:
         left = {b.info.uuid: b.info.found_limit_w for b in nvml.boards}
-        with boards_as_found(nvml.boards, nvml.boards, record):
-            for board in nvml.boards:
-                board.apply(OperatingPoint(power_limit_w=200.0, sm_clock_mhz=1005))
-            world.bank.inject(0, "limit_denied", 1, world.clock.now)
+        with pytest.raises(NotPutBackError, match=r"1 of 2 boards.*200 W is still in force.*pals restore"):
+            lock_and_deny(world, nvml, record)
         assert world.clocks_mhz() == [
             1410,
             1410,
         ]  # board 0 would not take its limit back, its lock is gone all the same
-    record.write_text(json.dumps({"pid": DEAD_PID, "limits_w": left, "clocks_locked": True}))
+    assert set(left_by_dead_agent(record)) == {next(iter(left))}
+    write_record(record, {u: (w, [200.0, 300.0]) for u, w in left.items()}, locked=True)
     with world.open() as nvml:
         nvml.boards[1].apply(OperatingPoint(power_limit_w=300.0, sm_clock_mhz=1200))
 

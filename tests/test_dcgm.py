@@ -59,7 +59,9 @@ def test_units_are_those_of_dcgm_exporter() -> None:
 
     assert values["DCGM_FI_DEV_POWER_USAGE", "0"] == 320.0
     assert values["DCGM_FI_DEV_POWER_MGMT_LIMIT", "1"] == 400.0
-    assert values["DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION", "1"] == made[-1].sample.boards[1].energy_j * 1000.0 > 0
+    assert (
+        values["DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION", "1"] == (made[-1].sample.boards[1].energy_j or 0.0) * 1000.0 > 0
+    )
     assert values["DCGM_FI_DEV_SM_CLOCK", "0"] == 1410.0
     assert values["DCGM_FI_DEV_MEM_CLOCK", "0"] == 2619.0
     assert values["DCGM_FI_DEV_GPU_TEMP", "0"] == 61.0
@@ -90,7 +92,7 @@ def test_emulated_boards_say_so_where_reports_name_the_model() -> None:
     assert 'modelName="Test board (EMULATED)"' in dcgm_text(observed(emulated=True)).decode()
 
 
-def test_a_lost_board_takes_the_engines_boards_away_rather_than_mixing_them_up() -> None:
+def test_a_lost_board_is_absent_and_the_others_keep_their_names() -> None:
     collector = observed()
     others = collector.engine([board_info(2)])
     others.observe(records(1)[-1])
@@ -98,11 +100,16 @@ def test_a_lost_board_takes_the_engines_boards_away_rather_than_mixing_them_up()
 
     lost = records()[-1]
     collector.engine([board_info(0), board_info(1)]).observe(
-        replace(lost, sample=replace(lost.sample, boards=lost.sample.boards[:1]))
+        replace(
+            lost,
+            sample=replace(lost.sample, boards=lost.sample.boards[1:], absent=(0,)),
+            enforced_limits_w=lost.enforced_limits_w[1:],
+        )
     )
 
-    assert {board for _, board in shown(collector)} == {"2"}
+    assert {board for _, board in shown(collector)} == {"1", "2"}
     others.close()
+    collector.engine([board_info(0), board_info(1)]).close()
     assert shown(collector) == {}
 
 

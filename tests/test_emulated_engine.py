@@ -22,8 +22,9 @@ import pytest
 
 from pals.core.quantities import EngineSample
 from pals.engines.openai_client import RequestSpec, replay
-from pals.runtime.channel import find_engines, process_alive
+from pals.runtime.channel import find_engines
 from pals.runtime.journal import read_journal
+from pals.runtime.processes import process_alive
 
 pytest.importorskip("vllm")
 MODEL = "allenai/OLMoE-1B-7B-0924"

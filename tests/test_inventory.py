@@ -12,6 +12,8 @@ from pathlib import Path
 from pals.runtime.agent import FOUND_RECORD
 from pals.runtime.channel import GAUGES, AgentChannel, EngineChannel
 from pals.runtime.inventory import look_into
+from pals.runtime.processes import process_started
+from tests.found_records import write_record
 from tests.worlds import engine_info
 
 
@@ -66,15 +68,16 @@ def test_records_of_writers_tell_the_living_from_the_killed(tmp_path: Path) -> N
     record = tmp_path / FOUND_RECORD
     assert look_into(tmp_path, proc=tmp_path).writer.pid is None
 
-    record.write_text(json.dumps({"pid": os.getpid(), "limits_w": {"GPU-0": 400.0, "GPU-1": 400.0}}))
+    mine = process_started(os.getpid()) or 0
+    write_record(record, {f"GPU-{i}": (400.0, []) for i in range(2)}, pid=os.getpid(), started=mine)
     living = look_into(tmp_path, proc=tmp_path).writer
     assert (living.pid, living.alive, living.boards) == (os.getpid(), True, 2)
 
-    record.write_text(json.dumps({"pid": dead_pid(), "limits_w": {"GPU-0": 400.0}}))
+    write_record(record, {"GPU-0": (400.0, [])}, pid=os.getpid(), started=mine - 1)  # the id went to another process
     assert not look_into(tmp_path, proc=tmp_path).writer.alive
 
     record.write_text("{")
-    assert "cannot be read" in (look_into(tmp_path, proc=tmp_path).writer.error or "")
+    assert "is damaged" in (look_into(tmp_path, proc=tmp_path).writer.error or "")
 
 
 def test_the_agents_newest_record_is_read_and_a_foreign_one_ignored(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from prometheus_client import generate_latest
 
 from pals.core.errors import ConfigError
 from pals.core.quantities import Slo
@@ -60,9 +61,9 @@ def test_an_engine_that_is_gone_leaves_its_counters_and_no_gauge() -> None:
     assert value(metrics, "pals_energy_joules_total", engine="model:7") == pytest.approx(588.0 * 9.5)
 
 
-def test_with_a_board_lost_no_reading_is_given_to_the_wrong_one() -> None:
+def test_with_a_board_lost_only_its_own_gauges_and_the_engines_power_are_absent() -> None:
     clock = Clock(until_s=102.0)
-    boards = [Board(clock, i) for i in range(2)]
+    boards = [Board(clock, 0), Board(clock, 1, natural_w=250.0)]
     metrics = AgentMetrics()
     engine = metrics.engine("model", [4, 5])
     for record in go(rig(clock, boards, Engine(clock)), clock):
@@ -74,8 +75,24 @@ def test_with_a_board_lost_no_reading_is_given_to_the_wrong_one() -> None:
     for record in go(rig(clock, boards, Engine(clock)), clock):
         engine.observe(record)
 
-    assert value(metrics, "pals_board_power_watts", board="4") is None
-    assert value(metrics, "pals_board_power_watts", board="5") is None
+    for name in ("pals_board_power_watts", "pals_sm_clock_hertz", "pals_power_limit_enforced_watts"):
+        assert value(metrics, name, board="4") is None
+    assert value(metrics, "pals_board_power_watts", board="5") == 250.0
+    assert value(metrics, "pals_power_watts") is None
+    assert value(metrics, "pals_joules_per_token") is None
+
+
+def test_what_is_unknown_is_absent_from_the_first_tick_on_and_never_nan() -> None:
+    clock = Clock(until_s=100.4)
+    metrics = AgentMetrics()
+    engine = metrics.engine("model", [0])
+    for record in go(rig(clock, [Board(clock)], Engine(clock)), clock):
+        engine.observe(record)
+
+    page = generate_latest(metrics.registry).decode()
+    assert "nan" not in page.lower()
+    for name in ("pals_budget_watts", "pals_power_watts", "pals_sm_clock_requested_hertz", "pals_joules_per_token"):
+        assert value(metrics, name) is None
 
 
 def test_the_endpoint_answers_and_a_taken_port_is_named() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pals.core.errors import ConfigError
+from pals.core.errors import ConfigError, NotPutBackError
+from pals.runtime.found import left_by_dead_agent
 from pals.runtime.journal import read_journal
 from tests.node_world import AgentWorld, busy
 from tests.worlds import Clock
@@ -190,7 +191,7 @@ def test_what_was_found_of_every_engine_is_written_down_until_it_is_put_back(nod
     found: list[set[str]] = []
 
     def look() -> None:
-        found.append(set(json.loads((node.folder / "limits-found.json").read_text())["limits_w"]))
+        found.append(set(json.loads((node.folder / "limits-found.json").read_text())["boards"]))
 
     node.events = {101.0: look, 102.0: lambda: node.kill(first), 104.0: look}
 
@@ -202,3 +203,61 @@ def test_what_was_found_of_every_engine_is_written_down_until_it_is_put_back(nod
 def test_without_any_engine_there_is_nothing_to_do(node: AgentWorld) -> None:
     with pytest.raises(ConfigError, match="no running engine"):
         node.run()
+
+
+def test_an_engine_whose_board_is_lost_is_not_steered_and_the_others_are(node: AgentWorld) -> None:
+    node.add("a/first", boards=(0,), pid=node.spawn().pid)
+    node.add("b/last", boards=(1,), pid=node.spawn().pid)
+    node.unopenable = {0}
+
+    assert node.run() == 0
+
+    assert set(node.records) == {"b/last"}
+    assert [s for s in node.said if "is not steered: board 0 is lost" in s]
+
+
+def test_a_late_engine_whose_board_is_lost_does_not_end_the_agent(node: AgentWorld) -> None:
+    node.add("a/first", boards=(0,), pid=node.spawn().pid)
+    node.unopenable = {1}
+    late = node.spawn().pid
+    node.events = {101.0: lambda: node.add("b/last", boards=(1,), pid=late)}
+
+    assert node.run() == 0
+
+    assert set(node.records) == {"a/first"}
+    assert [s for s in node.said if "is not steered: board 1 is lost" in s]
+
+
+def test_boards_that_could_not_be_put_back_are_told_at_the_end_and_the_other_engine_is_steered_on(
+    node: AgentWorld,
+) -> None:
+    first = node.spawn()
+    node.add("a/first", boards=(0, 1), pid=first.pid)
+    node.add("b/last", boards=(2,), pid=node.spawn().pid)
+
+    def lose_and_kill() -> None:
+        node.boards[0].lost = True
+        node.kill(first)
+
+    node.events = {101.0: lose_and_kill}
+
+    with pytest.raises(NotPutBackError, match=r"1 of 2 boards could not be put back: GPU-0: lost.*pals restore"):
+        node.run(control={"power_limit_w": 200.0})
+
+    assert [s for s in node.said if "its boards are not all put back" in s]
+    assert node.records["b/last"][-1].sample.time_s > 103.0
+    assert limits_w(node)[:3] == [200.0, 400.0, 400.0]
+    assert set(left_by_dead_agent(node.folder / "limits-found.json")) == {"GPU-0"}
+
+
+def test_a_lost_board_keeps_its_watts_and_the_budget_holds(node: AgentWorld) -> None:
+    node.add("a/first", boards=(0, 1), pid=node.spawn().pid)
+    node.add("b/last", boards=(2,), pid=node.spawn().pid)
+    node.events = {101.0: lambda: setattr(node.boards[1], "lost", True)}
+
+    with pytest.raises(NotPutBackError):  # the lost board
+        node.run(budget={"power_w": "0:900,2:700"})
+
+    late = [w - 5 * 400.0 for at_s, w in node.sums_w if at_s > 103.0]  # five boards belong to no engine
+    assert late
+    assert max(late) <= 700.0 * 0.98 + 1e-6

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pals.core.errors import ConfigError, DeviceLostError, NotSupportedError, PermissionDeniedError
-from pals.core.quantities import OperatingPoint
-from pals.hardware.nvml import Nvml, open_boards
+from pals.core.errors import ConfigError, DeviceLostError, NotSupportedError, PalsError, PermissionDeniedError
+from pals.core.quantities import BoardWrite, OperatingPoint
+from pals.hardware.nvml import Nvml, NvmlBoard, open_boards
 from pals.plant.boards import BoardBank
 from pals.plant.silicon import Load
 from pals.plant.specs import board_specs
@@ -72,6 +73,8 @@ def test_energy_differences_give_the_power_that_the_mean_shows_late(world: World
         world.now = 14.0
         after = nvml.boards[0].read()
 
+    assert before.energy_j is not None
+    assert after.energy_j is not None
     power_w = (after.energy_j - before.energy_j) / (after.time_s - before.time_s)
     assert power_w == pytest.approx(after.power_w, rel=0.02)
     assert after.sm_clock_mhz == 1980
@@ -138,6 +141,112 @@ def test_faults_arrive_as_the_errors_they_are(world: World) -> None:
         assert nvml.boards[1].read().enforced_limit_w == 700.0
         world.bank.inject(1, "external_limit", 350.0, world.now)
         assert nvml.boards[1].apply(point(500.0)).power_limit_w == 350.0
+
+
+@pytest.mark.parametrize("theirs_w", [250.0, 500.0])
+def test_a_limit_set_by_another_hand_becomes_the_ceiling_and_is_put_back(world: World, theirs_w: float) -> None:
+    writes: list[BoardWrite] = []
+    with world.open() as nvml:
+        board = nvml.boards[0]
+        board.announce_to(writes.append)
+        board.apply(point(300.0))
+        world.bank.set_limit(0, theirs_w, world.now)
+
+        assert board.apply(point(300.0)).power_limit_w == min(300.0, theirs_w)
+        assert board.other_hand_w == theirs_w
+        assert board.apply(point(220.0)).power_limit_w == 220.0  # lower is allowed
+        assert board.apply(point(600.0)).power_limit_w == theirs_w  # above is not
+        board.apply(point(220.0))
+        board.restore()
+        assert board.read().enforced_limit_w == theirs_w
+
+    assert [w.found_limit_w for w in writes] == [700.0] + [theirs_w] * (len(writes) - 1)
+    assert writes[0].written_w == (700.0, 300.0)  # said before the driver was asked: it may stand at either
+
+
+def test_a_limit_set_by_another_hand_since_our_last_write_is_left_and_said(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    with world.open() as nvml:
+        nvml.boards[0].apply(point(300.0, 1200))
+        world.bank.set_limit(0, 250.0, world.now)
+        nvml.boards[0].restore()
+        assert nvml.boards[0].read().enforced_limit_w == 250.0
+        world.bank.book([0], world.now, world.now + 30.0, Load(compute=0.1, memory=0.2), world.now)
+        world.now += 1.0
+        assert nvml.boards[0].read().sm_clock_mhz > 1200  # our lock is released all the same
+
+    assert "somebody else set 250 W" in caplog.text
+
+
+def test_where_the_record_cannot_be_written_the_driver_is_not_asked(world: World) -> None:
+    def full(write: BoardWrite) -> None:
+        raise PalsError("no space left")
+
+    with world.open() as nvml:
+        nvml.boards[0].announce_to(full)
+        with pytest.raises(PalsError, match="no space"):
+            nvml.boards[0].apply(point(300.0))
+        assert nvml.boards[0].read().enforced_limit_w == 700.0
+        nvml.boards[0].announce_to(lambda write: None)
+        nvml.boards[0].apply(point(300.0))
+        nvml.boards[0].restore()
+        assert nvml.boards[0].read().enforced_limit_w == 700.0
+
+
+class Otherwise:
+    """pynvml with some functions of another board's driver."""
+
+    def __init__(self, **functions: Any) -> None:
+        self._functions = functions
+
+    def __getattr__(self, name: str) -> Any:
+        import pynvml
+
+        return self._functions.get(name, getattr(pynvml, name))
+
+
+def other_board(world: World, **functions: Any) -> NvmlBoard:
+    nvml: Any = Otherwise(**functions)
+    return NvmlBoard(nvml, 0, clock=world.clock, may_write=True)
+
+
+def test_a_board_in_mig_mode_is_read_and_never_written(world: World) -> None:
+    with world.open():
+        board = other_board(world, nvmlDeviceGetMigMode=lambda handle: (1, 1))
+
+        assert not board.can_write()
+        assert "MIG mode is enabled" in str(board.refusal)
+        with pytest.raises(NotSupportedError, match=r"MIG mode is enabled.*700 W is still in force"):
+            board.apply(point(300.0))
+        assert board.read().enforced_limit_w == 700.0
+    assert world.slept == []
+
+
+def test_a_board_without_an_energy_counter_is_read_all_the_same(world: World) -> None:
+    def missing(handle: Any) -> int:
+        import pynvml
+
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    with world.open():
+        sample = other_board(world, nvmlDeviceGetTotalEnergyConsumption=missing).read()
+
+    assert sample.energy_j is None
+    assert sample.power_w > 0
+
+
+def test_of_all_boards_those_that_open_are_opened_and_the_others_are_named(world: World) -> None:
+    world.bank.inject(0, "lost", 1, world.now)
+    with world.open() as nvml:
+        assert [b.info.index for b in nvml.boards] == [1]
+        assert list(nvml.failed) == [0]
+        assert "lost" in nvml.failed[0]
+        with pytest.raises(DeviceLostError):
+            nvml.open([0])
+    world.bank.inject(1, "lost", 1, world.now)
+    with pytest.raises(ConfigError, match="no board can be opened"):
+        world.open()
 
 
 def test_an_unknown_board_and_a_missing_driver_say_what_to_do(world: World) -> None:

@@ -67,7 +67,7 @@ def test_zeus_and_the_journal_agree_on_the_energy_of_half_a_minute_under_load(tm
     records = [r for r in read_journal(made.folder / "j.jsonl")[1] if len(r.sample.boards) == 2]
     for i, zeus_j in enumerate(joules):
         times_s = [r.sample.boards[i].time_s for r in records]
-        counter_j = [r.sample.boards[i].energy_j for r in records]
+        counter_j = [r.sample.boards[i].energy_j or 0.0 for r in records]
         journal_j = float(np.diff(np.interp([began_s, ended_s], times_s, counter_j))[0])
         assert zeus_j == pytest.approx(journal_j, rel=0.02)
         assert zeus_j > 70.0 * WINDOW_S  # more than idle

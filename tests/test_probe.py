@@ -110,7 +110,7 @@ def test_it_says_what_the_boards_are_and_writes_nothing(world: World) -> None:
     assert board.meter is not None
     assert (board.info.max_limit_w, board.now.enforced_limit_w) == (700.0, 700.0)
     assert (board.settings.persistence_mode, board.settings.clock_lock_api) == (True, True)
-    assert board.settings.mig_mode is None
+    assert board.settings.mig_mode is False
     assert board.settings.clock_reasons == ("idle",)
     assert 0.045 < (board.meter.energy_refresh_s or 0.0) < 0.07
     assert board.meter.power_window_s is None

@@ -13,6 +13,7 @@ import pytest
 from pals.cli.inspect import died_now, engines_now, limited, steered_now
 from pals.cli.run_folder import remove_stale_status
 from pals.views.status import print_status
+from tests.found_records import write_record
 from tests.node_world import AgentWorld
 from tests.worlds import Clock
 
@@ -63,7 +64,7 @@ def test_without_an_agent_and_after_a_killed_one(node: AgentWorld, capsys: pytes
     node.kill(dead)
     stale: dict[str, Any] = {"agent_pid": dead.pid, "name": "a/first", "header": {"boards": []}}
     (node.folder / "agent-status-a-first.json").write_text(json.dumps(stale))
-    (node.folder / "limits-found.json").write_text(json.dumps({"pid": dead.pid, "limits_w": {"GPU-0": 400.0}}))
+    write_record(node.folder / "limits-found.json", {"GPU-0": (400.0, [200.0])}, pid=dead.pid)
 
     told = seen(node, capsys)
     assert "an agent was killed: 1 boards may stay limited" in told

@@ -76,8 +76,8 @@ def test_clocks_are_swept_at_the_found_limit_announced_and_released(tmp_path: Pa
     partial = PartialRows(tmp_path / "p.partial.jsonl", FINGERPRINT, "load")
     plan = replace(PLAN, sequences=(8,), clocks_mhz=(1005, 1410), found_limit_w=350.0)
     board = rig.actuators[0]
-    announced: list[int] = []
-    rig.locks.write_ahead = lambda: announced.append(len(board.locks_asked))  # type: ignore[attr-defined]
+    announced: list[bool] = []
+    board.announce_to(lambda write: announced.append(write.clock_locked))
 
     rows = sweep(
         rig, plan, load=load, partial=partial, clock=GridClock(now_s=clock.now_s, wait=clock.wait),
@@ -87,7 +87,7 @@ def test_clocks_are_swept_at_the_found_limit_announced_and_released(tmp_path: Pa
     assert [(r.power_limit_w, r.requested_clock_mhz, r.sm_clock_mhz) for r in rows] == [
         (400.0, None, 1410), (200.0, None, 1410), (350.0, 1410, 1410), (350.0, 1005, 1005),
     ]  # fmt: skip
-    assert announced == [0]
+    assert announced == [False, False, True, True]
     again = PartialRows(tmp_path / "p.partial.jsonl", FINGERPRINT, "load")
     assert again.rows == rows
     assert all(again.has(point) for point in plan.points)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +12,22 @@ from hypothesis import strategies as st
 
 from pals.control.guard import Guard
 from pals.control.static import StaticPolicy
-from pals.core.errors import ConfigError, EngineGoneError, NotSupportedError
-from pals.core.quantities import Budget, EngineSample, OperatingPoint, Slo
+from pals.core.errors import (
+    ConfigError,
+    DeviceLostError,
+    EngineGoneError,
+    NotPutBackError,
+    NotSupportedError,
+    PalsError,
+)
+from pals.core.quantities import BoardWrite, Budget, EngineSample, OperatingPoint, Slo
 from pals.runtime.budgets import BudgetSchedule, parse_budget
-from pals.runtime.loop import GridClock, boards_as_found, left_by_dead_agent, run
+from pals.runtime.found import left_by_dead_agent
+from pals.runtime.loop import GridClock, boards_as_found, run
+from pals.runtime.processes import process_started
 from pals.runtime.staleness import stale_notes
 from pals.runtime.tick import Rig, TickRecord
+from tests.found_records import write_record
 from tests.worlds import Board, Clock, Engine, engine_sample
 
 
@@ -93,6 +102,7 @@ def test_a_refused_write_turns_to_advice_with_one_clear_line() -> None:
 
     assert [r.notes != () for r in records] == [True] + [False] * (len(records) - 1)
     assert "only advises" in records[0].notes[0]
+    assert {r.mode for r in records} == {"advise"}
     assert board.written_w == []
     assert records[-1].enforced_limits_w == (400.0,)
     assert records[-1].guarded.point.power_limit_w == 200.0
@@ -108,15 +118,100 @@ def test_a_limit_lowered_by_another_is_read_back_and_told() -> None:
     assert "something else holds the limit lower" in record.notes[0]
 
 
-def test_a_lost_board_is_told_and_nothing_is_written_to_the_group() -> None:
+@pytest.mark.parametrize("fails", [DeviceLostError("lost"), PalsError("unknown error"), ValueError("invalid argument")])
+def test_a_board_that_cannot_be_read_is_absent_and_keeps_its_part_of_the_budget(fails: Exception) -> None:
+    clock = Clock(until_s=106.0)
+    boards = [Board(clock, i) for i in range(3)]
+    events = {102.0: fails, 104.0: None}
+
+    def sink_at(record: TickRecord) -> None:
+        records.append(record)
+        for at_s in [t for t in events if t <= clock.now]:
+            boards[1].fails = events.pop(at_s)
+
+    records: list[TickRecord] = []
+    run(
+        rig(clock, boards, Engine(clock)), budget=parse_budget("0:1000,3:700"), slo=Slo(), sink=sink_at,
+        clock=GridClock(now_s=clock.now_s, wait=clock.wait),
+    )  # fmt: skip
+
+    away = [r for r in records if r.sample.absent]
+    assert {r.sample.absent for r in away} == {(1,)}
+    assert {r.sample.positions for r in away} == {(0, 2)}
+    assert all(r.sample.power_w is None for r in away)
+    held = [r for r in away if r.budget.power_w == 700.0]
+    assert {r.enforced_limits_w for r in held} == {(180.0, 180.0)}  # 700 less 2 %, less the 326 W board 1 stood at
+    assert "board 1 may draw 326 W unseen: the engine's other boards go to 180 W" in held[0].notes[1]
+    back = records[records.index(away[-1]) + 1]
+    assert (back.sample.power_w, back.enforced_limits_w) == (None, (228.0,) * 3)
+    assert "board 1 can be read again" in back.notes
+    assert records[-1].sample.power_w is not None
+
+
+def test_a_note_that_stays_the_same_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock(until_s=103.0)
+
+    records = go(rig(clock, [Board(clock, 0), Board(clock, 1, lost=True)], Engine(clock)), clock)
+
+    assert all("lost" in r.notes[0] for r in records)
+    assert sum("lost" in m for m in caplog.messages) == 1
+
+
+def test_a_board_lost_from_the_start_may_draw_the_most_the_guard_allows() -> None:
     clock = Clock(until_s=101.0)
     boards = [Board(clock, 0), Board(clock, 1, lost=True)]
 
-    record = go(rig(clock, boards, Engine(clock), limit_w=200.0), clock)[0]
+    records = go(rig(clock, boards, Engine(clock)), clock, parse_budget("700"))
 
-    assert "lost" in record.notes[0]
-    assert boards[0].written_w == []
-    assert record.sample.power_w is None
+    assert {r.enforced_limits_w for r in records} == {(286.0,)}
+
+
+def test_a_board_without_an_energy_counter_is_measured_by_the_drivers_readings() -> None:
+    clock = Clock(until_s=102.0)
+    boards = [Board(clock, 0), Board(clock, 1, natural_w=200.0, energy_counter=False)]
+
+    records = go(rig(clock, boards, Engine(clock)), clock)
+
+    assert [r.sample.power_w for r in records[1:]] == pytest.approx([520.0] * (len(records) - 1))
+    assert ["no energy counter" in "".join(r.notes) for r in records] == [True] + [False] * (len(records) - 1)
+
+
+@pytest.mark.parametrize("theirs_w", [200.0, 350.0])
+def test_what_another_hand_sets_is_never_exceeded_and_is_left_on_exit(tmp_path: Path, theirs_w: float) -> None:
+    clock = Clock(until_s=105.0)
+    boards = [Board(clock, i) for i in range(3)]
+    found: list[dict[str, BoardWrite]] = []
+
+    def somebody_sets(record: TickRecord) -> None:
+        records.append(record)
+        if record.index == 3:
+            boards[2].limit_w = theirs_w
+        found.append(left_by_dead_agent(tmp_path / "found.json"))
+
+    records: list[TickRecord] = []
+    with boards_as_found(boards, boards, tmp_path / "found.json"):
+        run(
+            rig(clock, boards, Engine(clock), limit_w=300.0), budget=BudgetSchedule(), slo=Slo(), sink=somebody_sets,
+            clock=GridClock(now_s=clock.now_s, wait=clock.wait),
+        )  # fmt: skip
+
+    told = [n for r in records for n in r.notes if "somebody else" in n]
+    assert told == [f"board 2: somebody else set {theirs_w:.0f} W; PALS stays at or below it and leaves it so on exit"]
+    assert {r.enforced_limits_w for r in records[4:]} == {(min(theirs_w, 300.0),) * 3}
+    assert found[3]["GPU-2"].found_limit_w == 400.0
+    assert found[-1]["GPU-2"].found_limit_w == theirs_w
+    assert [b.limit_w for b in boards] == [400.0, 400.0, theirs_w]
+
+
+def test_a_limit_that_another_hand_set_last_is_left_on_exit(tmp_path: Path) -> None:
+    board = Board(Clock())
+
+    with boards_as_found([board], [board], tmp_path / "found.json"):
+        board.apply(OperatingPoint(power_limit_w=300.0))
+        board.limit_w = 250.0
+
+    assert board.limit_w == 250.0
+    assert not (tmp_path / "found.json").exists()
 
 
 class Hanging(Engine):
@@ -189,11 +284,14 @@ def test_boards_written_before_a_denied_one_are_put_back() -> None:
     clock = Clock(until_s=102.0)
     boards = [Board(clock, 0), Board(clock, 1, denied=True)]
 
-    records = go(rig(clock, boards, Engine(clock), limit_w=200.0), clock)
+    engine = Engine(clock)
+    engine.apply(8, lease_s=100.0)
+    records = go(rig(clock, boards, engine, limit_w=200.0, n=8), clock)
 
     assert boards[0].written_w == [200.0]
     assert {r.enforced_limits_w for r in records} == {(400.0, 400.0)}
-    assert records[-1].mode == "auto"  # the active-sequence limit is still obeyed
+    assert {r.mode for r in records} == {"advise"}
+    assert (engine.in_force, engine.lease_until_s) == (64, 0.0)  # no batch is limited either
 
 
 @given(st.lists(st.floats(100, 400), min_size=1, max_size=7), st.floats(100, 400), st.floats(500, 4000))
@@ -235,12 +333,17 @@ def test_what_a_killed_agent_left_is_known_and_a_living_one_is_respected(tmp_pat
     record = tmp_path / "found.json"
     assert left_by_dead_agent(record) == {}
 
-    record.write_text(json.dumps({"pid": 2**22 + 1, "limits_w": {"GPU-0": 400.0}}))
-    assert left_by_dead_agent(record) == {"GPU-0": 400.0}
+    write_record(record, {"GPU-0": (400.0, [300.0]), "GPU-1": (400.0, [])})
+    assert {u: w.found_limit_w for u, w in left_by_dead_agent(record).items()} == {"GPU-0": 400.0}  # 1 was not written
 
-    record.write_text(json.dumps({"pid": 1, "limits_w": {"GPU-0": 400.0}}))
+    init = process_started(1)
+    assert init is not None
+    write_record(record, {"GPU-0": (400.0, [300.0])}, pid=1, started=init)
     with pytest.raises(ConfigError, match="another PALS agent"):
         left_by_dead_agent(record)
+
+    write_record(record, {"GPU-0": (400.0, [300.0])}, pid=1, started=init + 1)  # its id went to another process
+    assert set(left_by_dead_agent(record)) == {"GPU-0"}
 
 
 def test_the_engines_lease_outlives_a_few_missed_ticks_and_then_ends() -> None:
@@ -263,9 +366,13 @@ def test_one_board_that_refuses_does_not_keep_the_others_limited(tmp_path: Path)
     boards = [Stubborn(clock, 0), Board(clock, 1)]
     record = tmp_path / "found.json"
 
-    with boards_as_found(boards, boards, record):
-        for board in boards:
-            board.apply(OperatingPoint(power_limit_w=200.0))
+    def limit() -> None:
+        with boards_as_found(boards, boards, record):
+            for board in boards:
+                board.apply(OperatingPoint(power_limit_w=200.0))
+
+    with pytest.raises(NotPutBackError, match="1 of 2 boards could not be put back: invalid argument"):
+        limit()
 
     assert boards[1].limit_w == 400.0
-    assert record.exists()  # what was found stays known for `pals restore`
+    assert set(left_by_dead_agent(record)) == {"GPU-0"}  # what was found stays known for `pals restore`

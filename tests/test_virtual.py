@@ -152,7 +152,8 @@ def test_a_lost_board_is_noted_and_the_engine_serves_on(olmoe: Path, tmp_path: P
     assert result.outcome.failed == 0
     records = records_of(tmp_path / "j.jsonl")
     assert [r.sample.time_s for r in records if len(r.sample.boards) < 2] == [2.5, 3.0, 3.5, 4.0]
-    assert all("lost" in r.notes[0] for r in records if r.notes)
+    assert all("lost" in r.notes[0] for r in records if r.sample.absent)
+    assert {r.sample.absent for r in records} == {(), (1,)}
     assert records[-1].enforced_limits_w == (200.0, 200.0)
 
 

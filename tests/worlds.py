@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pals.core.errors import DeviceLostError, EngineGoneError, NotSupportedError, PermissionDeniedError
 from pals.core.quantities import (
     LATENCY_BOUNDS_S,
     BoardInfo,
+    BoardWrite,
     EngineInfo,
     EngineSample,
     OperatingPoint,
     PowerSample,
     TelemetrySample,
 )
+from pals.hardware.limit_owner import LimitOwner
 
 BUCKETS = len(LATENCY_BOUNDS_S) + 1
 
@@ -109,14 +112,30 @@ class Board:
     external_w: float = 1e9
     denied: bool = False
     lost: bool = False
+    fails: Exception | None = None  # raised by every reading
+    energy_counter: bool = True
+    refusal: str | None = None
     no_clock_lock: bool = False
     lock_mhz: int | None = None
     locks_asked: list[int] = field(default_factory=list)
     written_w: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.found_w = self.limit_w
         self._energy_j, self._since_s = 0.0, self.clock.now
+        self.opened()
+
+    def opened(self) -> None:
+        """An agent opens the board: what it finds is the limit of this moment."""
+        self.found_w = self.limit_w
+        self._owner = LimitOwner(self.info.uuid, self.found_w)
+        self.announce_to(lambda write: None)
+
+    @property
+    def other_hand_w(self) -> float | None:
+        return self._owner.other_hand_w
+
+    def announce_to(self, write_ahead: Callable[[BoardWrite], None]) -> None:
+        self._write_ahead = write_ahead
 
     @property
     def info(self) -> BoardInfo:
@@ -129,11 +148,13 @@ class Board:
     def read(self) -> PowerSample:
         if self.lost:
             raise DeviceLostError(f"GPU-{self.index}: lost")
+        if self.fails is not None:
+            raise self.fails
         self._integrate()
         return PowerSample(
             time_s=self.clock.now,
             power_w=min(self.natural_w, self.enforced_w),
-            energy_j=self._energy_j,
+            energy_j=self._energy_j if self.energy_counter else None,
             enforced_limit_w=self.enforced_w,
             sm_clock_mhz=min(1410, self.lock_mhz or 1410),
         )
@@ -142,8 +163,12 @@ class Board:
         if self.denied:
             raise PermissionDeniedError(f"GPU-{self.index}: no permission; {self.enforced_w:.0f} W is still in force.")
         self._integrate()
-        self.limit_w = wanted.power_limit_w
-        self.written_w.append(wanted.power_limit_w)
+        self._owner.seen(self.limit_w)
+        limit_w = self._owner.capped(wanted.power_limit_w)
+        self._owner.about_to_write(limit_w)
+        self._write_ahead(self._owner.told(clock_locked=bool(wanted.sm_clock_mhz or self.lock_mhz)))
+        self.write(limit_w)
+        self._owner.wrote(limit_w)
         if wanted.sm_clock_mhz is not None:
             self.locks_asked.append(wanted.sm_clock_mhz)
             if self.no_clock_lock:
@@ -151,9 +176,17 @@ class Board:
         self.lock_mhz = wanted.sm_clock_mhz
         return OperatingPoint(power_limit_w=self.enforced_w, sm_clock_mhz=self.lock_mhz)
 
+    def write(self, limit_w: float) -> None:
+        self.limit_w = limit_w
+        self.written_w.append(limit_w)
+
     def restore(self) -> None:
+        if self.lost:
+            raise DeviceLostError(f"GPU-{self.index}: lost")
         self._integrate()
-        self.limit_w, self.lock_mhz = self.found_w, None
+        if self._owner.written and self._owner.is_mine(self.limit_w):
+            self.limit_w = self._owner.restore_w
+        self.lock_mhz = None
 
     def _integrate(self) -> None:
         self._energy_j += min(self.natural_w, self.enforced_w) * (self.clock.now - self._since_s)

@@ -15,8 +15,9 @@ from pals.core.diagnosis import NodeFacts, Status
 from pals.core.errors import ConfigError
 from pals.engines.installed import probe_software
 from pals.hardware.probe import probe_nvml, probe_privilege
-from pals.runtime.channel import process_alive, run_dir
+from pals.runtime.channel import run_dir
 from pals.runtime.inventory import look_into
+from pals.runtime.processes import process_alive
 from pals.views.doctor import as_json, findings, print_findings, worst
 
 

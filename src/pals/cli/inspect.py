@@ -13,15 +13,15 @@ from pals.cli.main import say
 from pals.cli.run_folder import agent_lives, emulated_bank, put_back, read_status
 from pals.control.guard import Guard
 from pals.control.policies import build_policy
-from pals.core.errors import ConfigError, EngineGoneError
+from pals.core.errors import ConfigError, EngineGoneError, PalsError
 from pals.hardware.nvml import open_boards
 from pals.models.profile import Profile
 from pals.runtime.agent import FOUND_RECORD, STATUS_FILES
 from pals.runtime.channel import run_dir
 from pals.runtime.files import check_folder
+from pals.runtime.found import left_by_dead_agent
 from pals.runtime.group import unique_name
 from pals.runtime.journal import read_journal
-from pals.runtime.loop import left_by_dead_agent
 from pals.runtime.replay import replay as replay_records
 from pals.views.status import EngineNow, print_status
 
@@ -48,11 +48,17 @@ def status(args: argparse.Namespace) -> int:
     """Print engines, boards and the agent's newest records."""
     folder = run_dir(os.environ)
     bank = emulated_bank(folder)
+    boards = []
     try:
         with open_boards(emulated=bank) as nvml:
-            boards = [(b.info, b.read()) for b in nvml.boards]
+            for why in nvml.failed.values():
+                say(why)
+            for board in nvml.boards:
+                try:
+                    boards.append((board.info, board.read()))
+                except (PalsError, ValueError) as e:  # the others are shown all the same
+                    say(str(e))
     except ConfigError as e:
-        boards = []
         say(str(e))
     print_status(
         folder, engines_now(folder), boards, steered_now(folder), emulated=bank is not None, limited=limited(folder),
@@ -104,7 +110,7 @@ def restore(args: argparse.Namespace) -> int:
     folder = run_dir(os.environ)
     check_folder(folder)
     if put_back(folder, mend) == 0:
-        say(f"nothing to put back: no dead agent's record in {folder}")
+        say(f"nothing was put back: no board stands where a dead agent of {folder} left it")
     return 0
 
 

@@ -1,7 +1,8 @@
 """Arguments and dispatch; errors become one message on stderr and an exit code, never a traceback.
 
 Exit codes: 0 done, 1 a check found a difference, or a server cut requests or lost its agent, 2 bad input or no
-permission, 3 the engine ended by itself, 130 interrupted.
+permission, 3 the engine ended by itself, 4 boards could not be put back as found (`pals restore` does, once it may
+write), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from pals import __version__
-from pals.core.errors import EngineGoneError, PalsError
+from pals.core.errors import EngineGoneError, NotPutBackError, PalsError
 from pals.core.quantities import LOWERINGS
-from pals.runtime.agent import EXIT_ENGINE_GONE
+from pals.runtime.agent import EXIT_ENGINE_GONE, EXIT_NOT_PUT_BACK
 from pals.runtime.config import MODES, POLICIES
 
 
@@ -175,6 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EngineGoneError as e:
         say(str(e))
         return EXIT_ENGINE_GONE
+    except NotPutBackError as e:
+        say(str(e))
+        return EXIT_NOT_PUT_BACK
     except PalsError as e:
         say(str(e))
         return 2

@@ -56,6 +56,8 @@ def profile(args: argparse.Namespace) -> int:
     served = served_model(args.base_url)
     stop = threading.Event()
     with stopping(stop), boards_of(folder, channel, write=True) as nvml:
+        if refused := [b.refusal for b in nvml.boards if b.refusal is not None]:
+            raise ConfigError(f"{'; '.join(refused)}. Nothing was changed")
         if not all(b.can_write() for b in nvml.boards):
             raise ConfigError("this process may not write power limits (needs root); nothing was changed")
         specs, load = load_of(args.prompt_tokens, args.output_tokens)
@@ -92,8 +94,7 @@ def sweep_engine(
         controller=StaticPolicy(OperatingPoint(power_limit_w=guard.max_limit_w)), guard=guard, period_s=0.5,
     )  # fmt: skip
     try:
-        with boards_as_found(boards, boards, folder / FOUND_RECORD) as write_ahead:
-            rig.locks.write_ahead = write_ahead
+        with boards_as_found(boards, boards, folder / FOUND_RECORD):
             rows = run_sweep(rig, plan, driver, partial, clock)
     except Interrupted:
         say(f"interrupted: {len(partial.rows)} of {len(plan.points)} points are kept; run the same command to go on")

@@ -15,9 +15,10 @@ from typing import Any
 from pals.cli.main import say
 from pals.core.errors import ConfigError
 from pals.runtime.agent import FOUND_RECORD, STATUS_FILES
-from pals.runtime.channel import find_engines, open_channels, process_alive, process_started
+from pals.runtime.channel import find_engines, open_channels
+from pals.runtime.found import left_by_dead_agent
 from pals.runtime.group import EngineGroup
-from pals.runtime.loop import left_by_dead_agent
+from pals.runtime.processes import process_alive, process_started
 
 BANK_FILE = "emulated-boards.bank"
 OWNERS_FILE = "emulated-boards.owners"  # a line each: process id, its boards
@@ -98,7 +99,7 @@ def put_back(folder: Path, mend: Callable[[Path, Path | None], int]) -> int:
     record, bank = folder / FOUND_RECORD, folder / BANK_FILE
     left = left_by_dead_agent(record)
     if not left or not all(uuid.startswith(EMULATED_UUID) for uuid in left):
-        return mend(folder, None) if left else 0
+        return mend(folder, None)  # where there is nothing to write, it takes the record away
     if bank.exists():
         return mend(folder, bank)
     named = os.environ.get("PALS_EMU_BOARDS")

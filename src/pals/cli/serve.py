@@ -39,8 +39,8 @@ from pals.runtime.agent import EXIT_ENGINE_GONE, FOUND_RECORD, indices_text
 from pals.runtime.channel import find_engines, run_dir
 from pals.runtime.config import Config
 from pals.runtime.files import own_folder, state_dir
+from pals.runtime.found import left_by_dead_agent
 from pals.runtime.group import EngineGroup
-from pals.runtime.loop import left_by_dead_agent
 
 READY_TIMEOUT_S = 900.0
 DRAIN_S = 60

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pals.core.errors import ConfigError
 from pals.core.quantities import BoardInfo, Budget, Decision, OperatingPoint
 
 
@@ -30,7 +31,14 @@ class Guard:
         """The guard of a group of boards that move together; the ceiling is the lowest limit *found*, not the maximum.
 
         Whoever set a limit before PALS came had a reason; PALS goes down from there and back, never above.
+
+        Raises:
+            ConfigError: no board.
         """
+        if not boards:
+            raise ConfigError(
+                "an engine without boards cannot be guarded: there is no limit to set. Nothing was changed"
+            )
         return Guard(
             min_limit_w=max(b.min_limit_w for b in boards),
             max_limit_w=min(min(b.max_limit_w, b.found_limit_w) for b in boards),
@@ -53,15 +61,18 @@ class Guard:
         """The budget that allows these power limits, W."""
         return sum(limits_w) / (1 - self.margin)
 
-    def limit_beside(self, stuck_w: Sequence[float], wanted_w: float, budget: Budget) -> float:
+    def limit_beside(
+        self, stuck_w: Sequence[float], wanted_w: float, budget: Budget, absent_w: Sequence[float] = ()
+    ) -> float:
         """The limit for the other boards of the group where some stand at `stuck_w` and do not follow, W.
 
         Boards of a group wait for the slowest, so the lowest limit in force suffices for all; what a board takes too much
-        the others do without, down to their minimum.
+        the others do without, down to their minimum. Boards that cannot be read may draw `absent_w`; nobody waits for them.
         """
-        limit_w, rest = min(wanted_w, *stuck_w), self.boards - len(stuck_w)
+        limit_w, rest = min((wanted_w, *stuck_w)), self.boards - len(stuck_w) - len(absent_w)
         if budget.power_w is not None and rest:
-            limit_w = min(limit_w, float(int((budget.power_w * (1 - self.margin) - sum(stuck_w)) / rest)))
+            left_w = budget.power_w * (1 - self.margin) - sum(stuck_w) - sum(absent_w)
+            limit_w = min(limit_w, float(int(left_w / rest)))
         return max(self.min_limit_w, limit_w)
 
     def check(self, wanted: Decision, budget: Budget) -> Decision:

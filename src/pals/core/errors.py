@@ -24,6 +24,10 @@ class NotSupportedError(PalsError):
     """The board or driver lacks this reading or control; do without it."""
 
 
+class NotPutBackError(PalsError):
+    """Boards stand as PALS set them though it ends; the record of what was found stays for `pals restore`."""
+
+
 class DeviceLostError(PalsError):
     """A board fell off the bus; its readings are unknown until it is back."""
 

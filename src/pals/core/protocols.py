@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from pals.core.quantities import (
     BoardInfo,
+    BoardWrite,
     Budget,
     Decision,
     EngineInfo,
@@ -30,12 +31,30 @@ class PowerMeter(Protocol):
         ...
 
     def read(self) -> PowerSample:
-        """Return a fresh reading, or raise `DeviceLostError`."""
+        """Return a fresh reading.
+
+        Raises:
+            PalsError, ValueError: it cannot be read now; `DeviceLostError`: it is gone.
+        """
         ...
 
 
 class PowerActuator(Protocol):
-    """Writes one board, and puts it back as found."""
+    """Writes one board, and puts it back as found; never above a limit that another hand set meanwhile."""
+
+    @property
+    def refusal(self) -> str | None:
+        """Why this board must not be written at all; None: it may be."""
+        ...
+
+    @property
+    def other_hand_w(self) -> float | None:
+        """The limit another hand set since PALS came: now the ceiling, and what is put back; None: nobody did."""
+        ...
+
+    def announce_to(self, write_ahead: Callable[[BoardWrite], None]) -> None:
+        """Call `write_ahead` before each write from now on; where it raises, nothing is written."""
+        ...
 
     def apply(self, wanted: OperatingPoint) -> OperatingPoint:
         """Ask for `wanted`; return the limit the driver then reports in force and the clock lock it accepted.
@@ -49,7 +68,11 @@ class PowerActuator(Protocol):
         ...
 
     def restore(self) -> None:
-        """Write back the limit found at start and release any clock lock."""
+        """Write back the limit found at start, unless another hand changed it since, and release any lock of ours.
+
+        Raises:
+            PalsError, ValueError: refused; the message says what is in force.
+        """
         ...
 
 

@@ -54,13 +54,32 @@ class BoardInfo(Checked):
         return self.sm_clocks_mhz or tuple(sorted(range(self.max_sm_clock_mhz, 209, -15)))
 
 
+#: Watts by which two limits of a board may differ and still be the same one: a driver rounds what it is told.
+SAME_LIMIT_W = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoardWrite(Checked):
+    """What a board is about to be told, and what to put it back to: enough to undo it after a crash."""
+
+    uuid: str
+    found_limit_w: float  # to put back: the limit found, or the one another hand set since
+    written_w: tuple[float, ...] = ()  # limits that are ours if it stands there: the last one and the next; empty: none
+    clock_locked: bool = False  # a clock lock of ours may be in force
+
+    def left_at(self, limit_w: float) -> bool:
+        """Whether a board that stands at `limit_w` was left there by this write, and not at its found limit anyway."""
+        ours = any(abs(limit_w - w) < SAME_LIMIT_W for w in self.written_w)
+        return ours and abs(limit_w - self.found_limit_w) >= SAME_LIMIT_W
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PowerSample(Checked):
     """One reading of one board."""
 
     time_s: float  # monotonic clock of the reading process
     power_w: float  # board power, averaged by the driver over its own window
-    energy_j: float  # counter since driver load: only differences mean anything
+    energy_j: float | None  # counter since driver load: only differences mean anything; None: the board has none
     enforced_limit_w: float  # what the driver says is in force
     sm_clock_mhz: int
     temperature_c: float | None = None
@@ -132,9 +151,15 @@ class TelemetrySample(Checked):
 
     time_s: float
     window_s: float  # since the previous tick
-    boards: tuple[PowerSample, ...]
-    power_w: float | None  # all boards, from the energy counters over the window; None: counters stood still
+    boards: tuple[PowerSample, ...]  # those that could be read, in the order of their positions
+    power_w: float | None  # all boards, from the energy counters over the window; None: unknown
     engine: EngineSample | None  # None: no engine telemetry yet
+    absent: tuple[int, ...] = ()  # positions of boards that could not be read
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The position in its group of each of `boards`."""
+        return tuple(i for i in range(len(self.boards) + len(self.absent)) if i not in self.absent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,9 +84,19 @@ def outcome(name: str, results: Sequence[RequestResult], records: Sequence[TickR
 
 
 def energy_between_j(first: TickRecord, last: TickRecord) -> float:
-    """Energy of all boards between two ticks, from their counters, J."""
-    pairs = zip(first.sample.boards, last.sample.boards, strict=True)
-    return sum(b.energy_j - a.energy_j for a, b in pairs)
+    """Energy of all boards between two ticks, from their counters, J.
+
+    Raises:
+        ValueError: a board was not read at one of them, or has no counter.
+    """
+    total_j = 0.0
+    if first.sample.absent or last.sample.absent:
+        raise ValueError("a board could not be read at one end of the measured span: its energy is unknown")
+    for a, b in zip(first.sample.boards, last.sample.boards, strict=True):
+        if a.energy_j is None or b.energy_j is None:
+            raise ValueError("a board has no energy counter: the energy of the measured span is unknown")
+        total_j += b.energy_j - a.energy_j
+    return total_j
 
 
 def _percentiles(values: np.ndarray) -> tuple[float, float, float]:

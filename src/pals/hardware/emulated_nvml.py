@@ -14,7 +14,7 @@ from typing import Any
 
 from pals.plant.boards import BoardBank, BoardReading
 from pals.plant.specs import CLOCK_STEP_MHZ, DRIVER
-from pals.runtime.channel import process_alive
+from pals.runtime.processes import process_alive
 
 SUCCESS, INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, INSUFFICIENT_SIZE, GPU_IS_LOST = (
     0,
@@ -96,6 +96,10 @@ class EmulatedNvml:
 
     def nvmlDeviceGetPersistenceMode(self, handle: Any, mode: Any) -> int:
         return self._lost(handle) or _put(mode, 1)
+
+    def nvmlDeviceGetMigMode(self, handle: Any, current: Any, pending: Any) -> int:
+        _put(pending, 0)
+        return self._lost(handle) or _put(current, 0)
 
     # --- sensors -----------------------------------------------------------------------------------------------
 

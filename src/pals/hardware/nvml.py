@@ -20,8 +20,9 @@ from pals.core.errors import (
     PalsError,
     PermissionDeniedError,
 )
-from pals.core.quantities import BoardInfo, OperatingPoint, PowerSample
+from pals.core.quantities import BoardInfo, BoardWrite, OperatingPoint, PowerSample
 from pals.hardware.emulated_nvml import EmulatedNvml
+from pals.hardware.limit_owner import LimitOwner
 from pals.plant.boards import BoardBank
 
 log = logging.getLogger("pals")
@@ -70,8 +71,11 @@ class NvmlBoard:
             sm_clocks_mhz=self._supported_clocks(),
         )
         self._label = f"board {index} ({self._info.name})"
-        self._limit_written = False
+        self._mig = self._mig_mode() is True
+        self._owner = LimitOwner(self._info.uuid, self._info.found_limit_w)
         self._locked_at_mhz: int | None = None
+        self._write_ahead: Callable[[BoardWrite], None] = lambda write: None
+        self._announced = self._owner.told(clock_locked=False)
 
     @property
     def info(self) -> BoardInfo:
@@ -80,7 +84,29 @@ class NvmlBoard:
 
     def can_write(self) -> bool:
         """Whether this process should be able to write; nothing is written to find out."""
-        return self._may_write
+        return self._may_write and self.refusal is None
+
+    @property
+    def refusal(self) -> str | None:
+        """Why this board must not be written: MIG shares its limit among tenants that PALS does not know."""
+        if not self._mig:
+            return None
+        return (
+            f"{self._label}: MIG mode is enabled, and one power limit holds for all instances of the board, whoever uses them; "
+            "PALS does not write it. Disable MIG (nvidia-smi -mig 0) to have it steered"
+        )
+
+    @property
+    def other_hand_w(self) -> float | None:
+        """The limit another hand set since this board was opened, noticed by `apply`; None: nobody did."""
+        return self._owner.other_hand_w
+
+    def announce_to(self, write_ahead: Callable[[BoardWrite], None]) -> None:
+        """Call `write_ahead` before each write from now on; where it raises, nothing is written.
+
+        Also when it is known how the last write ended, with what can still be ours.
+        """
+        self._write_ahead = write_ahead
 
     def read(self) -> PowerSample:
         """Return a fresh reading.
@@ -90,11 +116,11 @@ class NvmlBoard:
         """
         n = self._nvml
         memory_mhz = self._optional(n.nvmlDeviceGetClockInfo, n.NVML_CLOCK_MEM)
-        energy_j = self._get("read its energy counter", n.nvmlDeviceGetTotalEnergyConsumption) / 1000.0
+        energy_mj = self._optional(n.nvmlDeviceGetTotalEnergyConsumption)
         return PowerSample(
             time_s=self._clock(),
             power_w=self._watts("read its power", n.nvmlDeviceGetPowerUsage),
-            energy_j=energy_j,
+            energy_j=None if energy_mj is None else energy_mj / 1000.0,
             enforced_limit_w=self._watts("read its enforced limit", n.nvmlDeviceGetEnforcedPowerLimit),
             sm_clock_mhz=int(self._call("read its clock", n.nvmlDeviceGetClockInfo, self._handle, n.NVML_CLOCK_SM)),
             temperature_c=self._optional(n.nvmlDeviceGetTemperature, n.NVML_TEMPERATURE_GPU),
@@ -131,14 +157,39 @@ class NvmlBoard:
         )
 
     def apply(self, wanted: OperatingPoint) -> OperatingPoint:
-        """Ask for `wanted`; return the limit then in force and the clock ceiling asked for.
+        """Ask for `wanted`, or for what another hand set where that is lower; return what is then in force.
+
+        The clock ceiling returned is the one asked for: a lock has no getter.
 
         Raises:
             ValueError: outside the board's range; nothing was changed.
             PermissionDeniedError, NotSupportedError, DeviceLostError: as the driver says; the limit is written first, so
                 it is in force where only the clock lock was refused.
         """
-        info, n, low_mhz = self._info, self._nvml, self._info.lockable_clocks_mhz[0]
+        self._check(wanted)
+        set_w, clock_mhz = self._limit_now_w(), wanted.sm_clock_mhz
+        limit_w = self._owner.capped(wanted.power_limit_w)
+        locks = (
+            clock_mhz is not None and clock_mhz != self._locked_at_mhz
+        )  # what we asked last is all that can be known
+        if abs(set_w - limit_w) >= 0.5:
+            self._write_limit(limit_w, locks=locks)
+        elif locks:
+            self._announce(locks=True)
+        if clock_mhz is None:
+            self._release_clock()
+        elif locks:
+            low_mhz = self._info.lockable_clocks_mhz[0]
+            doing = f"lock its SM clock at {clock_mhz} MHz"
+            self._call(doing, self._nvml.nvmlDeviceSetGpuLockedClocks, self._handle, low_mhz, clock_mhz)
+            self._locked_at_mhz = clock_mhz
+        return OperatingPoint(power_limit_w=self._enforced_w(), sm_clock_mhz=clock_mhz)
+
+    def _check(self, wanted: OperatingPoint) -> None:
+        """Refuse what must not be written, before anything is."""
+        if self.refusal is not None:
+            raise NotSupportedError(f"{self.refusal}. {self._limit_text()}")
+        info, low_mhz = self._info, self._info.lockable_clocks_mhz[0]
         if not info.min_limit_w <= wanted.power_limit_w <= info.max_limit_w:
             raise ValueError(
                 f"{self._label}: {wanted.power_limit_w:.0f} W lies outside {info.min_limit_w:.0f}..{info.max_limit_w:.0f} W; "
@@ -150,30 +201,52 @@ class NvmlBoard:
                 f"{self._label}: an SM clock of {clock_mhz} MHz lies outside {low_mhz}..{info.max_sm_clock_mhz} MHz; "
                 "nothing was written"
             )
-        set_w = self._watts("read its limit", n.nvmlDeviceGetPowerManagementLimit)
-        if abs(set_w - wanted.power_limit_w) >= 0.5:
-            self._call(
-                f"set its power limit to {wanted.power_limit_w:.0f} W",
-                n.nvmlDeviceSetPowerManagementLimit,
-                self._handle,
-                round(wanted.power_limit_w * 1000),
-            )
-            self._limit_written = True
-        if clock_mhz is None:
-            self._release_clock()
-        elif clock_mhz != self._locked_at_mhz:  # there is no getter: what we asked last is all that can be known
-            doing = f"lock its SM clock at {clock_mhz} MHz"
-            self._call(doing, n.nvmlDeviceSetGpuLockedClocks, self._handle, low_mhz, clock_mhz)
-            self._locked_at_mhz = clock_mhz
-        return OperatingPoint(power_limit_w=self._enforced_w(), sm_clock_mhz=clock_mhz)
+
+    def _limit_now_w(self) -> float:
+        """The limit set now; one that is not ours is from here on the ceiling and what is put back."""
+        set_w = self._watts("read its limit", self._nvml.nvmlDeviceGetPowerManagementLimit)
+        self._owner.seen(set_w)
+        self._announce(locks=False)  # after our own write too: from now on the board can stand at nothing else
+        return set_w
+
+    def _write_limit(self, limit_w: float, *, locks: bool) -> None:
+        self._owner.about_to_write(limit_w)
+        self._announce(locks=locks)
+        doing = f"set its power limit to {limit_w:.0f} W"
+        self._call(doing, self._nvml.nvmlDeviceSetPowerManagementLimit, self._handle, round(limit_w * 1000))
+        self._owner.wrote(limit_w)
+
+    def _announce(self, *, locks: bool) -> None:
+        write = self._owner.told(clock_locked=locks or self._locked_at_mhz is not None)
+        if write != self._announced:
+            self._write_ahead(write)
+            self._announced = write
 
     def restore(self) -> None:
-        """Write the found limit back, where we wrote one, and release our clock lock; both are tried.
+        """Put the limit back where it is still ours, and release our clock lock; both are tried.
+
+        A limit that another hand set since our last write is left, and the log says so.
 
         Raises:
             PalsError: the driver refused; the message says what is in force.
         """
-        self.put_back(self._info.found_limit_w if self._limit_written else None, unlock=self._locked_at_mhz is not None)
+        unlock = self._locked_at_mhz is not None
+        try:
+            limit_w = self._limit_to_put_back()
+        except (PalsError, ValueError):
+            self.put_back(None, unlock=unlock)
+            raise
+        self.put_back(limit_w, unlock=unlock)
+
+    def _limit_to_put_back(self) -> float | None:
+        """None: nothing of ours is in force."""
+        if not self._owner.written:
+            return None
+        set_w = self._watts("read its limit", self._nvml.nvmlDeviceGetPowerManagementLimit)
+        if self._owner.seen(set_w):
+            log.warning("%s: somebody else set %.0f W since PALS wrote it; left so", self._label, set_w)
+            return None
+        return None if abs(set_w - self._owner.restore_w) < 0.5 else self._owner.restore_w
 
     def put_back(self, limit_w: float | None, *, unlock: bool) -> None:
         """Set the limit (None: leave it) and, if `unlock`, release the clock lock whoever set it; both are tried.
@@ -186,7 +259,7 @@ class NvmlBoard:
             if limit_w is not None:
                 doing = f"put its power limit back to {limit_w:.0f} W"
                 self._call(doing, self._nvml.nvmlDeviceSetPowerManagementLimit, self._handle, round(limit_w * 1000))
-                self._limit_written = False
+                self._owner.was_put_back(limit_w)
         except (PalsError, ValueError) as e:
             refused.append(str(e))
         try:
@@ -226,14 +299,16 @@ class NvmlBoard:
 
     def _optional(self, function: Callable[..., Any], *args: Any) -> float | None:
         try:
-            return float(self._call("read it", function, self._handle, *args))
+            return float(self._call("give a reading", function, self._handle, *args))
         except NotSupportedError:
             return None
 
     def _mig_mode(self) -> bool | None:
         try:
             current, _ = self._get("read its MIG mode", self._nvml.nvmlDeviceGetMigMode)
-        except NotSupportedError:
+        except DeviceLostError:
+            raise
+        except (PalsError, ValueError):
             return None
         return bool(current)
 
@@ -291,14 +366,18 @@ class Nvml:
         self, open_one: Callable[[int], NvmlBoard], count: int, *, may_write: bool, close: Callable[[], None]
     ) -> None:
         self.boards: tuple[NvmlBoard, ...] = ()
+        self.failed: dict[int, str] = {}  # boards that could not be opened when all were asked for, and why
         self.may_write = may_write
         self._open_one, self._count, self._close = open_one, count, close
 
     def open(self, indices: Sequence[int] | None) -> tuple[NvmlBoard, ...]:
-        """Open boards (None: all) as they are now: a board's found limit is the one at this moment.
+        """Open boards as they are now: a board's found limit is the one at this moment.
+
+        Of all boards (None), one that cannot be opened is left out and kept in `failed`: what runs on the others goes on.
 
         Raises:
             ConfigError: an index that does not exist, or no board at all.
+            PalsError, ValueError: a board asked for by its index cannot be opened.
         """
         wanted = range(self._count) if indices is None else indices
         missing = [i for i in wanted if not 0 <= i < self._count]
@@ -306,7 +385,17 @@ class Nvml:
             raise ConfigError(
                 f"boards {missing or 'none'} not found: NVML lists {self._count} boards; nothing was changed"
             )
-        return tuple(self._open_one(i) for i in wanted)
+        if indices is not None:
+            return tuple(self._open_one(i) for i in wanted)
+        opened = []
+        for i in wanted:
+            try:
+                opened.append(self._open_one(i))
+            except (PalsError, ValueError) as e:
+                self.failed[i] = str(e)
+        if not opened:
+            raise ConfigError(f"no board can be opened; nothing was changed. {'; '.join(self.failed.values())}")
+        return tuple(opened)
 
     def close(self) -> None:
         """Shut NVML down; limits stay as they are (see `NvmlBoard.restore`)."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from pals.core.errors import ConfigError, ProfileMismatchError
+from pals.core.errors import ConfigError, DeviceLostError, ProfileMismatchError
 from pals.core.protocols import EngineActuator
 from pals.core.quantities import Fingerprint, OperatingPoint, TelemetrySample
 from pals.models.profile import ProfileRow
@@ -151,7 +151,6 @@ def measure_point(
 ) -> ProfileRow:
     """Go to `point`, wait until it has settled, and measure it for the plan's window."""
     sequences = point.active_sequences or rig.guard.launch_sequences
-    rig.locks.prepare(point)
     accepted_w = min(a.apply(point).power_limit_w for a in rig.actuators)
     load.set_concurrency(sequences + max(2, sequences // 8))
     lease_s = 10 * plan.seconds_per_point
@@ -173,7 +172,11 @@ def _wait(clock: GridClock, seconds: float) -> None:
 
 
 def _read(rig: Rig, clock: GridClock) -> TelemetrySample:
-    return read_sample(rig, None, clock.now_s(), [])
+    notes: list[str] = []
+    sample = read_sample(rig, None, clock.now_s(), notes)
+    if sample.absent:  # a row of the other boards alone would be false
+        raise DeviceLostError("; ".join(notes))
+    return sample
 
 
 def _row(point: OperatingPoint, first: TelemetrySample, last: TelemetrySample) -> ProfileRow:

@@ -29,6 +29,7 @@ from pals.runtime.tick import Rig, TickRecord, TickState, tick
 FOUND_RECORD = "limits-found.json"
 STATUS_FILES = "agent-status-*.json"  # one per engine
 EXIT_ENGINE_GONE = 3
+EXIT_NOT_PUT_BACK = 4
 IDLE_AFTER_S = 5.0  # without a request for so long, an engine lends its share of the budget
 
 
@@ -112,8 +113,7 @@ class Session:
         """
         record, self._state = tick(self.rig, self._state, budget, self._slo, now_s)
         self._granted_w = budget.power_w
-        lost = len(self.rig.meters) - len(record.enforced_limits_w)  # they may draw what they like
-        self._limits_w = [*record.enforced_limits_w, *[self.rig.guard.max_limit_w] * lost]
+        self._limits_w = [*record.enforced_limits_w, *map(self.rig.reserve_w, record.sample.absent)]
         engine = record.sample.engine
         if engine is None or engine.running + engine.waiting or self._busy_at_s is None:
             self._busy_at_s = now_s
@@ -127,7 +127,11 @@ class Session:
         return Holding(claim=claim, granted_w=self._granted_w, limits_w=guard.share_of(self._limits_w))
 
     def close(self) -> None:
-        """Put the boards back as found, let the engine return to its launch limit, close what was opened."""
+        """Put the boards back as found, let the engine return to its launch limit, close what was opened.
+
+        Raises:
+            NotPutBackError: some boards could not be put back; all else is done.
+        """
         self._exits.close()
 
 
@@ -143,9 +147,7 @@ def open_session(setup: AgentSetup, group: EngineGroup, name: str, journal_path:
         sink = _sink(setup, name, header, journal_path, exits)
         if rig.setter is not None:
             exits.callback(rig.setter.release)
-        rig.locks.write_ahead = exits.enter_context(
-            boards_as_found(rig.meters, rig.actuators, setup.folder / FOUND_RECORD)
-        )
+        exits.enter_context(boards_as_found(rig.meters, rig.actuators, setup.folder / FOUND_RECORD))
         setup.say(
             f"{name}: policy {header.policy}, mode {rig.mode}, every {rig.period_s:g} s; {indices_text(group.info.boards)} "
             f"({header.boards[0].name}{', emulated' if setup.emulated else ''}); journal {journal_path}"
@@ -156,7 +158,7 @@ def open_session(setup: AgentSetup, group: EngineGroup, name: str, journal_path:
 def _assemble(setup: AgentSetup, config: Config, group: EngineGroup) -> tuple[Rig, JournalHeader]:
     control, boards = config.control, setup.open_boards(group)
     infos = [b.info for b in boards]
-    acts = _mode(setup, config) == "auto"
+    acts = _mode(setup, config, boards) == "auto"
     guard = Guard.of(infos, group.info.launch_sequences)
     profile = load_profile(Path(control.profile)) if control.profile else None
     if profile is not None:
@@ -216,13 +218,16 @@ def reproducible(header: JournalHeader, command: str) -> JournalHeader:
     )
 
 
-def _mode(setup: AgentSetup, config: Config) -> str:
+def _mode(setup: AgentSetup, config: Config, boards: Sequence[Board]) -> str:
     mode = config.control.mode or ("auto" if setup.emulated else "advise")
     if mode == "auto" and not setup.may_write:
         setup.say(
             "advise only: this process may not write power limits (needs root); decisions are recorded, "
             "every board keeps the limit it has"
         )
+        return "advise"
+    if mode == "auto" and (refused := [b.refusal for b in boards if b.refusal is not None]):
+        setup.say(f"advise only: {'; '.join(refused)}. Decisions are recorded, every board keeps the limit it has")
         return "advise"
     return mode
 

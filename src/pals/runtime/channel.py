@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from pals.core.errors import EngineGoneError
 from pals.core.quantities import LATENCY_BOUNDS_S, LOWERINGS, EngineInfo, EngineSample
 from pals.runtime.files import own_folder, replace_file
+from pals.runtime.processes import process_alive
 
 MAGIC = b"PALSCH02"
 SUFFIX = ".channel"
@@ -257,22 +258,6 @@ class AgentChannel:
     def release(self) -> None:
         """Let the engine return to its launch limit at its next step."""
         self._setpoint.write((float(self._info.launch_sequences), 0.0, self._clock(), 0.0))
-
-
-def process_alive(pid: int) -> bool:
-    """Whether process `pid` exists and is not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def process_started(pid: int) -> int | None:
-    """When process `pid` started, in clock ticks since boot: with it, a process id is never mistaken for its successor's."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
-    except (FileNotFoundError, ProcessLookupError):
-        return None
 
 
 def open_channels(folder: Path, clock: Callable[[], float] = time.monotonic) -> list[AgentChannel]:

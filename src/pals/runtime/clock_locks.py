@@ -1,13 +1,11 @@
 """What becomes of the SM-clock locks asked for: a lock has no getter, so this remembers what each board accepted.
 
-Before the first lock is written, `write_ahead` is called once: whoever finds a killed agent's record must know that
-locks may be left. A board that refuses a lock is held by its power limit alone from then on, and one whose clock runs
+A board that refuses a lock is held by its power limit alone from then on, and one whose clock runs
 above an accepted lock is told to lock again, once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from pals.core.errors import NotSupportedError
@@ -21,9 +19,7 @@ MARGIN_MHZ = 30  # two steps
 class ClockLocks:
     """The locks of one rig's boards, by position; the tick's way of writing to a board."""
 
-    def __init__(self, write_ahead: Callable[[], None] = lambda: None) -> None:
-        self.write_ahead = write_ahead
-        self._written_ahead = False
+    def __init__(self) -> None:
         self._accepted: dict[int, tuple[int, float]] = {}  # MHz, since when
         self._refusing: set[int] = set()
         self._locked_again: set[int] = set()
@@ -35,12 +31,6 @@ class ClockLocks:
     def released(self, i: int) -> None:
         """Board `i` was put back: it holds no lock of ours any more."""
         self._accepted.pop(i, None)
-
-    def prepare(self, wanted: OperatingPoint) -> None:
-        """Whoever writes `wanted` calls this before: the first lock is announced ahead."""
-        if wanted.sm_clock_mhz is not None and not self._written_ahead:
-            self.write_ahead()
-            self._written_ahead = True
 
     def apply(
         self,
@@ -63,7 +53,6 @@ class ClockLocks:
             actuator.apply(limit_only)  # the adapter would skip a lock it believes in
         if i in self._refusing:
             wanted = limit_only
-        self.prepare(wanted)
         try:
             accepted = actuator.apply(wanted)
         except (NotSupportedError, ValueError) as e:

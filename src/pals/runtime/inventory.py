@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pals.core.diagnosis import AgentFacts, EngineFacts, RunDirFacts, WriterFacts
-from pals.core.errors import EngineGoneError
+from pals.core.errors import ConfigError, EngineGoneError
 from pals.runtime.agent import FOUND_RECORD
-from pals.runtime.channel import SUFFIX, open_channels, process_alive
+from pals.runtime.channel import SUFFIX, open_channels
+from pals.runtime.found import read_found
 from pals.runtime.group import EngineGroup, group_ranks
 
 AGENT_RECORDS = "agent-status*.json"
@@ -66,13 +67,12 @@ def engine_facts(group: EngineGroup, now_s: float) -> EngineFacts:
 def writer_facts(record: Path) -> WriterFacts:
     """Who wrote down the limits it found."""
     try:
-        data = json.loads(record.read_text())
-        pid, boards = int(data["pid"]), len(data["limits_w"])
-    except FileNotFoundError:
+        found = read_found(record)
+    except ConfigError as e:
+        return WriterFacts(error=str(e))
+    if found is None:
         return WriterFacts()
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        return WriterFacts(error=f"{record} cannot be read ({type(e).__name__}: {e})")
-    return WriterFacts(pid=pid, alive=process_alive(pid), boards=boards)
+    return WriterFacts(pid=found.pid, alive=found.alive, boards=len(found.boards))
 
 
 def agent_facts(status: Path) -> AgentFacts | None:

@@ -1,14 +1,12 @@
 """The loop: calls `tick` on a drift-free grid until told to stop, and leaves every board as found.
 
-What was found is first written to a small file beside the channels, so that after a crash the next agent, or
-`pals restore`, can put the boards back.
+What was found, and whatever is written, goes first to a small file beside the channels (`found.py`), so that after a
+crash the next agent, or `pals restore`, can put the boards back.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pals.core.errors import ConfigError, PalsError
+from pals.core.errors import NotPutBackError, PalsError
 from pals.core.protocols import PowerActuator, PowerMeter
 from pals.core.quantities import Slo
 from pals.runtime.budgets import BudgetSchedule
-from pals.runtime.channel import process_alive
+from pals.runtime.found import add_found, forget_found, note_writes
 from pals.runtime.tick import Rig, TickRecord, TickState, tick
 
 log = logging.getLogger("pals")
@@ -69,94 +67,53 @@ def run(rig: Rig, *, budget: BudgetSchedule, slo: Slo, clock: GridClock, sink: C
 
 
 @contextmanager
-def boards_as_found(
-    meters: Sequence[PowerMeter], actuators: Sequence[PowerActuator], record: Path
-) -> Iterator[Callable[[], None]]:
-    """Write down the limits found, and on the way out put them back, whatever happened inside.
+def boards_as_found(meters: Sequence[PowerMeter], actuators: Sequence[PowerActuator], record: Path) -> Iterator[None]:
+    """Write down the limits found, and each write before it is made; on the way out put all back, whatever happened inside.
 
-    Several engines of one agent share `record`: each adds its boards and takes them out again. Yields what must be
-    called before the first clock lock is written: it says so in the record.
-    """
-    if not actuators:
-        yield lambda: None
-        return
-    write_found(record, meters)
-    try:
-        yield lambda: write_found(record, meters, clocks_locked=True)
-    finally:
-        failed = 0
-        for actuator in actuators:
-            try:
-                actuator.restore()
-            except (PalsError, ValueError) as e:  # one board's refusal must not keep the others limited
-                failed += 1
-                log.error("%s", e)
-        if failed:
-            log.error("%d boards could not be put back; %s keeps what was found: run `pals restore`", failed, record)
-        else:
-            forget_found(record, meters)
-            log.info("boards put back as found: %s", ", ".join(f"{m.info.found_limit_w:.0f} W" for m in meters))
-
-
-def write_found(record: Path, meters: Sequence[PowerMeter], *, clocks_locked: bool = False) -> None:
-    """Add the limits found, and whether clock locks may be written, to what `record` holds of this process, atomically."""
-    record.parent.mkdir(parents=True, exist_ok=True)
-    known_w, locked = _found_by_us(record)
-    limits_w = {**known_w, **{m.info.uuid: m.info.found_limit_w for m in meters}}
-    _replace_found(record, limits_w, clocks_locked=locked or clocks_locked)
-
-
-def forget_found(record: Path, meters: Sequence[PowerMeter]) -> None:
-    """Take boards that were put back out of `record`; the last one removes it."""
-    ours = {m.info.uuid for m in meters}
-    known_w, locked = _found_by_us(record)
-    left_w = {uuid: w for uuid, w in known_w.items() if uuid not in ours}
-    if left_w:
-        _replace_found(record, left_w, clocks_locked=locked)
-    else:
-        record.unlink(missing_ok=True)
-
-
-def _replace_found(record: Path, limits_w: dict[str, float], *, clocks_locked: bool) -> None:
-    fresh = record.with_suffix(".tmp")
-    fresh.write_text(json.dumps({"pid": os.getpid(), "limits_w": limits_w, "clocks_locked": clocks_locked}))
-    fresh.replace(record)
-
-
-def _found_by_us(record: Path) -> tuple[dict[str, float], bool]:
-    """Limits by UUID that this process wrote down, and whether it may have locked clocks."""
-    try:
-        data = json.loads(record.read_text())
-    except FileNotFoundError:
-        return {}, False
-    if data["pid"] != os.getpid():
-        return {}, False
-    return {str(k): float(v) for k, v in data["limits_w"].items()}, bool(data.get("clocks_locked", False))
-
-
-def left_by_dead_agent(record: Path) -> dict[str, float]:
-    """Limits by board UUID that an agent found and, killed, never put back; empty where there is nothing to mend.
+    Several engines of one agent share `record`: each adds its boards and takes them out again.
 
     Raises:
-        ConfigError: a living agent owns the boards.
+        NotPutBackError: some boards could not be put back; the others are.
     """
+    if not actuators:
+        yield
+        return
+    add_found(record, meters)
+    for actuator in actuators:
+        actuator.announce_to(lambda write: note_writes(record, [write]))
     try:
-        data = json.loads(record.read_text())
-    except FileNotFoundError:
-        return {}
-    except json.JSONDecodeError as e:
-        raise ConfigError(f"{record} is damaged ({e}); check the limits with nvidia-smi, then remove it") from e
-    pid = int(data["pid"])
-    if pid != os.getpid() and process_alive(pid):
-        raise ConfigError(
-            f"another PALS agent (process {pid}) steers these boards; two would fight. Nothing was changed: stop it first"
+        yield
+    finally:
+        refused = _put_back(meters, actuators, record)
+        if refused:
+            raise NotPutBackError(
+                f"{len(refused)} of {len(meters)} boards could not be put back: {'; '.join(refused)} {record} keeps what was "
+                "found: run `pals restore` with the rights to write"
+            )
+        log.info(
+            "boards put back as found: %s",
+            ", ".join(_left_at(m, a) for m, a in zip(meters, actuators, strict=True)),
         )
-    return {str(k): float(v) for k, v in data["limits_w"].items()}
 
 
-def clocks_left_locked(record: Path) -> bool:
-    """Whether the agent that wrote `record` wrote clock locks; a lock older than that agent cannot be known."""
+def _left_at(meter: PowerMeter, actuator: PowerActuator) -> str:
+    other_w = actuator.other_hand_w
+    if other_w is not None:
+        return f"{other_w:.0f} W (set by somebody else meanwhile)"
+    return f"{meter.info.found_limit_w:.0f} W"
+
+
+def _put_back(meters: Sequence[PowerMeter], actuators: Sequence[PowerActuator], record: Path) -> list[str]:
+    """Put every board back; return what those that could not be say."""
+    refused, done = [], []
+    for meter, actuator in zip(meters, actuators, strict=True):
+        try:
+            actuator.restore()
+            done.append(meter.info.uuid)
+        except (PalsError, ValueError) as e:  # one board's refusal must not keep the others limited
+            refused.append(str(e))
     try:
-        return bool(json.loads(record.read_text()).get("clocks_locked", False))
-    except FileNotFoundError:
-        return False
+        forget_found(record, done)
+    except PalsError as e:  # the boards are back all the same
+        log.error("%s", e)
+    return refused

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pals.control.share import grant, targets
-from pals.core.errors import ConfigError, EngineGoneError
+from pals.core.errors import ConfigError, EngineGoneError, NotPutBackError, PalsError
 from pals.core.quantities import Budget
 from pals.runtime.agent import EXIT_ENGINE_GONE, AgentSetup, Session, open_session, slug
 from pals.runtime.group import EngineGroup, refuse_shared_boards, unique_name
@@ -22,6 +22,7 @@ def control_engines(setup: AgentSetup, clock: GridClock) -> int:
 
     Raises:
         ConfigError: bad settings or profile, shared boards, or no engine at the start; nothing was written.
+        NotPutBackError: it has ended, and some boards could not be put back.
     """
     node = Node(setup, clock)
     with node.open_at_start():
@@ -53,6 +54,7 @@ class Node:
         self._seen: set[frozenset[int]] = set()
         self._journals: set[Path] = set()
         self._looked_at_s = 0.0
+        self._left: list[NotPutBackError] = []
 
     @contextmanager
     def open_at_start(self) -> Iterator[None]:
@@ -62,10 +64,23 @@ class Node:
             groups = list(self._setup.find())
             refuse_shared_boards(groups)
             for group in groups:
-                self._open(group, groups)
+                self._open_at_start(group, groups)
             if not self.sessions:
                 raise ConfigError("no running engine to steer. Nothing was written")
             yield
+
+    def _open_at_start(self, group: EngineGroup, groups: Sequence[EngineGroup]) -> None:
+        """A board that cannot be opened keeps its own engine from being steered, and no other."""
+        try:
+            self._open(group, groups)
+        except ConfigError:
+            raise
+        except (PalsError, ValueError) as e:
+            self._refuse(group, e)
+
+    def _refuse(self, group: EngineGroup, why: Exception) -> None:
+        self._refused.add(group.pids)
+        self._setup.say(f"{group.told()} is not steered: {why}")
 
     def step(self, elapsed_s: float) -> None:
         """One slot of the grid: look for engines now and then, then tick each.
@@ -98,10 +113,10 @@ class Node:
         try:
             session.tick(share, now_s)
         except EngineGoneError as e:
-            self._close(session)
+            told = "put back as found" if self._close(session) else "not all put back (run `pals restore`)"
             if not self.sessions:
-                raise EngineGoneError(f"{e}; the boards are put back as found and the agent stops") from e
-            self._setup.say(f"{e}; its boards are put back as found, {len(self.sessions)} more are steered on")
+                raise EngineGoneError(f"{e}; the boards are {told} and the agent stops") from e
+            self._setup.say(f"{e}; its boards are {told}, {len(self.sessions)} more are steered on")
 
     def _look(self) -> None:
         """Take up engines that have come; a group that has grown by a rank is taken up anew.
@@ -119,9 +134,8 @@ class Node:
             try:
                 refuse_shared_boards([group, *(s.group for s in self.sessions)])
                 self._open(group, groups)
-            except (ConfigError, EngineGoneError) as e:
-                self._refused.add(group.pids)
-                self._setup.say(f"{group.told()} is not steered: {e}")
+            except (PalsError, ValueError) as e:
+                self._refuse(group, e)
 
     def _open(self, group: EngineGroup, groups: Sequence[EngineGroup]) -> None:
         name = unique_name(group, groups)
@@ -144,12 +158,20 @@ class Node:
         self._journals.add(path)
         return path
 
-    def _close(self, session: Session) -> None:
+    def _close(self, session: Session) -> bool:
+        """End steering an engine; whether all its boards were put back. What was not is told in full at the end."""
         self.sessions.remove(session)
         self._refused.clear()  # what stood in the way may be gone
-        session.close()
+        try:
+            session.close()
+        except NotPutBackError as e:  # the other engines are steered on
+            self._left.append(e)
+            return False
+        return True
 
     def _close_all(self) -> None:
         with ExitStack() as exits:  # one that fails to close keeps none of the others from closing
-            for session in self.sessions:
-                exits.callback(session.close)
+            for session in [*self.sessions]:
+                exits.callback(self._close, session)
+        if self._left:
+            raise NotPutBackError("; ".join(map(str, self._left)))

@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from pals.runtime.channel import process_started
 from pals.runtime.files import keep_whole_lines, replace_file
 from pals.runtime.journal import Journal, JournalHeader, encode
+from pals.runtime.processes import process_started
 from pals.runtime.tick import TickRecord
 
 

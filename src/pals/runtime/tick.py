@@ -1,7 +1,8 @@
 """One tick: read, decide, guard, apply, record; the only caller of `apply`.
 
 The power limit is written before the active-sequence limit: a falling budget bites in firmware at once, a rising
-target gets its watts first. A board or engine that fails is noted in the record and in the log; nothing is guessed.
+target gets its watts first. A board or engine that fails is noted in the record and in the log; nothing is guessed: a board
+that cannot be read is absent from the sample, and what it may draw is kept for it out of the budget.
 
 The boards of an engine move together, because the slowest sets the pace of all: where one does not follow, the others
 go to the lowest limit in force, and below it where the budget demands it.
@@ -16,7 +17,7 @@ from typing import Any
 
 from pals.control.estimator import over_budget_s, remember, violations
 from pals.control.guard import Guard
-from pals.core.errors import DeviceLostError, PalsError, PermissionDeniedError
+from pals.core.errors import PalsError, PermissionDeniedError
 from pals.core.protocols import AnyController, EngineActuator, EngineMeter, PowerActuator, PowerMeter
 from pals.core.quantities import (
     Budget,
@@ -67,11 +68,24 @@ class Rig:
     lowering: str = "drain"  # how the engine gets under a lowered active-sequence limit
     locks: ClockLocks = field(default_factory=ClockLocks)
     stuck: frozenset[int] = frozenset()  # positions of boards that did not follow last time; they are asked first
+    limits_w: dict[int, float] = field(default_factory=dict)  # last known in force, by position
+    said: set[str] = field(default_factory=set)  # notes that are made once
 
     @property
     def mode(self) -> str:
         """ "auto" while something may be written, else "advise"."""
         return "auto" if self.actuators or self.setter else "advise"
+
+    def reserve_w(self, position: int) -> float:
+        """What a board that cannot be read may draw: the limit last known in force, else the highest allowed."""
+        return self.limits_w.get(position, self.guard.max_limit_w)
+
+    def once(self, note: str) -> list[str]:
+        """`note`, unless it was made before."""
+        if note in self.said:
+            return []
+        self.said.add(note)
+        return [note]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,84 +137,144 @@ def tick(rig: Rig, state: TickState, budget: Budget, slo: Slo, now_s: float) -> 
 
 
 def read_sample(rig: Rig, previous: TelemetrySample | None, now_s: float, notes: list[str]) -> TelemetrySample:
-    """Read boards and engine; a lost board is left out and noted, as is an engine that stands still."""
-    boards: list[PowerSample] = []
-    for meter in rig.meters:
+    """Read boards and engine; a board that cannot be read is absent and noted, an engine that stands still is noted.
+
+    Raises:
+        EngineGoneError: the engine has ended.
+    """
+    boards, absent = list[PowerSample](), list[int]()
+    for i, meter in enumerate(rig.meters):
         try:
-            boards.append(meter.read())
-        except DeviceLostError as e:
+            board = meter.read()
+        except (PalsError, ValueError) as e:  # whatever it is, one board must not end what steers the others
             notes.append(str(e))
-    power_w = mean_power_w(previous.boards, boards) if previous is not None else None
+            absent.append(i)
+            continue
+        boards.append(board)
+        rig.limits_w[i] = board.enforced_limit_w
+        if board.energy_j is None:
+            told = (
+                "has no energy counter; its power is the mean of the driver's own readings, which may lag by a second"
+            )
+            notes += rig.once(f"board {meter.info.index} {told}")
+    for i in previous.absent if previous is not None else ():
+        if i not in absent:
+            notes.append(f"board {rig.meters[i].info.index} can be read again")
+    whole = previous is not None and not previous.absent and not absent
     engine = rig.engine.read()
     notes += stale_notes(engine, now_s)
     return TelemetrySample(
         time_s=now_s,
         window_s=now_s - previous.time_s if previous is not None else 0.0,
         boards=tuple(boards),
-        power_w=power_w,
+        power_w=mean_power_w(previous.boards, boards) if previous is not None and whole else None,
         engine=engine,
+        absent=tuple(absent),
     )
 
 
 def mean_power_w(before: Sequence[PowerSample], after: Sequence[PowerSample]) -> float | None:
-    """Mean power of all boards between two readings, from the energy counters, W; None where a counter stood still."""
+    """Mean power of all boards between two readings of the same ones, W; None where a counter stood still.
+
+    From the energy counters; of a board without one, the mean of the driver's two power readings.
+    """
     if not after or len(before) != len(after):
         return None
     total_w = 0.0
     for a, b in zip(before, after, strict=True):
-        if b.time_s <= a.time_s or b.energy_j <= a.energy_j:
+        if b.time_s <= a.time_s:
             return None
-        total_w += (b.energy_j - a.energy_j) / (b.time_s - a.time_s)
+        if a.energy_j is None or b.energy_j is None:
+            total_w += (a.power_w + b.power_w) / 2
+        elif b.energy_j > a.energy_j:
+            total_w += (b.energy_j - a.energy_j) / (b.time_s - a.time_s)
+        else:
+            return None
     return total_w
 
 
 def _apply(
     rig: Rig, wanted: OperatingPoint, budget: Budget, sample: TelemetrySample, now_s: float, notes: list[str]
 ) -> tuple[OperatingPoint, ...]:
-    """Write boards, then engine; return what each board then has in force."""
-    in_force = [
-        OperatingPoint(power_limit_w=b.enforced_limit_w, sm_clock_mhz=rig.locks.in_force_mhz(i))
-        for i, b in enumerate(sample.boards)
-    ]
-    if rig.actuators and len(sample.boards) == len(rig.actuators):
+    """Write boards, then engine; return what each board of the sample then has in force."""
+    boards = dict(zip(sample.positions, sample.boards, strict=True))
+    in_force = {
+        i: OperatingPoint(power_limit_w=b.enforced_limit_w, sm_clock_mhz=rig.locks.in_force_mhz(i))
+        for i, b in boards.items()
+    }
+    if rig.actuators:
         try:
-            _apply_together(rig, wanted, budget, sample, in_force, now_s, notes)
+            _apply_together(rig, wanted, budget, boards, in_force, now_s, notes)
         except PermissionDeniedError as e:
-            notes.append(f"{e} From here on PALS only advises: decisions are recorded, no board is written.")
+            notes.append(
+                f"{e} From here on PALS only advises: decisions are recorded, no board is written, and the engine returns to "
+                "its launch limit."
+            )
             _give_up(rig, in_force, notes)
+    rig.limits_w |= {i: p.power_limit_w for i, p in in_force.items()}
     if rig.setter is not None:
         sequences = wanted.active_sequences or rig.guard.launch_sequences
         rig.setter.apply(sequences, lease_s=LEASE_PERIODS * rig.period_s, lowering=rig.lowering)
-    return tuple(in_force)
+    return tuple(in_force.values())
 
 
 def _apply_together(
     rig: Rig,
     wanted: OperatingPoint,
     budget: Budget,
-    sample: TelemetrySample,
-    in_force: list[OperatingPoint],
+    boards: dict[int, PowerSample],
+    in_force: dict[int, OperatingPoint],
     now_s: float,
     notes: list[str],
 ) -> None:
-    """Bring all boards to one point; `in_force` is updated with what is read back.
+    """Bring all boards that could be read to one point; `in_force` is updated with what is read back.
 
     Raises:
         PermissionDeniedError: some boards may have been written.
     """
-    common, stuck_w = wanted, dict[int, float]()
-    for i in sorted(range(len(in_force)), key=lambda i: i not in rig.stuck):
-        in_force[i] = _write(rig, i, common, sample.boards[i], in_force[i], now_s, notes)
+    absent_w = {i: rig.reserve_w(i) for i in range(len(rig.meters)) if i not in boards}
+    common, stuck_w = _beside_absent(rig, wanted, budget, absent_w, notes), dict[int, float]()
+    for i in sorted(boards, key=lambda i: i not in rig.stuck):
+        in_force[i] = _write(rig, i, common, boards[i], in_force[i], now_s, notes)
+        notes += _other_hand(rig, i)
         limit_w = in_force[i].power_limit_w
         if abs(limit_w - common.power_limit_w) > 0.5:
             stuck_w[i] = limit_w
-            beside_w = rig.guard.limit_beside(tuple(stuck_w.values()), common.power_limit_w, budget)
+            beside_w = rig.guard.limit_beside(
+                tuple(stuck_w.values()), common.power_limit_w, budget, tuple(absent_w.values())
+            )
             notes.append(_told_stuck(rig, i, common.power_limit_w, limit_w, beside_w))
             common = replace(common, power_limit_w=beside_w)
-    for i, point in enumerate(in_force):
+    for i, point in in_force.items():
         if i not in stuck_w and point.power_limit_w > common.power_limit_w + 0.5:
-            in_force[i] = _write(rig, i, common, sample.boards[i], point, now_s, notes)
+            in_force[i] = _write(rig, i, common, boards[i], point, now_s, notes)
     rig.stuck = frozenset(stuck_w)
+
+
+def _beside_absent(
+    rig: Rig, wanted: OperatingPoint, budget: Budget, absent_w: dict[int, float], notes: list[str]
+) -> OperatingPoint:
+    """`wanted`, less where boards that cannot be read may draw their part of the budget."""
+    if not absent_w:
+        return wanted
+    limit_w = rig.guard.limit_beside((), wanted.power_limit_w, budget, tuple(absent_w.values()))
+    if limit_w < wanted.power_limit_w:
+        names = ", ".join(f"board {rig.meters[i].info.index} may draw {w:.0f} W unseen" for i, w in absent_w.items())
+        notes.append(
+            f"{names}: the engine's other boards go to {limit_w:.0f} W instead of {wanted.power_limit_w:.0f} W"
+        )
+    return replace(wanted, power_limit_w=limit_w)
+
+
+def _other_hand(rig: Rig, position: int) -> list[str]:
+    """A note, made once, where somebody else set this board's limit."""
+    limit_w = rig.actuators[position].other_hand_w
+    if limit_w is None:
+        return []
+    index = rig.meters[position].info.index
+    return rig.once(
+        f"board {index}: somebody else set {limit_w:.0f} W; PALS stays at or below it and leaves it so on exit"
+    )
 
 
 def _told_stuck(rig: Rig, position: int, asked_w: float, in_force_w: float, others_w: float) -> str:
@@ -234,14 +308,16 @@ def _write(
     return in_force
 
 
-def _give_up(rig: Rig, in_force: list[OperatingPoint], notes: list[str]) -> None:
-    """Write no board from here on; those already written are put back, so that the boards do not stand apart."""
+def _give_up(rig: Rig, in_force: dict[int, OperatingPoint], notes: list[str]) -> None:
+    """Write nothing from here on; boards already written are put back, so that they do not stand apart."""
     for i, actuator in enumerate(rig.actuators):
         try:
             actuator.restore()
-            limit_w = rig.meters[i].read().enforced_limit_w
             rig.locks.released(i)
-            in_force[i] = OperatingPoint(power_limit_w=limit_w)
+            if i in in_force:
+                in_force[i] = OperatingPoint(power_limit_w=rig.meters[i].read().enforced_limit_w)
         except (PalsError, ValueError) as e:
             notes.append(str(e))
-    rig.actuators = ()
+    if rig.setter is not None:
+        rig.setter.release()
+    rig.actuators, rig.setter = (), None

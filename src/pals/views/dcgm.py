@@ -40,7 +40,7 @@ FIELDS: tuple[DcgmField, ...] = (
         "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION",
         "counter",
         "Total energy consumption since boot (in mJ).",
-        lambda s: s.energy_j * 1e3,
+        lambda s: None if s.energy_j is None else s.energy_j * 1e3,
     ),
     DcgmField("DCGM_FI_DEV_POWER_MGMT_LIMIT", "gauge", "Current power limit (in W).", lambda s: s.enforced_limit_w),
     DcgmField(
@@ -63,10 +63,10 @@ class DcgmCollector(Collector):
         """What observes the records of an engine that runs on `boards`."""
         return DcgmEngine(self, boards)
 
-    def replace(self, boards: Sequence[BoardInfo], samples: Sequence[PowerSample]) -> None:
-        """Show these readings of `boards`; none of them where there are no samples."""
+    def replace(self, boards: Sequence[BoardInfo], read: Sequence[tuple[BoardInfo, PowerSample]]) -> None:
+        """Show these readings, and none of those among `boards` that could not be read."""
         mine = {b.uuid for b in boards}
-        newest = {b.uuid: (b, s) for b, s in zip(boards, samples, strict=True)} if samples else {}
+        newest = {b.uuid: (b, s) for b, s in read}
         self._newest = {k: v for k, v in self._newest.items() if k not in mine} | newest
 
     def collect(self) -> Iterator[Metric]:
@@ -99,9 +99,9 @@ class DcgmEngine:
 
     def observe(self, record: TickRecord) -> None:
         """Take one record; a sink of the agent."""
-        samples = record.sample.boards
-        whole = len(samples) == len(self._boards)  # else one is lost, and which reading is whose is not known
-        self._collector.replace(self._boards, samples if whole else ())
+        sample = record.sample
+        read = [(self._boards[i], s) for i, s in zip(sample.positions, sample.boards, strict=True)]
+        self._collector.replace(self._boards, read)
 
     def close(self) -> None:
         """The engine is no longer steered: its boards are no longer shown."""

@@ -66,6 +66,9 @@ METRICS: tuple[Metric, ...] = (
 )
 
 
+PER_BOARD = tuple(m.name for m in METRICS if "board" in m.extra)
+
+
 class AgentMetrics:
     """The metrics of one agent; `registry` is what is exposed."""
 
@@ -96,19 +99,7 @@ class EngineMetrics:
         sample = record.sample
         self._gauge("pals_power_limit_requested_watts", record.guarded.point.power_limit_w)
         self._gauge("pals_sm_clock_requested_hertz", _hertz(record.guarded.point.sm_clock_mhz))
-        if len(sample.boards) == len(self._boards):  # else one is lost, and which reading is whose is not known
-            for index, board in zip(self._boards, sample.boards, strict=True):
-                self._gauge("pals_board_power_watts", board.power_w, index)
-                self._gauge("pals_sm_clock_hertz", board.sm_clock_mhz * 1e6, index)
-            for index, limit_w in zip(self._boards, record.enforced_limits_w, strict=True):
-                self._gauge("pals_power_limit_enforced_watts", limit_w, index)
-            for index, clock_mhz in zip(self._boards, record.accepted_clocks_mhz, strict=False):
-                self._gauge("pals_sm_clock_accepted_hertz", _hertz(clock_mhz), index)
-        else:
-            self._forget(
-                "pals_board_power_watts", "pals_sm_clock_hertz", "pals_power_limit_enforced_watts",
-                "pals_sm_clock_accepted_hertz",
-            )  # fmt: skip
+        self._of_boards(record)
         for mode in ("auto", "advise"):
             self._gauge("pals_mode_info", float(record.mode == mode), mode)
         self._count("pals_decisions_total", 1, record.guarded.reason)
@@ -119,15 +110,30 @@ class EngineMetrics:
             self._engine(record, sample.engine)
         self._before = record
 
+    def _of_boards(self, record: TickRecord) -> None:
+        """Each board under its own index; of one that could not be read, nothing is shown."""
+        sample = record.sample
+        indices = [self._boards[i] for i in sample.positions]
+        for index, board in zip(indices, sample.boards, strict=True):
+            self._gauge("pals_board_power_watts", board.power_w, index)
+            self._gauge("pals_sm_clock_hertz", _hertz(board.sm_clock_mhz), index)
+        for index, limit_w in zip(indices, record.enforced_limits_w, strict=True):
+            self._gauge("pals_power_limit_enforced_watts", limit_w, index)
+        for index, clock_mhz in zip(indices, record.accepted_clocks_mhz, strict=False):
+            self._gauge("pals_sm_clock_accepted_hertz", _hertz(clock_mhz), index)
+        for index in (self._boards[i] for i in sample.absent):
+            for name in PER_BOARD:
+                self._gauge(name, None, index)
+
     def close(self) -> None:
         """The engine is no longer steered: its gauges go, its counters stay as they are."""
         self._forget(*self._agent.gauges)
 
     def _budget(self, record: TickRecord) -> None:
         sample, budget_w = record.sample, record.budget.power_w
-        self._gauge("pals_budget_watts", float("nan") if budget_w is None else budget_w)
+        self._gauge("pals_budget_watts", budget_w)
+        self._gauge("pals_power_watts", sample.power_w)
         if sample.power_w is not None:
-            self._gauge("pals_power_watts", sample.power_w)
             self._count("pals_energy_joules_total", sample.power_w * sample.window_s)
         self._count("pals_over_budget_seconds_total", record.over_budget_s)
 
@@ -136,8 +142,7 @@ class EngineMetrics:
         for lowering in LOWERINGS:
             self._gauge("pals_lowering_info", float(engine.lowering == lowering), lowering)
         self._gauge("pals_running_sequences", engine.running)
-        if engine.scheduled is not None:
-            self._gauge("pals_scheduled_sequences", engine.scheduled)
+        self._gauge("pals_scheduled_sequences", engine.scheduled)
         self._gauge("pals_waiting_requests", engine.waiting)
         self._gauge("pals_oldest_waiting_seconds", engine.oldest_waiting_s)
         self._gauge("pals_kv_cache_usage_ratio", engine.kv_usage)
@@ -149,25 +154,31 @@ class EngineMetrics:
         tokens = max(0, engine.output_tokens - before.output_tokens)
         self._count("pals_output_tokens_total", tokens)
         self._gauge("pals_tokens_per_second", tokens / window_s)
-        known = power_w is not None and tokens > 0
-        self._gauge("pals_joules_per_token", power_w * window_s / tokens if known and power_w else float("nan"))
+        self._gauge("pals_joules_per_token", power_w * window_s / tokens if power_w is not None and tokens else None)
 
-    def _gauge(self, name: str, value: float, *extra: str) -> None:
+    def _gauge(self, name: str, value: float | None, *extra: str) -> None:
+        """Show a value; what is unknown (None) is absent."""
         labels = (self._name, *extra)
-        self._set.add((name, labels))
-        self._agent.gauges[name].labels(*labels).set(value)
+        if value is not None:
+            self._set.add((name, labels))
+            self._agent.gauges[name].labels(*labels).set(value)
+        elif (name, labels) in self._set:
+            self._remove(name, labels)
 
     def _count(self, name: str, amount: float, *extra: str) -> None:
         self._agent.counters[name].labels(self._name, *extra).inc(amount)
 
     def _forget(self, *names: str) -> None:
         for name, labels in [s for s in self._set if s[0] in names]:
-            self._agent.gauges[name].remove(*labels)
-            self._set.remove((name, labels))
+            self._remove(name, labels)
+
+    def _remove(self, name: str, labels: tuple[str, ...]) -> None:
+        self._agent.gauges[name].remove(*labels)
+        self._set.remove((name, labels))
 
 
-def _hertz(clock_mhz: int | None) -> float:
-    return float("nan") if clock_mhz is None else clock_mhz * 1e6
+def _hertz(clock_mhz: int | None) -> float | None:
+    return None if clock_mhz is None else clock_mhz * 1e6
 
 
 def serve_metrics(metrics: AgentMetrics, port: int) -> Callable[[], None]:

@@ -81,7 +81,7 @@ def board(facts: BoardFacts, *, steered: bool) -> Iterator[Finding]:
     if info is None or now is None or settings is None:
         yield finding(
             "boards", "usable", PROBLEM, f"cannot be used: {facts.error}", subject=subject,
-            remedy="PALS needs power, energy counter, limits and clock; keep the board out of CUDA_VISIBLE_DEVICES",
+            remedy="PALS needs power, limits and clock; keep the board out of CUDA_VISIBLE_DEVICES",
             index=facts.index, error=facts.error,
         )  # fmt: skip
         return
@@ -155,7 +155,12 @@ def _clock(subject: str, info: BoardInfo, now: PowerSample, settings: BoardSetti
 
 def _energy_counter(subject: str, now: PowerSample, meter: MeterFacts | None) -> Finding:
     status, remedy = OK, None
-    if meter is None:
+    if now.energy_j is None:
+        status, text = (
+            WARNING,
+            "no energy counter: power comes from the driver's own readings, which may lag by a second",
+        )
+    elif meter is None:
         status, text = UNKNOWN, "energy counter present; how often it refreshes was not watched"
         remedy = "run again with --watch-s 2"
     elif meter.energy_refresh_s is None:
