@@ -221,6 +221,34 @@ def test_ctrl_c_answers_what_was_accepted_and_leaves_nothing_behind(tmp_path: Pa
     assert sorted(p.suffix for p in made.folder.iterdir()) == [".jsonl", ".log", ".log"]
 
 
+@pytest.mark.slow
+def test_data_parallel_ranks_drain_too_and_a_failed_agent_leaves_the_server_serving(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        made = start(tmp_path / "run", "--data_parallel_size", "2", "--drain-s", "40")
+        made.wait_for("starting vLLM")  # the ports were free when it looked
+        taken.bind(("127.0.0.1", made.metrics_port))
+        taken.listen()
+        made.wait_for("vLLM serves on without it")
+
+    async def load() -> list[str | None]:
+        specs = [RequestSpec(at_s=0.0, prompt_tokens=20, output_tokens=400) for _ in range(8)]
+        task = asyncio.create_task(replay(specs, base_url=made.url, model=MODEL, seed=2))
+        while sum(c.read().running for c in find_engines(made.folder)) < 8:
+            await asyncio.sleep(0.05)
+        os.kill(made.process.pid, signal.SIGHUP)
+        await asyncio.sleep(0.2)
+        os.kill(made.process.pid, signal.SIGINT)
+        return [r.error for r in await task]
+
+    assert asyncio.run(load()) == [None] * 8
+    assert made.process.wait(timeout=90) == 1, "because the agent had failed"
+    assert "the agent failed: metrics port" in made.log()
+    assert "8 requests accepted, answered first for up to 40 s" in made.log()
+    assert "stopping goes on in order" in made.log()
+    assert "not fully answered" not in made.log()
+    assert sorted(p.suffix for p in made.folder.iterdir()) == [".log", ".log"]
+
+
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server without an agent, 64 sequences wide, whose device writes down every step."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from pals.cli.agent import living, mend
 from pals.cli.main import say
-from pals.cli.run_folder import agent_lives, emulated_bank, put_back, read_status
+from pals.cli.run_folder import agent_lives, boards_told, emulated_bank, put_back, read_status
 from pals.control.guard import Guard
 from pals.control.policies import build_policy
 from pals.core.errors import ConfigError, EngineGoneError, PalsError
@@ -60,8 +60,11 @@ def status(args: argparse.Namespace) -> int:
                     say(str(e))
     except ConfigError as e:
         say(str(e))
+    engines = engines_now(folder)
+    if len({e.info.bank for e in engines}) > 1:
+        say(f"engines on different boards run in {folder}; those shown are {boards_told(str(bank) if bank else None)}")
     print_status(
-        folder, engines_now(folder), boards, steered_now(folder), emulated=bank is not None, limited=limited(folder),
+        folder, engines, boards, steered_now(folder), emulated=bank is not None, limited=limited(folder),
         died=died_now(folder),
     )  # fmt: skip
     return 0

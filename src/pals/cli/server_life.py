@@ -75,11 +75,7 @@ class Server:
         asked = self.process.poll() is None
         left = self._signals.unfinished()
         if asked:
-            told = (
-                ""
-                if left is None
-                else f"; {requests_told(left)} accepted, answered first for up to {self._drain_s:g} s"
-            )
+            told = "" if not left else f"; {requests_told(left)} accepted, answered first for up to {self._drain_s:g} s"
             say(f"stopping vLLM{told}")
         in_time = stop(self.process, self._drain_s + AFTER_DRAIN_S, self._signals.dropped)
         if asked:
