@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -142,18 +143,45 @@ def test_the_openai_client_chats_and_gets_canned_prose(server: Server) -> None:
     client.close()
 
 
-def test_a_json_schema_is_obeyed(server: Server) -> None:
-    body = {
-        "model": MODEL,
-        "prompt": "x",
-        "max_tokens": 200,
-        "structured_outputs": {"choice": ["watt", "joule"]},
-    }
+def ask(server: Server, **body: object) -> dict[str, Any]:
+    """A completion's answer; raises `HTTPError` where the server refuses."""
     request = urllib.request.Request(
-        f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{server.url}/v1/completions",
+        json.dumps({"model": MODEL, "prompt": "x", **body}).encode(),
+        {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=20) as answer:
-        assert json.load(answer)["choices"][0]["text"] in ("watt", "joule")
+        return dict(json.load(answer))
+
+
+def test_logprobs_of_outputs_are_there_and_those_of_prompts_are_refused_with_400(server: Server) -> None:
+    choices = ask(server, max_tokens=4, logprobs=2, n=2)["choices"]
+    assert [c["logprobs"]["token_logprobs"] for c in choices] == [[0.0] * 4] * 2
+
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(server, max_tokens=4, logprobs=1, echo=True)
+    assert refused.value.code == 400
+    assert "not there on emulated boards" in refused.value.read().decode()
+
+
+def test_output_tokens_are_those_that_vllm_counts(server: Server) -> None:
+    for n in range(8):
+        ask(server, prompt=f"end {n}", max_tokens=400)  # most end at EOS
+    pattern = r"^(?:vllm:generation|pals_output)_tokens_total\{.*\} (\S+)$"
+
+    def counted(url: str) -> float:
+        return float(re.findall(pattern, get(url), re.MULTILINE)[0])
+
+    end_s = time.monotonic() + 10  # the agent's figure is of its last tick
+    while counted(f"{server.url}/metrics") != counted(f"http://127.0.0.1:{server.metrics_port}/metrics"):
+        assert time.monotonic() < end_s
+        time.sleep(0.1)
+
+
+def test_a_json_schema_is_obeyed(server: Server) -> None:
+    choice = {"choice": ["watt", "joule"]}
+
+    assert ask(server, max_tokens=200, structured_outputs=choice)["choices"][0]["text"] in ("watt", "joule")
 
 
 def test_the_agents_metrics_and_status_tell_what_is_in_force(server: Server) -> None:

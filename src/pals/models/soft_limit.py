@@ -29,7 +29,8 @@ class SoftLimit:
 
     def natural_draw_w(self, active_sequences: FloatArray) -> FloatArray:
         """Draw with no limit binding, W; shape as given."""
-        return np.asarray(np.exp(_terms(active_sequences, len(self.natural)) @ np.array(self.natural)))
+        draw_w: FloatArray = np.exp(_terms(active_sequences, len(self.natural)) @ np.array(self.natural))
+        return draw_w
 
     def power_w(self, power_limit_w: FloatArray, active_sequences: FloatArray) -> FloatArray:
         """Draw of one board, W, never above the limit; arguments of one shape (points,)."""
@@ -39,7 +40,8 @@ class SoftLimit:
 def soft_minimum(a: FloatArray, b: FloatArray, sharpness: float) -> FloatArray:
     """(a^-q + b^-q)^(-1/q), without overflow."""
     low, high = np.minimum(a, b), np.maximum(a, b)
-    return np.asarray(low * (1.0 + (low / high) ** sharpness) ** (-1.0 / sharpness))
+    soft: FloatArray = low * (1.0 + (low / high) ** sharpness) ** (-1.0 / sharpness)
+    return soft
 
 
 def fit_soft_limit(*, power_limit_w: FloatArray, active_sequences: FloatArray, power_w: FloatArray) -> SoftLimit:
