@@ -154,7 +154,7 @@ def page_at(port: int) -> str:
 def test_the_agent_shows_its_engines_boards_until_it_ends(tmp_path: Path) -> None:
     pytest.importorskip("pynvml")
     bank = BoardBank.create(tmp_path / "emulated-boards.bank", board_specs()["a100-sxm4-80gb"], 2)
-    EngineChannel(tmp_path, replace(engine_info(os.getpid()), boards=(1,)), name="engine")
+    EngineChannel(tmp_path, replace(engine_info(os.getpid()), boards=(1,), bank=str(bank.path)), name="engine")
     port = free_port()
     command = [sys.executable, "-m", "pals.cli", "agent", "--metrics-port", "0", "--dcgm-port", str(port)]
     with subprocess.Popen(

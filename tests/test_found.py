@@ -229,7 +229,7 @@ def test_an_adviser_says_that_a_killed_agent_left_limits(tmp_path: Path, capsys:
 
 
 def test_a_record_that_cannot_be_written_says_so(tmp_path: Path) -> None:
-    (tmp_path / "limits-found.tmp").mkdir()
+    (tmp_path / f".limits-found.json.{os.getpid()}.new").mkdir()
 
     with pytest.raises(PalsError, match="no board was written"):
         add_found(tmp_path / "limits-found.json", [Board(Clock())])
@@ -269,7 +269,9 @@ def pals(node: Node, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_boards_not_put_back_are_exit_code_4_and_restore_mends_them_later(node: Node) -> None:
-    EngineChannel(node.folder, replace(engine_info(os.getpid()), boards=(0, 1)), name="engine")
+    EngineChannel(
+        node.folder, replace(engine_info(os.getpid()), boards=(0, 1), bank=str(node.bank.path)), name="engine"
+    )
     command = [sys.executable, "-m", "pals.cli", "agent", "--metrics-port", "0", "--power-limit-w", "200"]
     with subprocess.Popen(
         command, env={**os.environ, "PALS_RUN_DIR": str(node.folder)}, stderr=subprocess.PIPE, text=True

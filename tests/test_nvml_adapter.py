@@ -11,7 +11,8 @@ import pytest
 
 from pals.core.errors import ConfigError, DeviceLostError, NotSupportedError, PalsError, PermissionDeniedError
 from pals.core.quantities import BoardWrite, OperatingPoint
-from pals.hardware.nvml import Nvml, NvmlBoard, open_boards
+from pals.hardware.nvml import Nvml, open_boards
+from pals.hardware.nvml_board import NvmlBoard
 from pals.plant.boards import BoardBank
 from pals.plant.silicon import Load
 from pals.plant.specs import board_specs

@@ -17,6 +17,7 @@ from pals.core.errors import ConfigError
 from pals.plant.boards import BoardBank
 from pals.plant.specs import board_specs
 from pals.runtime.processes import process_started
+from tests.found_records import write_record
 from tests.node_world import AgentWorld
 from tests.worlds import Clock
 
@@ -93,7 +94,7 @@ def test_the_next_start_removes_what_killed_processes_left_and_nothing_else(node
     living = node.add("b/living", boards=(1,))
     (folder / "agent-status-a.json").write_text(json.dumps({"agent_pid": dead, "name": "a", "header": {}}))
     (folder / "agent-status-b.json").write_text("[]")
-    (folder / FOUND).write_text(json.dumps({"pid": dead, "limits_w": {"GPU-00000000-1": 400.0}}))
+    write_record(folder / FOUND, {"GPU-00000000-1": (400.0, [300.0])}, pid=dead)
     for pid in (dead, os.getpid()):
         (folder / f"ipc-{pid}").mkdir()
         (folder / f"ipc-{pid}" / "socket").write_text("")
@@ -115,13 +116,12 @@ def test_a_real_boards_record_is_never_mended_on_emulated_boards(node: AgentWorl
         asked.append(bank)
         return 1
 
-    assert put_back(node.folder, mend) == 0
-    record.write_text(json.dumps({"pid": dead, "limits_w": {"GPU-8f3c": 700.0}}))
+    write_record(record, {"GPU-8f3c": (700.0, [400.0])}, pid=dead)
     assert put_back(node.folder, mend) == 1
     sweep(node.folder)
     assert record.exists()
     stale_bank(node.folder, dead)
-    record.write_text(json.dumps({"pid": dead, "limits_w": {"GPU-00000000-1": 400.0}}))
+    write_record(record, {"GPU-00000000-1": (400.0, [300.0])}, pid=dead)
     assert put_back(node.folder, mend) == 1
     assert asked == [None, bank]
     bank.unlink()

@@ -18,7 +18,8 @@ from pals.cli.main import say
 from pals.cli.run_folder import bank_of, boards_told, emulated_bank, put_back, sweep
 from pals.core.errors import ConfigError, EngineGoneError, PalsError
 from pals.core.quantities import SAME_LIMIT_W, BoardInfo, BoardWrite, EngineInfo
-from pals.hardware.nvml import Nvml, NvmlBoard, open_boards
+from pals.hardware.nvml import Nvml, open_boards
+from pals.hardware.nvml_board import NvmlBoard
 from pals.runtime.agent import FOUND_RECORD, AgentSetup, Board, Watcher
 from pals.runtime.channel import find_engines, run_dir
 from pals.runtime.config import Config, load_config

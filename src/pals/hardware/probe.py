@@ -10,7 +10,8 @@ from pathlib import Path
 from pals.core.diagnosis import BoardFacts, MeterFacts, NvmlFacts, PrivilegeFacts
 from pals.core.errors import ConfigError, PalsError
 from pals.hardware.metering import judge_meters
-from pals.hardware.nvml import NvmlBoard, open_each
+from pals.hardware.nvml import open_each
+from pals.hardware.nvml_board import NvmlBoard
 
 EVERY_S = 0.005
 CAP_SYS_ADMIN = 21

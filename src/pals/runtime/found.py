@@ -18,6 +18,7 @@ from typing import Any
 from pals.core.errors import ConfigError, PalsError
 from pals.core.protocols import PowerMeter
 from pals.core.quantities import BoardWrite
+from pals.runtime.files import replace_file
 from pals.runtime.processes import process_started, same_process
 
 FORMAT = "pals-limits-found/2"
@@ -113,11 +114,10 @@ def _write(record: Path, found: Found) -> None:
         uuid: {"found_w": b.found_limit_w, "written_w": list(b.written_w), "clock_locked": b.clock_locked}
         for uuid, b in found.boards.items()
     }
-    fresh = record.with_suffix(".tmp")
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(json.dumps({"format": FORMAT, "pid": found.pid, "started": found.started, "boards": told}))
-        fresh.replace(record)
+        text = json.dumps({"format": FORMAT, "pid": found.pid, "started": found.started, "boards": told})
+        replace_file(record, text.encode())
     except OSError as e:
         raise PalsError(
             f"{record} cannot be written ({e.strerror}), and without it a killed agent's limits could not be put back: no "

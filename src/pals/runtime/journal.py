@@ -19,7 +19,7 @@ FORMAT = "pals-journal/1"
 ADDED_LATER = frozenset(
     {
         *("lowering", "clock", "accepted_clocks_mhz", "scheduled", "sm_clocks_mhz"),
-        *("memory_clock_mhz", "busy_ratio", "served_as", "data_parallel", "cuda_order"),
+        *("memory_clock_mhz", "busy_ratio", "served_as", "data_parallel", "cuda_order", "absent", "bank"),
     }
 )
 
