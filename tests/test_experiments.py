@@ -122,5 +122,6 @@ def test_every_scenario_has_a_sound_profile_and_a_budget_that_bites(scenario: Sc
 def test_a_scenario_is_found_by_a_short_name_and_others_are_refused_by_name() -> None:
     assert scenario_of(None) is SCENARIOS[0]
     assert scenario_of("mixtral-8x7b") is SCENARIOS[0]
+    assert scenario_of("qwen3-30b").model == "Qwen/Qwen3-30B-A3B"
     with pytest.raises(ConfigError, match="no profile for openai-community/gpt2"):
         scenario_of("gpt2")

@@ -39,6 +39,20 @@ SCENARIOS: tuple[Scenario, ...] = (
         high_budget_w=1600.0,
         low_budget_w=650.0,
     ),
+    Scenario(
+        model="Qwen/Qwen3-30B-A3B",
+        boards="h100-sxm5-80gb",
+        title="1 × H100 SXM5 80 GB",
+        high_budget_w=700.0,
+        low_budget_w=340.0,
+    ),
+    Scenario(
+        model="deepseek-ai/DeepSeek-V3",
+        boards="8xh200-sxm5-141gb",
+        title="8 × H200 SXM5 141 GB",
+        high_budget_w=5600.0,
+        low_budget_w=2200.0,
+    ),
 )
 
 
