@@ -27,10 +27,14 @@ DEFAULT_BOARDS = "h100-sxm5-80gb"
 MEDIAN_TOKENS, SPREAD = 180.0, 0.7  # log-normal output lengths where the client lets the model end
 
 
-@cache
 def open_bank() -> BoardBank:
     """The boards named by PALS_EMU_BOARDS (a bank file), or one default board of this process alone."""
-    path = os.environ.get("PALS_EMU_BOARDS")
+    return _bank(os.environ.get("PALS_EMU_BOARDS", ""))
+
+
+@cache
+def _bank(path: str) -> BoardBank:
+    """The same for a path, opened once; vLLM asks often, and its defaults follow the board's name."""
     if path:
         return BoardBank.open(Path(path))
     spec, count = parse_boards(DEFAULT_BOARDS)
