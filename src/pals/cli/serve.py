@@ -28,14 +28,14 @@ from pals.cli.vllm_options import (
     option,
     whole,
 )
-from pals.core.errors import ConfigError, EngineGoneError, PalsError
+from pals.core.errors import ConfigError, EngineGoneError, NotPutBackError, PalsError
 from pals.core.quantities import BoardInfo
 from pals.engines.model_zoo import full_name, local_folder
 from pals.engines.vllm_launcher import launch_vllm, wait_ready
 from pals.hardware.nvml import open_boards
 from pals.plant.keeper import kept_fresh
 from pals.plant.specs import parse_boards
-from pals.runtime.agent import EXIT_ENGINE_GONE, FOUND_RECORD, indices_text
+from pals.runtime.agent import EXIT_ENGINE_GONE, EXIT_NOT_PUT_BACK, FOUND_RECORD, indices_text
 from pals.runtime.channel import find_engines, run_dir
 from pals.runtime.config import Config
 from pals.runtime.files import own_folder, state_dir
@@ -147,6 +147,10 @@ def steered(config: Config, folder: Path, channel: EngineGroup, signals: Signals
             say("vLLM serves on without PALS until it ends, or you stop it (Ctrl-C)")
             signals.ended.wait()
         return code
+    except NotPutBackError as e:
+        say(f"{e}")
+        signals.ended.wait()
+        return EXIT_NOT_PUT_BACK
     except Exception as e:  # the server outlives its agent, whatever ends that
         if not isinstance(e, PalsError | OSError):
             log.exception("unexpected; please report this")
