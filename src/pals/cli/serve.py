@@ -148,7 +148,9 @@ def steered(config: Config, folder: Path, channel: EngineGroup, signals: Signals
             signals.ended.wait()
         return code
     except NotPutBackError as e:
-        say(f"{e}")
+        say(str(e))
+        if not signals.ended.is_set():
+            say("vLLM serves on without PALS until it ends, or you stop it (Ctrl-C)")
         signals.ended.wait()
         return EXIT_NOT_PUT_BACK
     except Exception as e:  # the server outlives its agent, whatever ends that
