@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib.resources import files
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from pals.core.errors import ConfigError
 from pals.plant.llm_step import ModelShape, StepBatch, StepModel, distinct_experts
-from pals.plant.silicon import board_power_w
+from pals.plant.silicon import load_power_w
 from pals.plant.specs import board_specs
 
 A100 = board_specs()["a100-sxm4-80gb"]
@@ -42,6 +43,7 @@ def test_parameters_match_the_published_total(name: str) -> None:
     assert shape(name).total_params / 1e9 == pytest.approx(PUBLISHED_B[name], rel=0.02)
 
 
+@cache
 def mixtral() -> StepModel:
     return StepModel(shape("mistralai--Mixtral-8x7B-v0.1"), A100, tensor_parallel=4)
 
@@ -54,9 +56,9 @@ def test_mixtral_on_four_a100_takes_the_time_and_draws_the_power_of_its_kind() -
     decode, prefill = mixtral().step(DECODE_64, 1410), mixtral().step(PREFILL_2048, 1410)
 
     assert 0.017 < decode.seconds < 0.024
-    assert 200 < board_power_w(A100, decode.load, 1410) < 270
+    assert 200 < load_power_w(A100.silicon, decode.load, 1410) < 270
     assert 0.08 < prefill.seconds < 0.13
-    assert board_power_w(A100, prefill.load, 1410) > 360
+    assert load_power_w(A100.silicon, prefill.load, 1410) > 360
 
 
 def test_slowing_the_clock_is_nearly_free_in_decode_and_dear_in_prefill() -> None:

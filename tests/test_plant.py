@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pals.core.errors import ConfigError
 from pals.plant.boards import BoardBank
-from pals.plant.silicon import Load, board_power_w
+from pals.plant.silicon import Load, load_power_w
 from pals.plant.specs import board_specs, parse_boards
 
 A100 = board_specs()["a100-sxm4-80gb"]
@@ -39,8 +39,8 @@ def power_trace_w(bank: BoardBank, start_s: float, end_s: float) -> np.ndarray:
 def test_memory_bound_draw_matches_the_measured_a100_at_two_clocks() -> None:
     stream = Load(compute=0.0, memory=1.0)  # measured on the PCIe board: 144 W at 1005 MHz, 228 W at 1410 MHz
 
-    assert board_power_w(A100, stream, 1005) == pytest.approx(144, abs=6)
-    assert board_power_w(A100, stream, 1410) == pytest.approx(228, abs=8)
+    assert load_power_w(A100.silicon, stream, 1005) == pytest.approx(144, abs=6)
+    assert load_power_w(A100.silicon, stream, 1410) == pytest.approx(228, abs=8)
 
 
 @given(
@@ -51,7 +51,10 @@ def test_a_lower_clock_never_draws_more(compute: float, memory: float, low: floa
     load = Load(compute=compute, memory=memory)
     low, high = sorted((low, high))
 
-    assert board_power_w(board_specs()[name], load, low) <= board_power_w(board_specs()[name], load, high) + 1e-9
+    assert (
+        load_power_w(board_specs()[name].silicon, load, low)
+        <= load_power_w(board_specs()[name].silicon, load, high) + 1e-9
+    )
 
 
 def test_boards_of_an_idle_engine_sleep_while_another_engine_works(bank: BoardBank) -> None:
@@ -61,7 +64,7 @@ def test_boards_of_an_idle_engine_sleep_while_another_engine_works(bank: BoardBa
 
     assert busy.sm_clock_mhz > 1000
     assert (idle.sm_clock_mhz, idle.throttle & 1) == (A100.min_sm_clock_mhz, 1)
-    assert idle.power_instant_w < 1.2 * A100.idle_w
+    assert idle.power_instant_w < 1.2 * A100.silicon.idle_w
     assert bank.pace_mhz((2, 3), 6.0) == A100.max_sm_clock_mhz  # they rise to it within a few ticks of a first step
 
 

@@ -115,7 +115,7 @@ class EmulatedDevice:
         """Which requests yield a token, and what the step computes."""
         req_ids: list[str] = []
         sampled: list[list[int]] = []
-        prefill = decode = context = 0
+        prefill = prompts = decode = context = 0
         pairs = 0.0
         computed = self._computed(output)
         for rid, scheduled in output.num_scheduled_tokens.items():
@@ -126,6 +126,7 @@ class EmulatedDevice:
                 context += done
             else:
                 prefill += scheduled
+                prompts += 1
                 context += done
                 pairs += scheduled * scheduled / 2 + float(scheduled) * done
             req_ids.append(rid)
@@ -133,7 +134,11 @@ class EmulatedDevice:
             if yields:
                 request.known += 1
         batch = StepBatch(
-            prefill_tokens=prefill, decode_sequences=decode, context_tokens=context, attention_pairs=pairs
+            prefill_tokens=prefill,
+            prefill_sequences=prompts,
+            decode_sequences=decode,
+            context_tokens=context,
+            attention_pairs=pairs,
         )
         return req_ids, sampled, batch
 

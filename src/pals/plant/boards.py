@@ -32,7 +32,7 @@ from pals.plant.bank_layout import (
     read_head,
 )
 from pals.plant.governor import TICK_S, govern
-from pals.plant.silicon import Load, core_power_w, hbm_power_w
+from pals.plant.silicon import Load, core_power_w, static_power_w
 from pals.plant.specs import CLOCK_STEP_MHZ, BoardSpec, board_specs
 
 THROTTLE_IDLE, THROTTLE_POWER_CAP = 0x1, 0x4
@@ -126,7 +126,7 @@ class BoardBank:
         b["clock_mhz"] = spec.min_sm_clock_mhz
         b["core_factor"] = np.clip(rng.normal(1.0, 0.03, count), 0.9, 1.1)
         b["idle_factor"] = np.clip(rng.normal(1.0, 0.04, count), 0.85, 1.15)
-        b["power_w"] = b["filtered_w"] = spec.idle_w * b["idle_factor"]
+        b["power_w"] = b["filtered_w"] = spec.silicon.idle_w * b["idle_factor"]
         b["ring_w"] = b["power_w"][:, None]
         b["temperature_c"] = AMBIENT_C + THERMAL_K_PER_W * b["power_w"]
         b["throttle"] = THROTTLE_IDLE
@@ -180,7 +180,7 @@ class BoardBank:
         with self._locked(now_s):
             clockwork = self._clockwork[0]
             slot = int(clockwork["next"]) % SEGMENTS
-            self._segments[slot] = (start_s, end_s, load.compute, load.memory, sum(1 << i for i in boards))
+            self._segments[slot] = (start_s, end_s, load.compute, load.memory, load.busy, sum(1 << i for i in boards))
             clockwork["next"] += 1
             clockwork["busy_until_s"] = max(float(clockwork["busy_until_s"]), end_s)
             used = list(boards)
@@ -360,7 +360,8 @@ class BoardBank:
         return low, high
 
     def _run_ticks(self, start_s: float, ticks: int) -> None:
-        compute, memory, busy = self._loads(start_s, ticks)
+        compute, memory, kernels, busy = self._loads(start_s, ticks)
+        silicon = self.spec.silicon
         b, spec, clockwork = self._boards, self.spec, self._clockwork[0]
         limit_w = np.minimum(b["limit_w"], b["external_w"])
         floor, ceiling = self._clock_range_mhz()
@@ -370,9 +371,11 @@ class BoardBank:
         newer = 1.0 - np.exp(-TICK_S / UTILISATION_S)
         for k in range(ticks):
             awake = start_s + k * TICK_S < awake_until_s
-            static_w = np.where(awake, spec.awake_w, spec.idle_w) * b["idle_factor"]
-            core_w = core_power_w(spec, compute[k], memory[k], b["clock_mhz"]) * b["core_factor"]
-            power_w = static_w + core_w + hbm_power_w(spec, memory[k])
+            warm_w = static_power_w(silicon, b["temperature_c"])
+            static_w = np.where(awake, warm_w, silicon.idle_w) * b["idle_factor"]
+            core_w = core_power_w(silicon, compute[k], memory[k], kernels[k], b["clock_mhz"]) * b["core_factor"]
+            core_w = np.where(awake, core_w, 0.0)
+            power_w = static_w + core_w + silicon.hbm_w * memory[k]
             b["energy_j"] += power_w * TICK_S
             b["power_w"] = power_w
             b["temperature_c"] += (AMBIENT_C + THERMAL_K_PER_W * power_w - b["temperature_c"]) * warm
@@ -388,8 +391,8 @@ class BoardBank:
             b["ring_w"][:, newest % RING] = power_w
         clockwork["ticks"] = newest
 
-    def _loads(self, start_s: float, ticks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Compute and memory shares, and the share of time a kernel runs, shape (ticks, boards), from the segments."""
+    def _loads(self, start_s: float, ticks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Compute, memory and kernel shares, and the share of time a step runs, shape (ticks, boards), from the segments."""
         s = self._segments
         s = s[(s["end_s"] > start_s) & (s["start_s"] < start_s + ticks * TICK_S)]
         edges = start_s + TICK_S * np.arange(ticks)[:, None]
@@ -399,4 +402,5 @@ class BoardBank:
         member = (s["boards"][:, None] >> np.arange(self.count, dtype=np.uint64)) & 1
         compute = np.minimum(1.0, (overlap * s["compute"]) @ member)
         memory = np.minimum(1.0, (overlap * s["memory"]) @ member)
-        return compute, memory, np.minimum(1.0, overlap @ member)
+        kernels = np.minimum(1.0, (overlap * s["kernels"]) @ member)
+        return compute, memory, kernels, np.minimum(1.0, overlap @ member)

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pals.core.errors import ConfigError
 from pals.plant.silicon import Load
 from pals.plant.specs import BoardSpec
+
+FloatArray = NDArray[np.float64]
 
 OVERLAP_P = 4.0
 ISSUE_SHARE = 0.68  # at the top clock, issuing a memory-bound kernel takes this share of its memory time
@@ -118,11 +121,10 @@ def _popularity(experts: int, top_k: int, cv: float) -> tuple[float, ...]:
     return tuple(np.minimum(1.0, top_k * weights / weights.sum()))
 
 
-@lru_cache(maxsize=8192)
-def distinct_experts(experts: int, top_k: int, tokens: int, cv: float = EXPERT_CV) -> float:
+def distinct_experts(experts: int, top_k: int, tokens: int | NDArray[np.int64], cv: float = EXPERT_CV) -> FloatArray:
     """Expected number of experts that `tokens` independent tokens touch in one layer: Σ(1 − (1 − p_e)^B)."""
     p = np.array(_popularity(experts, top_k, cv))
-    return float(np.sum(1.0 - (1.0 - p) ** tokens))
+    return np.asarray(np.sum(1.0 - np.power.outer(1.0 - p, tokens), axis=0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +132,7 @@ class StepBatch:
     """What one step computes."""
 
     prefill_tokens: int = 0
+    prefill_sequences: int = 0
     decode_sequences: int = 0
     context_tokens: int = 0  # KV tokens read by the decoding sequences, and by prefill of what is cached
     attention_pairs: float = 0.0  # query × key pairs of the prefill
@@ -148,6 +151,46 @@ class StepCost:
     load: Load
 
 
+class StepTables(NamedTuple):
+    """All that `step_cost` needs of one model on one group of boards; arrays by number of tokens, shape (tokens + 1,)."""
+
+    memory_s: FloatArray  # weights read at the achievable bandwidth
+    tensor_s: FloatArray  # matrix products at the top clock
+    comm_s: FloatArray  # between the boards, clock-free
+    context_s: float  # reading one KV token
+    pair_s: float  # one query × key pair at the top clock
+    host_s: float  # scheduler and launches, clock-free
+    host_per_sequence_s: float
+    issue_share: float  # at the top clock, issuing a memory-bound kernel takes this share of its memory time
+    overlap_p: float
+    top_clock_mhz: float
+    stages: float  # of the pipeline: while one works the others idle
+
+
+def step_cost(
+    t: StepTables, prefill_tokens: int, prefill_sequences: int, decode_sequences: int, context_tokens: float,
+    attention_pairs: float, clock_mhz: float,
+) -> tuple[float, float, float, float]:  # fmt: skip
+    """Seconds of a step, and its compute, memory and busy shares per board; see `StepBatch` for the arguments.
+
+    Plain scalar arithmetic: the emulated engine calls it as it is, the simulator compiled.
+    """
+    tokens = prefill_tokens + decode_sequences
+    memory_s = t.memory_s[tokens] + t.context_s * context_tokens
+    slower = t.top_clock_mhz / clock_mhz
+    tensor_s = (t.tensor_s[tokens] + t.pair_s * (attention_pairs + context_tokens)) * slower
+    p = t.overlap_p
+    kernel_s = memory_s * (1.0 + (t.issue_share * slower) ** p) ** (1.0 / p)
+    device_s = kernel_s + tensor_s + t.comm_s[tokens]
+    seconds = device_s + t.host_s + t.host_per_sequence_s * decode_sequences
+    return (
+        seconds,
+        min(1.0, tensor_s / seconds / t.stages),
+        min(1.0, memory_s / seconds / t.stages),
+        min(1.0, device_s / seconds / t.stages),
+    )
+
+
 class StepModel:
     """Step times of one model on one tensor/pipeline-parallel group of boards."""
 
@@ -159,40 +202,47 @@ class StepModel:
         tensor_parallel: int,
         pipeline_parallel: int = 1,
         expert_share: float = 1.0,
+        max_tokens: int = 16384,
     ) -> None:
         """`expert_share`: part of the experts this group holds (1/data-parallel size under expert parallelism)."""
         self.shape, self.spec = shape, spec
         self._tp, self._pp, self._share = tensor_parallel, pipeline_parallel, expert_share
+        self.tables = self._tables(max_tokens)
 
     def step(self, batch: StepBatch, sm_clock_mhz: float) -> StepCost:
         """Duration and load of a step at this clock; an empty batch costs the host's time alone."""
-        s, spec = self.shape, self.spec
-        touched = distinct_experts(s.experts, s.top_k, batch.tokens) if s.experts and batch.tokens else 0.0
-        weights = (s.dense_params + s.moe_layers * touched * self._share * s.expert_params) * s.weight_bytes
-        moved = (weights if batch.tokens else 0.0) + batch.context_tokens * s.kv_bytes_per_token
-        memory_s = moved / self._tp / spec.hbm_bytes_s
-        flops = 2.0 * batch.tokens * s.active_params
-        flops += 4.0 * s.layers * s.attention_width * (batch.attention_pairs + batch.context_tokens)
-        slower = spec.max_sm_clock_mhz / sm_clock_mhz
-        speed = 2.0 if s.weight_bytes < 2 and spec.capability >= (9, 0) else 1.0
-        tensor_s = flops / self._tp / (spec.peak_flops_bf16 * TENSOR_EFFICIENCY * speed) * slower
-        kernel_s = (memory_s**OVERLAP_P + (ISSUE_SHARE * memory_s * slower) ** OVERLAP_P) ** (1 / OVERLAP_P)
-        comm_s = self._communication_s(batch.tokens)
-        host_s = HOST_S + HOST_PER_SEQUENCE_S * batch.decode_sequences
-        seconds = (kernel_s + tensor_s + comm_s) + host_s
-        stages = float(self._pp)  # while one stage works the others idle: a group's boards share the load
-        return StepCost(
-            seconds=seconds,
-            load=Load(
-                compute=min(1.0, tensor_s / seconds / stages), memory=min(1.0, memory_s / seconds / stages)
-            ),
+        if batch.tokens >= len(self.tables.memory_s):
+            self.tables = self._tables(2 * batch.tokens)
+        seconds, compute, memory, busy = step_cost(
+            self.tables, batch.prefill_tokens, batch.prefill_sequences, batch.decode_sequences,
+            float(batch.context_tokens), batch.attention_pairs, sm_clock_mhz,
         )  # fmt: skip
+        return StepCost(
+            seconds=float(seconds), load=Load(compute=float(compute), memory=float(memory), busy=float(busy))
+        )
 
-    def _communication_s(self, tokens: int) -> float:
-        if self._tp == 1 or tokens == 0:
-            return 0.0
-        moved = 2.0 * tokens * self.shape.hidden * 2 * (self._tp - 1) / self._tp
-        return 2 * self.shape.layers * (ALLREDUCE_LATENCY_S + moved / self.spec.nvlink_bytes_s)
+    def _tables(self, max_tokens: int) -> StepTables:
+        s, spec = self.shape, self.spec
+        tokens = np.arange(max_tokens + 1)
+        touched = distinct_experts(s.experts, s.top_k, tokens) if s.experts else np.zeros(len(tokens))
+        weights = (s.dense_params + s.moe_layers * touched * self._share * s.expert_params) * s.weight_bytes
+        speed = 2.0 if s.weight_bytes < 2 and spec.capability >= (9, 0) else 1.0
+        flops_s = spec.peak_flops_bf16 * TENSOR_EFFICIENCY * speed * self._tp
+        moved = 2.0 * tokens * s.hidden * 2 * (self._tp - 1) / self._tp
+        hops = 2 * s.layers * (self._tp > 1)
+        return StepTables(
+            memory_s=np.where(tokens > 0, weights / self._tp / spec.hbm_bytes_s, 0.0),
+            tensor_s=2.0 * tokens * s.active_params / flops_s,
+            comm_s=np.where(tokens > 0, hops * (ALLREDUCE_LATENCY_S + moved / spec.nvlink_bytes_s), 0.0),
+            context_s=s.kv_bytes_per_token / self._tp / spec.hbm_bytes_s,
+            pair_s=4.0 * s.layers * s.attention_width / flops_s,
+            host_s=HOST_S,
+            host_per_sequence_s=HOST_PER_SEQUENCE_S,
+            issue_share=ISSUE_SHARE,
+            overlap_p=OVERLAP_P,
+            top_clock_mhz=float(spec.max_sm_clock_mhz),
+            stages=float(self._pp),
+        )
 
     def kv_capacity_bytes(self, utilization: float) -> float:
         """KV-cache bytes of one board.

@@ -1,18 +1,15 @@
-"""What a board draws at a clock and a load: P = static + core·f·v(f)² + HBM energy; pure functions of arrays.
+"""What a board draws at a clock and a load: P = static + core activity·f·v(f)² + HBM traffic.
 
-Equation and constants: docs/plant.md.
+Plain arithmetic on floats or arrays alike, so that the emulated boards and the compiled simulator run the same lines.
+Equation, constants and residuals: docs/models.md, "Board power".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-
-from pals.plant.specs import BoardSpec
-
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,29 +18,56 @@ class Load:
 
     compute: float  # tensor cores saturated
     memory: float  # HBM saturated
+    busy: float = 1.0  # any kernel runs
 
     def __post_init__(self) -> None:
-        if not (0.0 <= self.compute <= 1.0 and 0.0 <= self.memory <= 1.0):
-            raise ValueError(f"a load's shares lie in 0..1: compute {self.compute}, memory {self.memory}")
+        if not all(0.0 <= share <= 1.0 for share in (self.compute, self.memory, self.busy)):
+            raise ValueError(
+                f"a load's shares lie in 0..1: compute {self.compute}, memory {self.memory}, busy {self.busy}"
+            )
 
 
-def voltage(spec: BoardSpec, sm_clock_mhz: FloatArray | float) -> FloatArray:
-    """Core voltage relative to its floor at this clock."""
-    return np.asarray(np.interp(sm_clock_mhz, spec.voltage_mhz, spec.voltage))
+class Silicon(NamedTuple):
+    """Power constants of a board type; W, GHz, °C. Core terms are per GHz at the voltage floor."""
+
+    idle_w: float  # no context, clocks low
+    static_w: float  # awake, what does not follow the SM clock
+    tree_w_per_ghz: float  # awake, nothing issued: the clock tree
+    busy_w_per_ghz: float  # any kernel runs
+    memory_w_per_ghz: float  # HBM saturated: issue, L1, L2
+    tensor_w_per_ghz: float  # tensor cores saturated
+    hbm_w: float  # HBM at its achievable bandwidth
+    knee_ghz: float  # below it the voltage is at its floor
+    voltage_per_ghz: float
+    voltage_per_ghz2: float
+    leak_per_k: float  # change of the static part per kelvin
+    leak_reference_c: float  # temperature at which the static part was measured
 
 
-def core_power_w(spec: BoardSpec, compute: FloatArray, memory: FloatArray, sm_clock_mhz: FloatArray) -> FloatArray:
-    """Dynamic power of the SM clock domain, W."""
-    per_ghz = spec.core_compute_w_per_ghz * compute + spec.core_memory_w_per_ghz * memory
-    return np.asarray(per_ghz * (sm_clock_mhz / 1000.0) * voltage(spec, sm_clock_mhz) ** 2)
+def voltage(k: Silicon, clock_ghz: Any) -> Any:
+    """Core voltage relative to its floor."""
+    above = np.maximum(0.0, clock_ghz - k.knee_ghz)
+    return 1.0 + k.voltage_per_ghz * above + k.voltage_per_ghz2 * above * above
 
 
-def hbm_power_w(spec: BoardSpec, memory: FloatArray | float) -> FloatArray:
-    """Power of the HBM traffic, W."""
-    return np.asarray(spec.hbm_pj_per_byte * 1e-12 * spec.hbm_bytes_s * np.asarray(memory))
+def core_power_w(k: Silicon, compute: Any, memory: Any, busy: Any, clock_mhz: Any) -> Any:
+    """Power of the SM clock domain of an awake board, W."""
+    ghz = clock_mhz / 1000.0
+    v = voltage(k, ghz)
+    activity = k.tree_w_per_ghz + k.busy_w_per_ghz * busy + k.memory_w_per_ghz * memory + k.tensor_w_per_ghz * compute
+    return activity * ghz * v * v
 
 
-def board_power_w(spec: BoardSpec, load: Load, sm_clock_mhz: float, *, awake: bool = True) -> float:
-    """Power of a nominal board, W."""
-    core = core_power_w(spec, np.array(load.compute), np.array(load.memory), np.array(sm_clock_mhz))
-    return float((spec.awake_w if awake else spec.idle_w) + core + hbm_power_w(spec, load.memory))
+def static_power_w(k: Silicon, temperature_c: Any) -> Any:
+    """What an awake board draws whatever its clock, W."""
+    return k.static_w * (1.0 + k.leak_per_k * (temperature_c - k.leak_reference_c))
+
+
+def board_power_w(k: Silicon, compute: Any, memory: Any, busy: Any, clock_mhz: Any, temperature_c: Any) -> Any:
+    """Power of an awake nominal board, W."""
+    return static_power_w(k, temperature_c) + core_power_w(k, compute, memory, busy, clock_mhz) + k.hbm_w * memory
+
+
+def load_power_w(k: Silicon, load: Load, clock_mhz: float) -> float:
+    """Power of an awake nominal board under `load` at the reference temperature, W."""
+    return float(board_power_w(k, load.compute, load.memory, load.busy, clock_mhz, k.leak_reference_c))

@@ -10,6 +10,7 @@ from functools import cache
 from importlib.resources import files
 
 from pals.core.errors import ConfigError
+from pals.plant.silicon import Silicon
 
 CLOCK_STEP_MHZ = 15
 DRIVER = "580.95.05"
@@ -31,13 +32,7 @@ class BoardSpec:
     min_sm_clock_mhz: int
     max_sm_clock_mhz: int
     memory_clock_mhz: int
-    idle_w: float
-    awake_w: float  # clocks up, nothing issued
-    core_memory_w_per_ghz: float  # SM domain while HBM is saturated, at floor voltage
-    core_compute_w_per_ghz: float  # SM domain while tensor cores are saturated, at floor voltage
-    hbm_pj_per_byte: float
-    voltage_mhz: tuple[float, ...]
-    voltage: tuple[float, ...]  # relative to the floor
+    silicon: Silicon
     power_window_s: float  # what nvmlDeviceGetPowerUsage averages over
     capability: tuple[int, int]
 
@@ -50,7 +45,7 @@ def board_specs() -> dict[str, BoardSpec]:
     for name, values in data.items():
         if not name.startswith("_"):
             lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-            specs[name] = BoardSpec(name=name, **{**values, **lists})
+            specs[name] = BoardSpec(name=name, **{**values, **lists, "silicon": Silicon(**values["silicon"])})
     return specs
 
 
