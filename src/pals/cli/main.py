@@ -40,6 +40,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     from pals.cli.emulate import add_emulate  # it uses this module's parts
+    from pals.cli.plant import add_plant
 
     p = Parser(prog="pals", description="Power-aware runtime for LLM serving.")
     p.add_argument("--version", action="version", version=f"pals {__version__}")
@@ -84,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("restore", help="put boards back that a killed agent left limited")
     commands.add_parser("models", help="models that can be served emulated")
     add_emulate(commands)
+    add_plant(commands)
     commands.add_parser(
         "dashboard",
         help="print the Grafana dashboard for the agent's metrics",
@@ -211,6 +213,10 @@ def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
         from pals.cli.emulate import emulate
 
         return emulate(args, rest)
+    if args.command == "plant":
+        from pals.cli.plant import plant
+
+        return plant(args)
     if args.command == "demo":
         from pals.cli.extras import require
 

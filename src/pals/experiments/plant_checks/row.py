@@ -39,6 +39,7 @@ class CheckRow(Checked):
     basis: str = "silicon"  # what the plant is compared with: "silicon", "emulated"
     note: str = ""  # rows left out, and why; why a target is missed
     x_axis: str = ""
+    headline: str = ""  # a few words under which simulated figures quote this row, e.g. "TPOT"; "": they do not
     residuals: tuple[Residual, ...] = ()
 
     @property
@@ -48,7 +49,14 @@ class CheckRow(Checked):
 
 
 def error_row(
-    check: str, data: str, residuals: Sequence[Residual], *, at_most: float, x_axis: str, note: str = ""
+    check: str,
+    data: str,
+    residuals: Sequence[Residual],
+    *,
+    at_most: float,
+    x_axis: str,
+    note: str = "",
+    headline: str = "",
 ) -> CheckRow:
     """The row of a mean absolute percentage error.
 
@@ -67,5 +75,6 @@ def error_row(
         target=(0.0, at_most),
         note=note,
         x_axis=x_axis,
+        headline=headline,
         residuals=tuple(residuals),
     )

@@ -1,0 +1,94 @@
+"""`pals plant …`: the simulated world against measured data, and its constants fitted anew."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pals.cli.extras import require
+
+
+def add_plant(commands: Any) -> None:
+    """The `plant` command."""
+    p = commands.add_parser("plant", help="check the simulated boards and engines against measured data")
+    kinds = p.add_subparsers(dest="plant", metavar="WHAT", required=True)
+    v = kinds.add_parser(
+        "validate",
+        help="print the plant's error on data it was not fitted to",
+        description="Compare the plant with public measurements: one table a part, mean absolute errors, the split used, and "
+        "plots of the residuals. Exit code 1 where a target is missed.",
+    )
+    v.add_argument(
+        "parts", nargs="*", metavar="PART", help="kernels, serving, caps, governor, discrete_events (default: all)"
+    )
+    v.add_argument("--data", type=Path, metavar="DIR", help="the measured data (default: data/ of the checkout)")
+    v.add_argument(
+        "--out", type=Path, default=Path("out/plant"), metavar="DIR", help="plots, summary.json (default out/plant)"
+    )
+    v.add_argument(
+        "--record", action="store_true", help="also keep the figures as what the demo and `pals simulate` quote"
+    )
+    v.set_defaults(function=validate)
+    f = kinds.add_parser(
+        "fit",
+        help="fit constants anew from the training part of the data",
+        description="Write the file of constants into --out; the plant goes on with its own until you copy the file into src/pals/plant.",
+    )
+    f.add_argument("part", metavar="PART", help="kernels or serving")
+    f.add_argument("--data", type=Path, metavar="DIR", help="the measured data (default: data/ of the checkout)")
+    f.add_argument(
+        "--out", type=Path, default=Path("out/plant"), metavar="DIR", help="where the file goes (default out/plant)"
+    )
+    f.set_defaults(function=fit)
+
+
+def plant(args: argparse.Namespace) -> int:
+    """Run one kind."""
+    return int(args.function(args))
+
+
+def validate(args: argparse.Namespace) -> int:
+    """Print the table; 0 where every target is reached, else 1."""
+    require("scipy", "pyarrow", "numba", "matplotlib")
+    from rich.console import Console
+
+    from pals.experiments.plant_checks.measured import data_folder
+    from pals.experiments.plant_checks.validation import (
+        CHECKS,
+        RECORDED,
+        SILICON_NOTE,
+        draw,
+        print_rows,
+        run_checks,
+        write_summary,
+    )  # fmt: skip
+
+    folder, console = data_folder(args.data), Console()
+    console.print(f"the plant against {folder}; mean absolute errors on what was not fitted\n", highlight=False)
+    results = {}
+    for name, rows in run_checks(args.parts, folder):
+        results[name] = rows
+        print_rows(console, CHECKS[name], rows)
+        draw(args.out, name, rows)
+    write_summary(args.out / "summary.json", results)
+    if args.record:
+        write_summary(RECORDED, results)
+    found = [row for rows in results.values() for row in rows]
+    missed = sum(not row.reached for row in found)
+    console.print(f"{SILICON_NOTE}", highlight=False)
+    console.print(
+        f"{len(found) - missed} of {len(found)} targets reached; plots of the residuals and summary.json are in {args.out}",
+        highlight=False,
+    )
+    return 1 if missed else 0
+
+
+def fit(args: argparse.Namespace) -> int:
+    """Write the constants."""
+    require("scipy", "pyarrow")
+    from pals.experiments.plant_checks.measured import data_folder
+    from pals.experiments.plant_checks.validation import refit
+
+    print(f"wrote {refit(args.part, data_folder(args.data), args.out)}")
+    return 0

@@ -1,0 +1,159 @@
+"""All checks of the plant: run them, show the table, draw the residuals, keep a summary for whoever quotes a simulated figure."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pals import __version__
+from pals.core.errors import ConfigError
+from pals.experiments.plant_checks.row import CheckRow
+
+#: Modules of this package with `check(folder)`, and what they are about, in the order of the table.
+CHECKS: dict[str, str] = {
+    "kernels": "times of kernels and layers against shape",
+    "serving": "TPOT and power against batch, vLLM",
+    "caps": "throughput and power against limit and clock lock",
+    "governor": "what a limit does to the clock",
+    "discrete_events": "the simulated replica against real vLLM",
+}
+#: Modules with `fit(folder)`, and the file of constants under `pals/plant` that it makes.
+FITS: dict[str, str] = {
+    "kernels": "kernel_constants.json",
+    "serving": "step_constants.json",
+}
+#: What the last `pals plant validate --record` found; quoted beside simulated figures.
+RECORDED = Path(__file__).parents[1] / "data" / "plant-validation.json"
+SILICON_NOTE = "rows of our own on silicon: none, no data-centre GPU was at hand"
+
+
+def run_checks(names: Sequence[str], folder: Path) -> Iterator[tuple[str, list[CheckRow]]]:
+    """The rows of each check as it is done.
+
+    Raises:
+        ConfigError: unknown check, or data that cannot be read.
+    """
+    for name in names or CHECKS:
+        yield name, _module(name, CHECKS).check(folder)
+
+
+def refit(name: str, folder: Path, into: Path) -> Path:
+    """Fit the constants of one module anew and write their file into the folder `into`; return its path.
+
+    Raises:
+        ConfigError: unknown fit, or data that cannot be read.
+    """
+    path = into / FITS.get(name, name)
+    constants = _module(name, FITS).fit(folder)
+    into.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(constants, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _module(name: str, known: dict[str, str]) -> Any:
+    if name not in known:
+        raise ConfigError(f"unknown part of the plant {name!r}; known: {', '.join(known)}. Nothing was done")
+    return importlib.import_module(f"pals.experiments.plant_checks.{name}")
+
+
+def print_rows(console: Console, title: str, rows: Sequence[CheckRow]) -> None:
+    """One check as a table, its notes beneath."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    table.add_column("check", overflow="fold", ratio=5)
+    table.add_column("data and split", overflow="fold", ratio=4)
+    for heading in ("cases", "error", "worst", "target"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for row in rows:
+        verdict = "reached" if row.reached else "[red]MISSED[/red]"
+        table.add_row(
+            row.check,
+            row.data,
+            str(row.cases),
+            told(row.value, row.unit),
+            told(row.worst, row.unit),
+            wanted(row),
+            verdict,
+        )
+    console.print(table)
+    for row in rows:
+        if row.note:
+            console.print(f"  {row.check}: {row.note}", style="dim", highlight=False)
+    console.print()
+
+
+def told(value: float, unit: str) -> str:
+    """A figure with its unit."""
+    return f"{value:.1f} {unit}" if abs(value) < 100 else f"{value:.0f} {unit}"
+
+
+def wanted(row: CheckRow) -> str:
+    """The target as a person writes it."""
+    low, high = row.target
+    return f"≤ {high:g} {row.unit}" if low == 0 else f"{low:g}–{high:g} {row.unit}"
+
+
+def write_summary(path: Path, results: dict[str, list[CheckRow]]) -> None:
+    """Keep what was found, without the points behind it."""
+    rows = [
+        {
+            "part": name, "check": r.check, "data": r.data, "basis": r.basis, "cases": r.cases, "value": round(r.value, 2),
+            "worst": round(r.worst, 2), "unit": r.unit, "target": list(r.target), "reached": r.reached, "headline": r.headline,
+            "note": r.note,
+        }
+        for name, found in results.items()
+        for r in found
+    ]  # fmt: skip
+    head = {"command": "pals plant validate", "version": __version__, "silicon": SILICON_NOTE}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**head, "rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def validation_note(recorded: Path = RECORDED) -> str:
+    """One line to print beside a figure that rests on the plant: how far it is from what was measured.
+
+    Raises:
+        ConfigError: the record is not there or not readable.
+    """
+    try:
+        rows = json.loads(recorded.read_text(encoding="utf-8"))["rows"]
+        errors = [f"{r['headline']} {r['value']:.1f} %" for r in rows if r["headline"]]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(
+            f"{recorded} does not hold the plant's errors ({e}); `pals plant validate --record` makes it"
+        ) from e
+    return f"the boards are simulated; the plant's mean error on measurements it was not fitted to: {', '.join(errors)}"
+
+
+def draw(folder: Path, name: str, rows: Sequence[CheckRow]) -> Path | None:
+    """Predicted against measured, and the error along the axis, of each row that has points; None: there are none.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    from pals.views.residuals import Scatter, draw_scatters
+
+    scatters = [
+        Scatter(
+            title=row.check,
+            x_axis=row.x_axis,
+            points={
+                group: [(p.x, p.measured, p.predicted) for p in row.residuals if p.group == group]
+                for group in dict.fromkeys(p.group for p in row.residuals)
+            },
+        )
+        for row in rows
+        if row.residuals
+    ]
+    if not scatters:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.png"
+    draw_scatters(scatters, path)
+    return path
