@@ -20,7 +20,7 @@ from pals.plant.governor import TICK_S
 from pals.plant.silicon import Load, Silicon, core_power_w
 from pals.plant.specs import BoardSpec, Variation, board_specs
 
-SETTLE_S, MEASURE_S = 3.0, 4.0
+SETTLE_S, MEASURE_S = 2.0, 2.0
 BURST_LIMIT_W, BURST_S, BURSTS = 500.0, 0.5, 6
 JOINED_TICKS = 5  # the instantaneous field of the measurement: a window of up to 50 ms
 SHORT = {0.5: "500ms", 0.05: "50ms", 0.005: "5ms"}  # bursts of the measurement, as the data file names them
