@@ -248,7 +248,7 @@ def test_dips_come_by_themselves_on_loaded_boards_the_same_for_one_seed(tmp_path
     def dips(seed: int, load: Load) -> list[bool]:
         with boards(tmp_path, often, seed=seed) as bank:
             bank.book([0], 0.0, 40.0, load, 0.0)
-            return [bank.reading(0, t).throttle == 0x4 for t in np.arange(1.0, 39.0, 0.2)]
+            return [bank.reading(0, t).throttle == 0x4 for t in np.arange(1.0, 39.0, 0.2).tolist()]
 
     first = dips(4, STREAM)
     assert 3 < sum(first) < 80

@@ -70,7 +70,7 @@ class BankPhysics:
         last_s = max(float(self._all.clockwork["busy_until_s"][0]), float(b["dip_until_s"].max()))
         acts_s = b["acts_at_s"][np.isfinite(b["acts_at_s"])]
         awake_s = last_s + self._spec.firmware.awake_s
-        return max([awake_s, *acts_s.tolist()]) + 2 * RING * TICK_S
+        return float(max([awake_s, *acts_s.tolist()])) + 2 * RING * TICK_S
 
     def _sleep(self, ticks: int) -> None:
         """Many ticks at once in which boards do nothing but cool."""
