@@ -13,7 +13,7 @@ import numpy as np
 from pals.plant.governor import SAFETY_W
 from pals.plant.silicon import Silicon, board_power_w, static_power_w
 
-HALVINGS = 40  # of the clock range: far below one hertz
+HALVINGS = 40  # of the clock range: far below the steps of a numerical derivative
 SPREAD_NODES, SPREAD_WEIGHTS = np.polynomial.hermite_e.hermegauss(7)
 SPREAD_WEIGHTS = SPREAD_WEIGHTS / SPREAD_WEIGHTS.sum()
 

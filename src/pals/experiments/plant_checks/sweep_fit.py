@@ -22,7 +22,7 @@ from pals.plant.steady import Settled, Work, settle_spread
 
 UNKNOWNS = 3  # of a sweep: log kernel seconds a token at the top clock, log core time over memory time there, activity
 LOW, HIGH = (-np.inf, -3.0, 0.0), (np.inf, 4.0, 1.0)
-FITTED = ("static_w", "tree_w_per_ghz", "memory_w_per_ghz", "hbm_w", "knee_ghz")
+FITTED = ("static_w", "tree_w_per_ghz", "busy_w_per_ghz", "memory_w_per_ghz", "hbm_w", "knee_ghz")
 BINDS = 0.97  # a mean draw above this share of the limit is held down by it
 P99_DEVIATIONS = 2.326
 Rows = NDArray[np.intp]
@@ -98,7 +98,7 @@ def calibrate(sweep: Sweep, rows: Rows, k: Silicon, *, spread: float, top_mhz: f
         return misfit(sweep, rows, k, x.reshape(n, UNKNOWNS).T, spread=spread, top_mhz=top_mhz).ravel()
 
     found = least_squares(
-        residuals, start.T.ravel(), bounds=(np.tile(LOW, n), np.tile(HIGH, n)), x_scale=0.3, diff_step=1e-4, max_nfev=100,
+        residuals, start.T.ravel(), bounds=(np.tile(LOW, n), np.tile(HIGH, n)), x_scale=0.3, diff_step=1e-4, max_nfev=100, ftol=1e-7,
         jac_sparsity=block_diag([np.ones((each, UNKNOWNS))] * n) if n > 1 else None,
     )  # fmt: skip
     return np.asarray(found.x).reshape(n, UNKNOWNS).T
@@ -133,8 +133,8 @@ def fit_voltage(grid: Sequence[Sweep]) -> tuple[float, float]:
 
 def fit_board(
     board: str, sweeps: Sequence[Sweep], rows: Sequence[Rows], k: Silicon, *, spread: float, top_mhz: float
-) -> tuple[Silicon, list[Floats]]:
-    """Constants of a board from the calibration rows of all its sweeps, and the unknowns of each, shape (3,).
+) -> Silicon:
+    """Constants of a board from the calibration rows of all its sweeps, whose unknowns are fitted beside them.
 
     `k` holds what is not fitted; the fitted ones have their priors in `steady_constants.json`.
     """
@@ -163,9 +163,10 @@ def fit_board(
     high = np.concatenate([np.full(len(names), np.inf), np.tile(HIGH, len(sweeps))])
     x_scale = np.concatenate([np.ones(len(names)), np.full(UNKNOWNS * len(sweeps), 0.3)])
     start = np.concatenate([np.zeros(len(names)), *guesses])
-    found = least_squares(residuals, start, bounds=(low, high), x_scale=x_scale, diff_step=1e-4, max_nfev=100)
-    silicon, unknowns = parts(np.asarray(found.x))
-    return Silicon(*(float(v) for v in silicon)), list(unknowns)
+    found = least_squares(
+        residuals, start, bounds=(low, high), x_scale=x_scale, diff_step=1e-4, max_nfev=100, ftol=1e-7
+    )
+    return Silicon(*(float(v) for v in parts(np.asarray(found.x))[0]))
 
 
 def sustained_mhz(spec: BoardSpec, sweeps: Sequence[Sweep], rows: Sequence[Rows]) -> float:

@@ -138,7 +138,7 @@ def _groups(t: dict[str, Any], *names: str) -> list[tuple[tuple[Any, ...], NDArr
 def _sweep(t: dict[str, Any], rows: NDArray[np.bool_], **named: Any) -> Sweep:
     unknown = np.full(len(rows), np.nan)
     names = ("setting", "tokens_s", "draw_w", "clock_mhz", "p99_w")
-    columns = {n: np.asarray(t.get(n, unknown), float)[rows] for n in names}
+    columns: dict[str, Any] = {n: np.asarray(t.get(n, unknown), float)[rows] for n in names}
     whole = np.isfinite(columns["tokens_s"]) & np.isfinite(columns["draw_w"])
     columns = {n: values[whole] for n, values in columns.items()}
     order = np.argsort(columns["setting"], kind="stable")
