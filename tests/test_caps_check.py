@@ -66,8 +66,8 @@ def test_the_committed_constants_are_what_the_fit_finds(refitted: dict[str, dict
 
 
 def test_predicted_rows_reach_the_targets_and_no_row_is_counted_twice() -> None:
-    rows = {r.check: r for r in caps.check(DATA)}
-    limits = [r for name, r in rows.items() if "against" in name]
+    rows = {r.check: r for r in caps.predicted_rows(DATA)}
+    limits = list(rows.values())
 
     assert all(r.reached for r in limits if "SM clock" not in r.check)
     assert all(len(r.residuals) == r.cases for r in limits)
@@ -77,11 +77,30 @@ def test_predicted_rows_reach_the_targets_and_no_row_is_counted_twice() -> None:
     assert not {p.x for p in moe.residuals} & {350.0, 600.0}
 
 
+def test_other_choices_of_calibration_rows_are_counted_too() -> None:
+    rows = {r.check: r for r in caps.check(DATA)}
+
+    pairs, left_out = rows["throughput, any two settings calibrate"], rows["throughput, all settings but one calibrate"]
+    assert pairs.cases > 100
+    assert left_out.cases == sum(len(s.setting) for s in read_sweeps(DATA))
+    assert left_out.value < pairs.value < pairs.worst  # more rows calibrate better; the worst pair is not hidden
+    assert rows["power, boards and sweeps refitted"].cases > len(read_sweeps(DATA))
+
+
+def test_a_grid_without_other_memory_clocks_keeps_the_voltage_curve(tmp_path: Path) -> None:
+    folder = copy_of_data(tmp_path)
+    keep_rows(folder / CLUB / "clock_lock_sweep_rtx5090.csv", [",14001,"])
+
+    found = caps.fit(folder)["found"]
+
+    assert found["boards"]["rtx-5090"]["silicon"]["knee_ghz"] == board_specs()["rtx-5090"].silicon.knee_ghz
+
+
 def test_rows_without_their_calibration_rows_are_predicted_from_the_committed_ones(tmp_path: Path) -> None:
     folder = copy_of_data(tmp_path)
     keep_rows(folder / MMBT / "summary.csv", [",32,450,", ",32,550,"])
 
-    rows = [r for r in caps.check(folder) if "PRO" in r.check and r.check.startswith("throughput")]
+    rows = [r for r in caps.predicted_rows(folder) if "PRO" in r.check and r.check.startswith("throughput")]
 
     assert {p.x for r in rows for p in r.residuals} == {450.0, 550.0}
     assert all(r.value < 10.0 for r in rows)
@@ -96,7 +115,7 @@ def test_a_new_sweep_calibrates_on_its_own_rows_and_an_unknown_board_is_named(tm
     strange = [line.replace("3090_moe_decode", "x").replace("RTX 3090", "RTX 9999") for line in rows[::3]]
     path.write_text(text + "\n".join([*new, *strange]) + "\n")
 
-    found = caps.check(folder)
+    found = caps.predicted_rows(folder)
 
     points = [p for r in found for p in r.residuals if "other" in p.group and r.check.startswith("throughput")]
     assert len(points) == len(new) - 2

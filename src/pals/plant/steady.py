@@ -13,8 +13,8 @@ import numpy as np
 from pals.plant.governor import SAFETY_W
 from pals.plant.silicon import Silicon, board_power_w, static_power_w
 
-HALVINGS = 40  # of the clock range: far below the steps of a numerical derivative
-SPREAD_NODES, SPREAD_WEIGHTS = np.polynomial.hermite_e.hermegauss(7)
+HALVINGS = 32  # of the clock range: far below the steps of a numerical derivative
+SPREAD_NODES, SPREAD_WEIGHTS = np.polynomial.hermite_e.hermegauss(5)
 SPREAD_WEIGHTS = SPREAD_WEIGHTS / SPREAD_WEIGHTS.sum()
 
 
@@ -116,7 +116,7 @@ def settle_spread(
     """As `settle`, for work whose dynamic power varies from moment to moment by the relative deviation `spread`.
 
     The limit clips each moment by itself, so near natural draw it already bites on the upper half: the mean power of a
-    soft clamp. Arguments are scalars or arrays that broadcast; means over a normal law of seven nodes.
+    soft clamp. Arguments are scalars or arrays that broadcast; means over a normal law of five nodes.
     """
     shape = np.broadcast_shapes(*(np.shape(a) for a in (*work, limit_w, floor_mhz, ceiling_mhz)))
     moments = 1.0 + spread * SPREAD_NODES.reshape(-1, *([1] * len(shape)))

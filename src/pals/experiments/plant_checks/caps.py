@@ -54,14 +54,23 @@ def check(folder: Path) -> list[CheckRow]:
     Raises:
         ConfigError: data that cannot be read.
     """
+    sweeps = [s for s in read_sweeps(folder) if s.board in board_specs()]
+    rows = [*predicted_rows(folder), *_stated_rows(), *_other_rows([s for s in sweeps if len(s.setting) > 2])]
+    return [*rows, *_refitted_rows(sweeps, read_lock_grid(folder))]
+
+
+def predicted_rows(folder: Path) -> list[CheckRow]:
+    """Errors on the rows that did not calibrate.
+
+    Raises:
+        ConfigError: data that cannot be read.
+    """
     every = read_sweeps(folder)
     known = [s for s in every if s.board in board_specs()]
     skipped = sorted({s.gpu for s in every} - {s.gpu for s in known})
     note = f"left out, no constants of the board: {', '.join(skipped)}" if skipped else ""
     calibrated = _predicted(known, constants()["found"])
-    rows = [*_limit_rows(calibrated, note), *_lock_rows(calibrated), *_stated_rows()]
-    rows += _other_rows([c.sweep for c in calibrated if len(c.sweep.setting) > 2])
-    return [*rows, *_refitted_rows(known, read_lock_grid(folder))]
+    return [*_limit_rows(calibrated, note), *_lock_rows(calibrated)]
 
 
 def fit(folder: Path) -> dict[str, Any]:
@@ -77,14 +86,14 @@ def fit(folder: Path) -> dict[str, Any]:
 
 def _find(sweeps: Sequence[Sweep], grid: Sequence[Sweep], low_point: float) -> dict[str, Any]:
     sweeps = [s for s in sweeps if s.board in given()["boards"] and len(s.setting) > 2]
-    knee, curvature = fit_voltage(grid)
+    voltage = fit_voltage(grid)
     spread = _short(fit_spread(sweeps))
     found: dict[str, Any] = {"spread": spread, "boards": {}, "sweeps": {}}
     for board in {s.board: None for s in sweeps}:
         mine = [s for s in sweeps if s.board == board]
         rows = [s.calibration(low_point) for s in mine]
         k = board_specs()[board].silicon._replace(**given()["fixed"])
-        k = _with_voltage(k, given()["boards"][board]["voltage"], knee, curvature)
+        k = _with_voltage(k, given()["boards"][board]["voltage"], voltage)
         top_mhz = sustained_mhz(board_specs()[board], mine, rows)
         silicon = Silicon(*map(_short, fit_board(board, mine, rows, k, spread=spread, top_mhz=top_mhz)))
         found["boards"][board] = {"sustained_mhz": top_mhz, "silicon": silicon._asdict()}
@@ -98,10 +107,12 @@ def _short(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def _with_voltage(k: Silicon, voltage: dict[str, Any], knee: float, curvature: float) -> Silicon:
-    if voltage.get("from_lock_grid"):
-        return k._replace(knee_ghz=_short(knee), voltage_per_ghz=0.0, voltage_per_ghz2=_short(curvature))
-    return k._replace(voltage_per_ghz=voltage["slope"], voltage_per_ghz2=voltage["curvature"])
+def _with_voltage(k: Silicon, prior: dict[str, Any], fitted: tuple[float, float] | None) -> Silicon:
+    if not prior.get("from_lock_grid"):
+        return k._replace(voltage_per_ghz=prior["slope"], voltage_per_ghz2=prior["curvature"])
+    if fitted is None:  # a grid at one memory clock: the plant's curve stays
+        return k
+    return k._replace(knee_ghz=_short(fitted[0]), voltage_per_ghz=0.0, voltage_per_ghz2=_short(fitted[1]))
 
 
 def _world(board: str, found: dict[str, Any]) -> dict[str, Any]:

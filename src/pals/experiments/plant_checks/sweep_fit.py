@@ -104,16 +104,19 @@ def calibrate(sweep: Sweep, rows: Rows, k: Silicon, *, spread: float, top_mhz: f
     return np.asarray(found.x).reshape(n, UNKNOWNS).T
 
 
-def fit_voltage(grid: Sequence[Sweep]) -> tuple[float, float]:
+def fit_voltage(grid: Sequence[Sweep]) -> tuple[float, float] | None:
     """Knee (GHz) and curvature (GHz⁻²) of v = 1 + q (f − f0)² from sweeps of the clock at reduced memory clocks.
 
     Needs no model of time: what the core does in a second follows the measured throughput r, so at each memory clock
-    P = S + (B f + C r) v², B and C common, S its own. Sweeps that do not reach the top SM clock are left out.
+    P = S + (B f + C r) v², B and C common, S its own. Sweeps that do not reach the top SM clock are left out; None: no
+    sweep is left.
     """
     from scipy.optimize import least_squares
 
-    top = max(s.setting.max() for s in grid)
+    top = max((s.setting.max() for s in grid), default=0.0)
     used = [s for s in grid if s.memory_share < 1.0 and s.setting.max() == top]
+    if not used:
+        return None
     fastest = max(float(s.tokens_s.max()) for s in used)
 
     def residuals(x: Floats) -> Floats:

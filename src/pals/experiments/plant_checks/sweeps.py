@@ -90,8 +90,7 @@ def read_lock_grid(folder: Path) -> list[Sweep]:
         ["sweep", "mem_mhz_locked", "sm_mhz_locked", "tps_narr", "tps_code", "draw_w"],
     )
     memory = np.asarray(t["mem_mhz_locked"], float)
-    t = {**t, "tokens_s": 0.5 * (t["tps_narr"] + t["tps_code"]), "setting": t["sm_mhz_locked"]}
-    t["clock_mhz"] = t["setting"]
+    t |= {"tokens_s": _both_prompts(t), "setting": t["sm_mhz_locked"], "clock_mhz": t["sm_mhz_locked"]}
     fixed = {"data": CLUB, "gpu": LOCK_GRID_GPU, "kind": "dense", "phase": "decode", "model": LOCK_GRID_MODEL}
     found = []
     for name, mhz in sorted(set(zip(t["sweep"], memory, strict=True))):
@@ -118,13 +117,17 @@ def _mmbt(folder: Path) -> list[Sweep]:
 def _club(folder: Path) -> list[Sweep]:
     names = ["sweep", "gpu", "model", "model_kind", "mode", "cap_w", "draw_w", "sm_mhz"]
     t = read_table(folder / CLUB / "power_cap_sweeps.csv", [*names, "tps_narr", "tps_code", "tps_prefill"])
-    decode = 0.5 * (np.asarray(t["tps_narr"], float) + np.asarray(t["tps_code"], float))
-    t["tokens_s"] = np.where(t["mode"] == "prefill", np.asarray(t["tps_prefill"], float), decode)
+    t["tokens_s"] = np.where(t["mode"] == "prefill", np.asarray(t["tps_prefill"], float), _both_prompts(t))
     t |= {"setting": t["cap_w"], "clock_mhz": t["sm_mhz"]}
     return [
         _sweep(t, rows, data=CLUB, name=f"{name}, {mode}", gpu=gpu, kind=kind, phase=mode, model=model, lock=False)
         for (name, gpu, kind, mode, model), rows in _groups(t, "sweep", "gpu", "model_kind", "mode", "model")
     ]
+
+
+def _both_prompts(t: dict[str, Any]) -> Floats:
+    """Mean decode rate of the two prompt types of a point, tokens/s."""
+    return np.asarray(0.5 * (np.asarray(t["tps_narr"], float) + np.asarray(t["tps_code"], float)))
 
 
 def _groups(t: dict[str, Any], *names: str) -> list[tuple[tuple[Any, ...], NDArray[np.bool_]]]:
