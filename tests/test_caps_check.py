@@ -77,6 +77,7 @@ def test_predicted_rows_reach_the_targets_and_no_row_is_counted_twice() -> None:
     assert not {p.x for p in moe.residuals} & {350.0, 600.0}
 
 
+@pytest.mark.slow
 def test_other_choices_of_calibration_rows_are_counted_too() -> None:
     rows = {r.check: r for r in caps.check(DATA)}
 
