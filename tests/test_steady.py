@@ -116,7 +116,7 @@ def test_at_the_clock_floor_the_limit_is_exceeded_or_kernels_are_held_back() -> 
 
     assert (over.clock_mhz, over.duty) == (spec.min_sm_clock_mhz, 1.0)
     assert over.power_w == pytest.approx(floor_w)
-    assert held.power_w == pytest.approx(limit_w - 0.5)
+    assert held.power_w == pytest.approx(limit_w)
     assert held.step_s == pytest.approx(over.step_s / held.duty)
     assert held.duty < 1.0
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pals.plant.governor import SAFETY_W
 from pals.plant.silicon import Silicon, board_power_w, static_power_w
 
 HALVINGS = 32  # of the clock range: far below the steps of a numerical derivative
@@ -76,6 +75,7 @@ def settle(
     temperature_c: Any = None,
     scale: Any = 1.0,
     lowest_duty: float = 1.0,
+    aim_below_w: float = 0.0,
 ) -> Settled:
     """The highest clock in `floor_mhz`..`ceiling_mhz` whose mean power is within `limit_w`.
 
@@ -83,11 +83,12 @@ def settle(
         k: the board's constants.
         work: the repeated step.
         limit_w: power limit in force, W.
-        floor_mhz: lowest clock of the board, or of its lock.
+        floor_mhz: lowest clock of the board; where firmware skips cycles below it, what that leaves of it.
         ceiling_mhz: highest clock of the board, or of its lock: an upper bound, a limit may hold the clock below it.
         temperature_c: of the board; None: that at which the static part was measured.
         scale: of what is drawn above the static part, for boards or moments that differ from the nominal.
         lowest_duty: at the floor, kernels may be held back to this share of time; 1: the limit is exceeded there.
+        aim_below_w: firmware aims so far below the limit.
     """
     temperature_c = k.leak_reference_c if temperature_c is None else temperature_c
     static_w = static_power_w(k, temperature_c)
@@ -95,7 +96,7 @@ def settle(
     def power_w(clock_mhz: Any) -> Any:
         return static_w + scale * (draw_w(k, work, clock_mhz, temperature_c) - static_w)
 
-    goal_w = limit_w - SAFETY_W
+    goal_w = limit_w - aim_below_w
     ceiling = np.maximum(floor_mhz, ceiling_mhz)
     binds = power_w(ceiling) > goal_w
     low, high = floor_mhz, ceiling

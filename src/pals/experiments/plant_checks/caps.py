@@ -104,7 +104,7 @@ def _find(sweeps: Sequence[Sweep], grid: Sequence[Sweep], low_point: float) -> d
 
 
 def _short(value: float) -> float:
-    return round(float(f"{value:.5g}"), 6)
+    return round(value, 4)
 
 
 def _with_voltage(k: Silicon, prior: dict[str, Any], fitted: tuple[float, float] | None) -> Silicon:
