@@ -172,7 +172,9 @@ def _lock_rows(calibrated: Sequence[Calibrated]) -> list[CheckRow]:
     if not found:
         return []
     said: dict[str, Any] = {"data": f"{found[0].sweep.data}, {SPLIT}", "x_axis": found[0].sweep.x_axis}
-    note = "the lowest lock, 180 MHz, included; below about 1.5 GHz this engine loses less than the clock does"
+    note = (
+        "all locks down to the lowest; there the engine loses less than its clock does, and the plant follows the clock"
+    )
     return _three_rows(
         f"{{}} against clock lock, {found[0].sweep.gpu}", found, (LOCK_PCT, LOCK_PCT), note=note, clock=False, **said
     )
