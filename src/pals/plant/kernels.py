@@ -9,7 +9,7 @@ A decoder layer on `tp` boards, `t` tokens in the step (of them `b` decoding seq
     context_attention and/or generation_attention           heads/tp query heads, max(1, kv_heads/tp) KV heads
     gemm(heads·head_dim/tp -> hidden)                       output projection; k is the sharded side
     gemm(hidden -> 2·inter/tp), gemm(inter/tp -> hidden)    gate-up and down, or: moe(inter=inter/tp)
-    elementwise(t · ~14 · hidden · 2 bytes)                 two norms, residuals, rotary, activation
+    elementwise: bytes t·8·hidden (a norm with its residual), t·6·inter/tp (activation), t·4·(heads + kv_heads)·head_dim/tp (rotary)
     2 × all_reduce(bytes = t·hidden·2)                      tp > 1
 
 and a step adds gemm(hidden -> vocab/tp) over the rows that are sampled. `merge` adds kernels up and keeps the form, so
@@ -125,12 +125,22 @@ class ContextConstants(NamedTuple):
     tile_flops_s: float
     hbm_bytes_s: float
     item_s: float  # prologue and epilogue of one query tile
+    packed: float  # 1: the query heads of a KV head share a tile; 0: a tile holds one head
     diagonal: float  # extra keys a query tile works on: masked part of the diagonal, softmax warm-up
     fixed_s: float
     overlap_p: float
     kv_bytes: float
     binding_share: float
     droop: float
+
+
+class ElementwiseConstants(NamedTuple):
+    """Constants of kernels that move data and compute next to nothing: norms, activation, rotary, embedding."""
+
+    fixed_s: float
+    hbm_bytes_s: float
+    l2_bytes: float  # what the kernel before has left in L2
+    l2_bytes_s: float
 
 
 class CollectiveConstants(NamedTuple):
@@ -155,6 +165,7 @@ class BoardKernels(NamedTuple):
     moe: dict[str, MoeConstants]
     generation: dict[str, GenerationConstants]
     context: dict[str, ContextConstants]
+    elementwise: dict[str, ElementwiseConstants]
     collective: dict[str, CollectiveConstants]  # custom_all_reduce, all_reduce, all_gather, reduce_scatter, alltoall
 
 
@@ -186,7 +197,7 @@ def kernels_from(name: str, board: dict[str, Any]) -> BoardKernels:
     return BoardKernels(
         name, float(board["hbm_bytes_s"]), family("gemm", GemmConstants), family("moe", MoeConstants),
         family("generation", GenerationConstants), family("context", ContextConstants),
-        family("collective", CollectiveConstants),
+        family("elementwise", ElementwiseConstants), family("collective", CollectiveConstants),
     )  # fmt: skip
 
 
@@ -212,11 +223,13 @@ def times(t: KernelTime, count: ArrayLike) -> KernelTime:
     return KernelTime(*(np.asarray(part) * n for part in t[:5]), t.overlap_p)
 
 
-def elementwise(c: GemmConstants, moved_bytes: ArrayLike) -> KernelTime:
-    """A kernel that reads and writes `moved_bytes` and computes next to nothing."""
-    memory = np.asarray(moved_bytes, dtype=np.float64) / c.hbm_bytes_s
-    none = np.zeros_like(memory)
-    return _kernel(memory, none, np.where(memory > 0, c.fixed_s, 0.0), none, c.overlap_p)
+def elementwise(c: ElementwiseConstants, moved_bytes: ArrayLike) -> KernelTime:
+    """A kernel that reads and writes `moved_bytes`; the part that fits comes from L2."""
+    moved = np.asarray(moved_bytes, dtype=np.float64)
+    near = np.minimum(moved, c.l2_bytes)
+    none = np.zeros_like(moved)
+    fixed = np.where(moved > 0, c.fixed_s, 0.0)
+    return _kernel((moved - near) / c.hbm_bytes_s, near / c.l2_bytes_s, fixed, none, 1.0)
 
 
 def in_a_loop(c: GemmConstants | MoeConstants | ContextConstants, t: KernelTime) -> FloatArray:
@@ -385,7 +398,7 @@ def context_attention(
 ) -> KernelTime:  # fmt: skip
     """Causal prefill attention of `batch` chunks of `tokens` tokens each, after `cached` tokens that KV already holds."""
     shape, (b, t, q, g, d, w, past) = _columns(batch, tokens, heads, kv_heads, head_dim, window, cached)
-    items = b * g * np.ceil(t * q / g / QUERY_TILE)
+    items = b * (g * np.ceil(t * q / g / QUERY_TILE) if c.packed else q * np.ceil(t / QUERY_TILE))
     mean, longest = (t + 1.0) / 2.0 + past, t + past
     mean, longest = (np.where(w > 0, np.minimum(v, w), v) for v in (mean, longest))
     key_s = 4.0 * QUERY_TILE * d / c.tile_flops_s
@@ -396,12 +409,15 @@ def context_attention(
     return _fastest(shape, moved / c.hbm_bytes_s, core, c.fixed_s, tensor, c.overlap_p)
 
 
-def together(a: KernelTime, b: KernelTime) -> KernelTime:
-    """Two batches in one launch (prefill chunks and decodes of one attention call): one fixed time, work adds up."""
-    fixed = np.maximum(a.fixed_s, b.fixed_s)
-    memory, core = a.memory_s + b.memory_s, a.core_s + b.core_s
-    p = np.minimum(a.overlap_p, b.overlap_p)
-    return KernelTime(_seconds(memory, core, fixed, p), memory, core, fixed, a.tensor_s + b.tensor_s, p)
+def mixed_attention(
+    c: ContextConstants, *, prefill_tokens: ArrayLike, cached: ArrayLike, decodes: ArrayLike, kv_tokens: ArrayLike,
+    heads: ArrayLike, kv_heads: ArrayLike, head_dim: ArrayLike,
+) -> KernelTime:  # fmt: skip
+    """One launch for a prefill chunk and `decodes` decoding sequences: a decode is a chunk of one token, unsplit."""
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    a = context_attention(c, batch=1, tokens=prefill_tokens, cached=cached, **sizes)
+    b = context_attention(c, batch=decodes, tokens=1, cached=np.asarray(kv_tokens) - 1.0, **sizes)
+    return _kernel(a.memory_s + b.memory_s, a.core_s + b.core_s, c.fixed_s, a.tensor_s + b.tensor_s, c.overlap_p)
 
 
 # -- between boards ---------------------------------------------------------------------------------------------------

@@ -80,6 +80,22 @@ def held_out(columns: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
     return np.array(chosen, dtype=bool)[inverse.ravel()]
 
 
+def joined(parts: Sequence[Cases]) -> list[Cases]:
+    """Cases of the same operation, board, data type and collector as one set."""
+    groups: dict[tuple[str, str, str, bool], list[Cases]] = {}
+    for p in parts:
+        groups.setdefault((p.op, p.board, p.dtype, p.old), []).append(p)
+    return [_one(list(group)) for group in groups.values()]
+
+
+def _one(group: list[Cases]) -> Cases:
+    first = group[0]
+    columns = {k: np.concatenate([g.columns[k] for g in group]) for k in first.columns}
+    table = ", ".join(dict.fromkeys(g.table for g in group))
+    seconds, held = (np.concatenate([getattr(g, f) for g in group]) for f in ("seconds", "held_out"))
+    return Cases(table, first.op, first.board, first.dtype, first.old, columns, seconds, held)
+
+
 def subsample(cases: Cases, most: int) -> Cases:
     """At most `most` cases, evenly over a seeded order: the same ones every time."""
     if len(cases.seconds) <= most:

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from pals.experiments.plant_checks.kernel_cases import Cases, read_cases, subsample
+from pals.experiments.plant_checks.kernel_cases import Cases, joined, read_cases, subsample
+from pals.experiments.plant_checks.kernel_profiles import read_profiles
 from pals.experiments.plant_checks.routing import benchmark_load
 from pals.experiments.plant_checks.row import CheckRow, Residual, error_row
-from pals.plant import kernels as K
-from pals.plant.experts import ExpertLoad
+from pals.plant import kernels
+from pals.plant.experts import BLOCKS, ExpertLoad
 
 FloatArray = NDArray[np.float64]
 Model = Callable[[Any, Cases], FloatArray]
@@ -33,20 +34,20 @@ LEAST_CASES = 50  # seen cases below which nothing is fitted
 # -- what each table's row is, in the plant's formulas ----------------------------------------------------------------
 
 
-def gemm_seconds(c: K.GemmConstants, cases: Cases) -> FloatArray:
+def gemm_seconds(c: kernels.GemmConstants, cases: Cases) -> FloatArray:
     """As measured: at the default power limit, and not faster than the host launches."""
     m = cases.number("m")
-    return K.on_the_host(c, m, K.in_a_loop(c, K.gemm(c, m, cases.number("n"), cases.number("k"))))
+    return kernels.on_the_host(c, m, kernels.in_a_loop(c, kernels.gemm(c, m, cases.number("n"), cases.number("k"))))
 
 
-def moe_seconds(c: K.MoeConstants, cases: Cases) -> FloatArray:
+def moe_seconds(c: kernels.MoeConstants, cases: Cases) -> FloatArray:
     """As measured, with the experts the collector's routing touches."""
     n = cases.number
-    t = K.moe(
+    t = kernels.moe(
         c, _loads(cases), tokens=n("num_tokens"), hidden=n("hidden_size"), inter=n("inter_size") / n("moe_tp_size"),
         experts=n("num_experts"), top_k=n("topk"), ranks=n("moe_ep_size"),
     )  # fmt: skip
-    return K.in_a_loop(c, t)
+    return kernels.in_a_loop(c, t)
 
 
 def _loads(cases: Cases) -> ExpertLoad:
@@ -56,30 +57,57 @@ def _loads(cases: Cases) -> ExpertLoad:
     return ExpertLoad(*(np.concatenate(field) for field in zip(*loads, strict=True)))
 
 
-def generation_seconds(c: K.GenerationConstants, cases: Cases) -> FloatArray:
+def generation_seconds(c: kernels.GenerationConstants, cases: Cases) -> FloatArray:
     """As measured: the KV of small cases stays in L2 between repetitions."""
     n = cases.number
-    return K.generation_attention(
+    return kernels.generation_attention(
         c, batch=n("batch_size"), kv_tokens=n("step") + 1.0, heads=n("num_heads"), kv_heads=n("num_key_value_heads"),
         head_dim=n("head_dim"), window=n("window_size"), resident=True,
     ).total_s  # fmt: skip
 
 
-def context_seconds(c: K.ContextConstants, cases: Cases) -> FloatArray:
+def context_seconds(c: kernels.ContextConstants, cases: Cases) -> FloatArray:
     """As measured, at the default power limit."""
     n = cases.number
-    t = K.context_attention(
+    t = kernels.context_attention(
         c, batch=n("batch_size"), tokens=n("isl"), heads=n("num_heads"), kv_heads=n("num_key_value_heads"),
-        head_dim=n("head_dim"), window=n("window_size"),
+        head_dim=n("head_dim"), window=n("window_size"), cached=n("cached") if "cached" in cases.columns else 0.0,
     )  # fmt: skip
-    return K.in_a_loop(c, t)
+    return kernels.in_a_loop(c, t)
 
 
-def collective_seconds(c: K.CollectiveConstants, cases: Cases) -> FloatArray:
+def mixed_seconds(c: kernels.ContextConstants, cases: Cases) -> FloatArray:
+    """One prefill chunk beside decoding sequences in one launch."""
+    n = cases.number
+    t = kernels.mixed_attention(
+        c, prefill_tokens=n("isl"), cached=n("cached"), decodes=n("batch_size"), kv_tokens=n("step") + 1.0,
+        heads=n("num_heads"), kv_heads=n("num_key_value_heads"), head_dim=n("head_dim"),
+    )  # fmt: skip
+    return kernels.in_a_loop(c, t)
+
+
+def moe_layer_seconds(c: kernels.MoeConstants, cases: Cases) -> FloatArray:
+    """A layer of experts of which `touched` are used evenly."""
+    n = cases.number
+    pairs, touched = n("num_tokens") * n("topk"), n("touched")
+    slots = np.stack([touched * np.ceil(pairs / touched / b) * b for b in BLOCKS], axis=1)
+    t = kernels.moe(
+        c, ExpertLoad(touched, pairs, slots), tokens=n("num_tokens"), hidden=n("hidden_size"), inter=n("inter_size"),
+        experts=n("num_experts"), top_k=n("topk"),
+    )  # fmt: skip
+    return kernels.in_a_loop(c, t)
+
+
+def elementwise_seconds(c: kernels.ElementwiseConstants, cases: Cases) -> FloatArray:
+    """Norms, activation, rotary embedding, token embedding."""
+    return kernels.elementwise(c, cases.number("m") * cases.number("bytes_per_token")).total_s
+
+
+def collective_seconds(c: kernels.CollectiveConstants, cases: Cases) -> FloatArray:
     """One collective by its own constants alone."""
     n = cases.number("message_size") * _element_bytes(cases)
     kind = "all_reduce" if cases.op == "custom_allreduce" else cases.dtype
-    return K.two_protocols(c, n, cases.number("num_gpus"), kind)
+    return kernels.two_protocols(c, n, cases.number("num_gpus"), kind)
 
 
 def _element_bytes(cases: Cases) -> FloatArray:
@@ -93,6 +121,9 @@ MODELS: dict[str, Model] = {
     "moe": moe_seconds,
     "generation_attention": generation_seconds,
     "context_attention": context_seconds,
+    "mixed_attention": mixed_seconds,
+    "moe_layer": moe_layer_seconds,
+    "elementwise": elementwise_seconds,
     "nccl": collective_seconds,
     "custom_allreduce": collective_seconds,
 }
@@ -101,15 +132,19 @@ FAMILY = {
     "moe": "moe",
     "generation_attention": "generation",
     "context_attention": "context",
+    "mixed_attention": "context",
+    "moe_layer": "moe",
+    "elementwise": "elementwise",
     "nccl": "collective",
     "custom_allreduce": "collective",
 }
 KINDS: dict[str, Any] = {
-    "gemm": K.GemmConstants,
-    "moe": K.MoeConstants,
-    "generation": K.GenerationConstants,
-    "context": K.ContextConstants,
-    "collective": K.CollectiveConstants,
+    "gemm": kernels.GemmConstants,
+    "moe": kernels.MoeConstants,
+    "generation": kernels.GenerationConstants,
+    "context": kernels.ContextConstants,
+    "elementwise": kernels.ElementwiseConstants,
+    "collective": kernels.CollectiveConstants,
 }
 
 
@@ -122,9 +157,9 @@ def fit(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the data are missing or broken.
     """
-    out = K.constants_file()
+    out = kernels.constants_file()
     formats = out["_formats"]
-    for cases in read_cases(folder):
+    for cases in _everything(folder):
         if (cases.op == "custom_allreduce" and cases.dtype != "vllm_graph") or cases.dtype not in formats | _COLLECTIVES:
             continue
         if np.count_nonzero(~cases.held_out) < LEAST_CASES:
@@ -137,6 +172,11 @@ def fit(folder: Path) -> dict[str, Any]:
         if not name.startswith("_"):
             _carry_over(board, formats)
     return out
+
+
+def _everything(folder: Path) -> list[Cases]:
+    """Tables and profiles; context and mixed attention of one board are one set, as they are one kernel."""
+    return joined([*read_cases(folder), *read_profiles(folder)])
 
 
 def _carry_over(board: dict[str, Any], formats: dict[str, dict[str, float]]) -> None:
@@ -160,7 +200,7 @@ def _entry(cases: Cases) -> str:
 def fit_cases(cases: Cases, given: dict[str, float]) -> dict[str, Any]:
     """Constants of one operation, board and data type by log residuals with a soft-L1 loss."""
     seen = cases.of(~cases.held_out)
-    fixed, ranges = _start(cases.op, given, seen)
+    fixed, ranges = _start(_OP_OF.get(cases.op, cases.op), given, seen)
     if cases.op == "custom_allreduce":
         seen = seen.of(seen.number("message_size") * 2.0 < fixed["most_bytes"])
     if fixed.get("host_s"):
@@ -202,8 +242,10 @@ def _start(op: str, given: dict[str, float], seen: Cases) -> tuple[dict[str, flo
         "droop": given["droop"],
     }
     ranges = {**_RANGES[op], "hbm_bytes_s": (0.85 * hbm, 0.15 * hbm, 0.97 * hbm)}
+    if op == "elementwise":
+        return {}, {**_RANGES[op], "hbm_bytes_s": (0.85 * hbm, 0.15 * hbm, 0.97 * hbm)}
     if op.endswith("attention"):
-        fixed |= {"kv_bytes": given["weight_bytes"], "tile_flops_s": given["sm_flops_s"]}
+        fixed |= {"packed": given["packed"], "kv_bytes": given["weight_bytes"], "tile_flops_s": given["sm_flops_s"]}
         if op == "generation_attention":
             ranges |= {"l2_bytes_s": (2.0 * hbm, 0.3 * hbm, 8.0 * hbm)}
         return fixed, ranges
@@ -241,11 +283,13 @@ _RANGES: dict[str, Ranges] = {
         "combine_s": (2e-6, 1e-9, 1e-4), "fixed_s": (5e-6, 1e-6, 1e-4), "overlap_p": (2.0, 1.2, 8.0),
         "l2_bytes": (2e7, 1e5, 2e8),
     },
+    "elementwise": {"fixed_s": (2e-6, 5e-7, 1e-5), "l2_bytes": (2e7, 1e5, 2e8), "l2_bytes_s": (4e12, 1e12, 2e13)},
     "context_attention": {
         "efficiency": (0.7, 0.1, 0.98), "item_s": (3e-6, 1e-8, 1e-4), "diagonal": (64.0, 1.0, 2000.0),
         "fixed_s": (5e-6, 1e-6, 1e-4), "overlap_p": (2.0, 1.0, 8.0), "binding_share": (0.6, 0.2, 2.0),
     },
 }  # fmt: skip
+_OP_OF = {"moe_layer": "moe", "mixed_attention": "context_attention"}
 _COLLECTIVE_RANGES: Ranges = {
     "low_s": (5e-6, 1e-7, 3e-5), "low_rank_s": (5e-7, 1e-9, 1e-5), "low_bytes_s": (5e10, 5e9, 2e12),
     "high_s": (2e-5, 5e-6, 2e-4), "high_rank_s": (1e-7, 1e-9, 1e-5), "high_bytes_s": (2e11, 1e10, 2e12),
@@ -262,7 +306,7 @@ def check(folder: Path) -> list[CheckRow]:
         ConfigError: the data are missing or broken.
     """
     rows: list[CheckRow] = []
-    everything = read_cases(folder)
+    everything = _everything(folder)
     for op in MODELS:
         for board in dict.fromkeys(c.board for c in everything):
             for narrow in (False, True):
@@ -276,12 +320,12 @@ def _narrow(cases: Cases) -> bool:
 
 
 def _known(cases: Cases) -> bool:
-    return _entry(cases) in getattr(K.board_kernels(cases.board), FAMILY[cases.op])
+    return _entry(cases) in getattr(kernels.board_kernels(cases.board), FAMILY[cases.op])
 
 
 def predicted_seconds(cases: Cases) -> FloatArray:
     """What the plant's constants in force say of each case."""
-    c = getattr(K.board_kernels(cases.board), FAMILY[cases.op])[_entry(cases)]
+    c = getattr(kernels.board_kernels(cases.board), FAMILY[cases.op])[_entry(cases)]
     chunks = [
         cases.of(np.arange(i, min(i + CHECK_CHUNK, len(cases.seconds))))
         for i in range(0, len(cases.seconds), CHECK_CHUNK)
