@@ -28,7 +28,7 @@ Ranges = dict[str, tuple[float, float, float]]  # start, least, most
 FIT_CASES = 1500
 CHECK_CHUNK = 8000
 DECODE_TOKENS = 256
-LEAST_CASES = 50  # seen cases below which nothing is fitted
+LEAST_CASES = 30  # seen cases below which nothing is fitted
 
 
 # -- what each table's row is, in the plant's formulas ----------------------------------------------------------------
@@ -159,19 +159,25 @@ def fit(folder: Path) -> dict[str, Any]:
     """
     out = kernels.constants_file()
     formats = out["_formats"]
+    groups: dict[tuple[str, str, str], list[Cases]] = {}
     for cases in _everything(folder):
-        if (cases.op == "custom_allreduce" and cases.dtype != "vllm_graph") or cases.dtype not in formats | _COLLECTIVES:
-            continue
-        if np.count_nonzero(~cases.held_out) < LEAST_CASES:
-            continue
-        board = out[cases.board]
-        given = {**board["given"], **formats.get(cases.dtype, {})}
-        fitted = fit_cases(cases, given)
-        board.setdefault(FAMILY[cases.op], {})[_entry(cases)] = fitted
+        if _fitted(cases, formats):
+            groups.setdefault((cases.board, FAMILY[cases.op], _entry(cases)), []).append(cases)
+    for (name, family, entry), group in groups.items():
+        given = {**out[name]["given"], **formats.get(group[0].dtype, {})}
+        out[name].setdefault(family, {})[entry] = fit_cases(group, given)
     for name, board in out.items():
         if not name.startswith("_"):
             _carry_over(board, formats)
     return out
+
+
+def _fitted(cases: Cases, formats: dict[str, Any]) -> bool:
+    if np.count_nonzero(~cases.held_out) < LEAST_CASES:
+        return False
+    return (
+        cases.dtype == "vllm_graph" if cases.op == "custom_allreduce" else cases.op == "nccl" or cases.dtype in formats
+    )
 
 
 def _everything(folder: Path) -> list[Cases]:
@@ -190,29 +196,27 @@ def _carry_over(board: dict[str, Any], formats: dict[str, dict[str, float]]) -> 
                 board[family][dtype]["fitted_on"] = "nothing: bfloat16 with fewer weight bytes"
 
 
-_COLLECTIVES = {"all_reduce": {}, "all_gather": {}, "reduce_scatter": {}, "alltoall": {}, "vllm_graph": {}}
-
-
 def _entry(cases: Cases) -> str:
     return "custom_all_reduce" if cases.op == "custom_allreduce" else cases.dtype
 
 
-def fit_cases(cases: Cases, given: dict[str, float]) -> dict[str, Any]:
-    """Constants of one operation, board and data type by log residuals with a soft-L1 loss."""
-    seen = cases.of(~cases.held_out)
-    fixed, ranges = _start(_OP_OF.get(cases.op, cases.op), given, seen)
-    if cases.op == "custom_allreduce":
-        seen = seen.of(seen.number("message_size") * 2.0 < fixed["most_bytes"])
+def fit_cases(group: list[Cases], given: dict[str, float]) -> dict[str, Any]:
+    """Constants of one kernel family, board and data type by log residuals with a soft-L1 loss; operations weigh alike."""
+    op = _OP_OF.get(group[0].op, group[0].op)
+    seen = [cases.of(~cases.held_out) for cases in group]
+    fixed, ranges = _start(op, given, seen[0])
+    if op == "custom_allreduce":
+        seen = [s.of(s.number("message_size") * 2.0 < fixed["most_bytes"]) for s in seen]
     if fixed.get("host_s"):
-        seen = seen.of(seen.seconds > 1.2 * max(fixed["host_s"], fixed["host_large_s"]))
-    kind, model = KINDS[FAMILY[cases.op]], MODELS[cases.op]
-    values = _least_squares(kind, model, subsample(seen, FIT_CASES), fixed, ranges)
-    return {k: float(f"{v:.5g}") for k, v in values.items()} | {
-        "confidence": "A", "fitted_on": f"{cases.table}, {int((~cases.held_out).sum())} of {len(cases.seconds)} rows"
-    }  # fmt: skip
+        seen = [s.of(s.seconds > 1.2 * max(fixed["host_s"], fixed["host_large_s"])) for s in seen]
+    values = _least_squares(KINDS[FAMILY[op]], [subsample(s, FIT_CASES) for s in seen], fixed, ranges)
+    tables = ", ".join(cases.table for cases in group)
+    rows = [sum(int(np.sum(~c.held_out)) for c in group), sum(len(c.seconds) for c in group)]
+    note = f"{tables}: {rows[0]} of {rows[1]} rows"
+    return {k: float(f"{v:.5g}") for k, v in values.items()} | {"confidence": "A", "fitted_on": note}
 
 
-def _least_squares(kind: Any, model: Model, seen: Cases, fixed: dict[str, float], ranges: Ranges) -> dict[str, float]:
+def _least_squares(kind: Any, seen: list[Cases], fixed: dict[str, float], ranges: Ranges) -> dict[str, float]:
     names = list(ranges)
     start, least, most = np.log(np.array(list(ranges.values())).T)
 
@@ -223,7 +227,12 @@ def _least_squares(kind: Any, model: Model, seen: Cases, fixed: dict[str, float]
         return {f: {**fixed, **found}[f] for f in kind._fields}
 
     def residual(x: FloatArray) -> FloatArray:
-        return np.asarray(np.log(model(kind(**values(x)), seen)) - np.log(seen.seconds))
+        c = kind(**values(x))
+        parts = [
+            (np.log(MODELS[s.op](c, s)) - np.log(s.seconds)) / np.sqrt(len(s.seconds) / len(seen[0].seconds))
+            for s in seen
+        ]
+        return np.concatenate(parts)
 
     best = least_squares(
         residual, start, bounds=(least - 1e-9, most + 1e-9), loss="soft_l1", f_scale=0.1, diff_step=1e-3, max_nfev=80
@@ -245,7 +254,8 @@ def _start(op: str, given: dict[str, float], seen: Cases) -> tuple[dict[str, flo
     if op == "elementwise":
         return {}, {**_RANGES[op], "hbm_bytes_s": (0.85 * hbm, 0.15 * hbm, 0.97 * hbm)}
     if op.endswith("attention"):
-        fixed |= {"packed": given["packed"], "kv_bytes": given["weight_bytes"], "tile_flops_s": given["sm_flops_s"]}
+        fixed |= {k: given[k] for k in ("packed", "query_tile", "splits", "splits_single")}
+        fixed |= {"kv_bytes": given["weight_bytes"], "tile_flops_s": given["sm_flops_s"]}
         if op == "generation_attention":
             ranges |= {"l2_bytes_s": (2.0 * hbm, 0.3 * hbm, 8.0 * hbm)}
         return fixed, ranges
@@ -285,7 +295,8 @@ _RANGES: dict[str, Ranges] = {
     },
     "elementwise": {"fixed_s": (2e-6, 5e-7, 1e-5), "l2_bytes": (2e7, 1e5, 2e8), "l2_bytes_s": (4e12, 1e12, 2e13)},
     "context_attention": {
-        "efficiency": (0.7, 0.1, 0.98), "item_s": (3e-6, 1e-8, 1e-4), "diagonal": (64.0, 1.0, 2000.0),
+        "efficiency": (0.7, 0.1, 0.98), "item_s": (3e-6, 1e-8, 1e-4), "diagonal": (64.0, 1.0, 500.0),
+        "softmax_s": (1e-11, 1e-13, 2e-10), "tail": (0.2, 0.001, 1.0), "resident": (1.5, 0.5, 8.0),
         "fixed_s": (5e-6, 1e-6, 1e-4), "overlap_p": (2.0, 1.0, 8.0), "binding_share": (0.6, 0.2, 2.0),
     },
 }  # fmt: skip
