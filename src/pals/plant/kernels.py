@@ -96,6 +96,7 @@ class MoeConstants(NamedTuple):
     overlap_p: float
     weight_bytes: float
     activation_bytes: float
+    untuned: float  # factor on the work of a tile where the engine ships no tuned configuration for these experts
     unaligned: float  # factor on operand feed where a dimension is no multiple of 16
     binding_share: float
     droop: float
@@ -320,7 +321,7 @@ def _quantise(c: GemmConstants, rows: FloatArray, depth: FloatArray) -> KernelTi
 
 def moe(
     c: MoeConstants, load: ExpertLoad, *, tokens: ArrayLike, hidden: ArrayLike, inter: ArrayLike, experts: ArrayLike,
-    top_k: ArrayLike, ranks: ArrayLike = 1,
+    top_k: ArrayLike, ranks: ArrayLike = 1, gated: ArrayLike = True, tuned: ArrayLike = True,
 ) -> KernelTime:  # fmt: skip
     """One layer of gated routed experts on the hottest rank.
 
@@ -333,9 +334,12 @@ def moe(
         experts: routed experts of the layer (all ranks).
         top_k: experts a token uses.
         ranks: of expert parallelism.
+        gated: whether the first product is two matrices wide (SwiGLU); False: one (ReLU²).
+        tuned: whether the engine ships a tuned kernel configuration (`has_tuned_experts`); without one the block is 16
+            rows for at most as many tokens as experts, else 64.
     """
-    shape, (t, h, i, e, k, r, touched, pairs) = _columns(
-        tokens, hidden, inter, experts, top_k, ranks, load.touched, load.assignments
+    shape, (t, h, i, e, k, r, wide, known, touched, pairs) = _columns(
+        tokens, hidden, inter, experts, top_k, ranks, np.where(gated, 2.0, 1.0), tuned, load.touched, load.assignments
     )
     block = np.repeat(np.array(BLOCKS, dtype=np.float64), len(MOE_COLUMNS))
     columns = np.tile(np.array(MOE_COLUMNS, dtype=np.float64), len(BLOCKS))
@@ -345,22 +349,32 @@ def moe(
         / c.feed_bytes_s
         * np.where(i % 16 > 0, c.unaligned, 1.0)
     )
-    step_s = np.maximum(2.0 * block * columns / c.tile_flops_s, feed)
+    step_s = np.maximum(2.0 * block * columns / c.tile_flops_s, feed) * np.where(known > 0, 1.0, c.untuned)
     core = sum(
-        np.maximum(1.0, blocks * np.ceil(wide / columns) / c.sms)
-        * (np.ceil(deep / K_STEP) * K_STEP * step_s + c.wave_s)
-        for wide, deep in ((2.0 * i, h), (h, i))
+        np.maximum(1.0, blocks * np.ceil(n / columns) / c.sms) * (np.ceil(depth / K_STEP) * K_STEP * step_s + c.wave_s)
+        for n, depth in ((wide * i, h), (h, i))
     )
-    tensor = 6.0 * pairs * h * i / (c.sms * c.tile_flops_s)
+    core = np.where((known > 0) | (block == np.where(t <= e / r, 16.0, 64.0)), core, np.inf)
+    per_expert = (wide + 1.0) * h * i
+    tensor = 2.0 * pairs * per_expert / (c.sms * c.tile_flops_s)
     products = _fastest(
-        shape, touched * 3.0 * h * i * c.weight_bytes / c.hbm_bytes_s, core, c.fixed_s, tensor, c.overlap_p
+        shape, touched * per_expert * c.weight_bytes / c.hbm_bytes_s, core, c.fixed_s, tensor, c.overlap_p
     )
-    passed = 2.0 * (pairs * (5.0 * i + h) + t * k * h + 2.0 * t * h)
+    passed = 2.0 * (t * k * ((2.0 * wide + 1.0) * i + 2.0 * h) + 2.0 * t * h)  # all rows, local or not
     if c.activation_bytes < 2:
-        passed = passed + 3.0 * pairs * (h + i)
+        passed = passed + 3.0 * (pairs * i + t * h)
     sort = np.where((r > 1) | (t * k * 4.0 > e), c.sort_s, 0.0)
     none = np.zeros(shape)
     return merge(products, _kernel((passed / c.pass_bytes_s).reshape(shape), none, sort.reshape(shape), none, 1.0))
+
+
+def has_tuned_experts(board: str, local_experts: ArrayLike, inter: ArrayLike) -> NDArray[np.bool_]:
+    """Whether vLLM ships a tuned configuration of its grouped product; True where the board's list is not known."""
+    listed = constants_file()[board]["given"].get("tuned_experts")
+    e, n = np.broadcast_arrays(np.asarray(local_experts), np.asarray(inter))
+    if listed is None:
+        return np.ones(e.shape, dtype=bool)
+    return np.any([(e == a) & (n == b) for a, b in listed], axis=0)
 
 
 # -- attention --------------------------------------------------------------------------------------------------------

@@ -66,6 +66,12 @@ class Cases:
             self.table, self.op, self.board, self.dtype, self.old, columns, self.seconds[chosen], self.held_out[chosen]
         )
 
+    @property
+    def ungated(self) -> NDArray[np.bool_]:
+        """Rows whose experts have no gate: Nemotron's, which the collector measures as they are since vLLM 0.24."""
+        rows = (self.number("topk") == 22) | (self.number("hidden_size") == 2688)
+        return np.asarray(rows & ("vllm0.24" in self.table))
+
     def number(self, column: str) -> FloatArray:
         """A column as floats."""
         return np.asarray(self.columns[column], dtype=np.float64)

@@ -42,10 +42,16 @@ def gemm_seconds(c: kernels.GemmConstants, cases: Cases) -> FloatArray:
 
 def moe_seconds(c: kernels.MoeConstants, cases: Cases) -> FloatArray:
     """As measured, with the experts the collector's routing touches."""
-    n = cases.number
+    n, load = cases.number, _loads(cases)
+    tokens, experts, top_k, ranks = n("num_tokens"), n("num_experts"), n("topk"), n("moe_ep_size")
+    if cases.old:  # it ran the hottest rank's tokens and experts as a layer of their own
+        experts, ranks = experts / ranks, np.ones_like(ranks)
+        top_k = np.minimum(top_k, experts)
+        tokens = load.assignments / top_k
+    inter = n("inter_size") / n("moe_tp_size")
     t = kernels.moe(
-        c, _loads(cases), tokens=n("num_tokens"), hidden=n("hidden_size"), inter=n("inter_size") / n("moe_tp_size"),
-        experts=n("num_experts"), top_k=n("topk"), ranks=n("moe_ep_size"),
+        c, load, tokens=tokens, hidden=n("hidden_size"), inter=inter, experts=experts, top_k=top_k, ranks=ranks,
+        gated=~cases.ungated, tuned=kernels.has_tuned_experts(cases.board, experts / ranks, inter),
     )  # fmt: skip
     return kernels.in_a_loop(c, t)
 
@@ -260,6 +266,8 @@ def _start(op: str, given: dict[str, float], seen: Cases) -> tuple[dict[str, flo
             ranges |= {"l2_bytes_s": (2.0 * hbm, 0.3 * hbm, 8.0 * hbm)}
         return fixed, ranges
     fixed |= {"weight_bytes": given["weight_bytes"], "activation_bytes": given["activation_bytes"]}
+    if op == "moe" and "tuned_experts" not in given:
+        fixed |= {"untuned": ranges.pop("untuned")[1]}
     if op == "gemm":
         fixed |= {"quantise_row_s": 0.0, "quantise_bytes_s": 0.0, **_host_floor(seen, given)}
         if given["activation_bytes"] < 2:
@@ -286,7 +294,7 @@ _RANGES: dict[str, Ranges] = {
     "moe": {
         "efficiency": (0.7, 0.1, 0.98), "feed_bytes_s": (1e11, 1e10, 1e12), "wave_s": (1e-6, 1e-8, 1e-4),
         "fixed_s": (1.5e-5, 2e-6, 2e-4), "sort_s": (5e-6, 1e-7, 1e-4), "pass_bytes_s": (1e12, 1e11, 2e13),
-        "overlap_p": (2.0, 1.2, 8.0), "unaligned": (2.0, 1.0, 10.0), "binding_share": (0.6, 0.2, 2.0),
+        "overlap_p": (2.0, 1.2, 8.0), "unaligned": (2.0, 1.0, 10.0), "untuned": (1.5, 1.0, 4.0), "binding_share": (0.6, 0.2, 2.0),
     },
     "generation_attention": {
         "efficiency": (0.3, 0.02, 0.98), "item_s": (2e-6, 1e-8, 1e-4), "token_s": (5e-9, 1e-10, 1e-6),
