@@ -344,14 +344,12 @@ def moe(
     block = np.repeat(np.array(BLOCKS, dtype=np.float64), len(MOE_COLUMNS))
     columns = np.tile(np.array(MOE_COLUMNS, dtype=np.float64), len(BLOCKS))
     blocks = np.repeat(np.broadcast_to(load.slots, (t.size, len(BLOCKS))), len(MOE_COLUMNS), axis=1) / block
-    feed = (
-        (block * c.activation_bytes + columns * c.weight_bytes)
-        / c.feed_bytes_s
-        * np.where(i % 16 > 0, c.unaligned, 1.0)
-    )
-    step_s = np.maximum(2.0 * block * columns / c.tile_flops_s, feed) * np.where(known > 0, 1.0, c.untuned)
+    feed = (block * c.activation_bytes + columns * c.weight_bytes) / c.feed_bytes_s
+    step_s = (2.0 * block * columns / c.tile_flops_s + feed) * np.where(known > 0, 1.0, c.untuned)
+    slow = np.where(i % 16 > 0, c.unaligned, 1.0)
     core = sum(
-        np.maximum(1.0, blocks * np.ceil(n / columns) / c.sms) * (np.ceil(depth / K_STEP) * K_STEP * step_s + c.wave_s)
+        np.maximum(1.0, slow * blocks * np.ceil(n / columns) / c.sms)
+        * (np.ceil(depth / K_STEP) * K_STEP * step_s + c.wave_s)
         for n, depth in ((wide * i, h), (h, i))
     )
     core = np.where((known > 0) | (block == np.where(t <= e / r, 16.0, 64.0)), core, np.inf)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pals.core.errors import ConfigError
 from pals.experiments.plant_checks.measured import Table, read_table
+from pals.experiments.plant_checks.routing import benchmark_load
 
 FloatArray = NDArray[np.float64]
 BOARDS = {
@@ -147,6 +148,8 @@ def _cases(path: Path, op: str, board: str, constants: Mapping[str, Any], old: b
     read = read_table(path, [c for c in names if c in present or c not in known] + ["latency"])
     rows = len(read["latency"])
     table = {c: read[c] if c in read else np.full(rows, known[c]) for c in names}
+    if op == "moe":
+        table |= _loads(table, old)
     seconds = np.asarray(read["latency"], dtype=np.float64) * 1e-3
     dtype = np.asarray(_dtype(op, table)).astype(str)
     held = held_out(_shape(op, table))
@@ -158,6 +161,15 @@ def _cases(path: Path, op: str, board: str, constants: Mapping[str, Any], old: b
         for d, p in zip(np.unique(dtype), parts, strict=True)
         if len(p.seconds)
     ]
+
+
+def _loads(t: Table, old: bool) -> Table:
+    """What the measured rank was given in each row."""
+    columns = ("distribution", "num_experts", "topk", "num_tokens", "moe_ep_size")
+    rows = zip(*(t[c].tolist() for c in columns), strict=True)
+    loads = [benchmark_load(law, e, k, n, ranks, old) for law, e, k, n, ranks in rows]
+    touched, assignments, slots = (np.concatenate(field) for field in zip(*loads, strict=True))
+    return {"touched": touched, "assignments": assignments, "slots": slots}
 
 
 def _dtype(op: str, t: Table) -> Any:

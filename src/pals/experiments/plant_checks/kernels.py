@@ -16,7 +16,6 @@ from scipy.optimize import least_squares
 
 from pals.experiments.plant_checks.kernel_cases import Cases, joined, read_cases, subsample
 from pals.experiments.plant_checks.kernel_profiles import read_profiles
-from pals.experiments.plant_checks.routing import benchmark_load
 from pals.experiments.plant_checks.row import CheckRow, Residual, error_row
 from pals.plant import kernels
 from pals.plant.experts import BLOCKS, ExpertLoad
@@ -42,7 +41,8 @@ def gemm_seconds(c: kernels.GemmConstants, cases: Cases) -> FloatArray:
 
 def moe_seconds(c: kernels.MoeConstants, cases: Cases) -> FloatArray:
     """As measured, with the experts the collector's routing touches."""
-    n, load = cases.number, _loads(cases)
+    n = cases.number
+    load = ExpertLoad(n("touched"), n("assignments"), n("slots"))
     tokens, experts, top_k, ranks = n("num_tokens"), n("num_experts"), n("topk"), n("moe_ep_size")
     if cases.old:  # it ran the hottest rank's tokens and experts as a layer of their own
         experts, ranks = experts / ranks, np.ones_like(ranks)
@@ -54,13 +54,6 @@ def moe_seconds(c: kernels.MoeConstants, cases: Cases) -> FloatArray:
         gated=~cases.ungated, tuned=kernels.has_tuned_experts(cases.board, experts / ranks, inter),
     )  # fmt: skip
     return kernels.in_a_loop(c, t)
-
-
-def _loads(cases: Cases) -> ExpertLoad:
-    columns = ("distribution", "num_experts", "topk", "num_tokens", "moe_ep_size")
-    rows = zip(*(cases.columns[c] for c in columns), strict=True)
-    loads = [benchmark_load(str(d), int(e), int(k), int(t), int(r), cases.old) for d, e, k, t, r in rows]
-    return ExpertLoad(*(np.concatenate(field) for field in zip(*loads, strict=True)))
 
 
 def generation_seconds(c: kernels.GenerationConstants, cases: Cases) -> FloatArray:
