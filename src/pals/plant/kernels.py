@@ -92,6 +92,7 @@ class MoeConstants(NamedTuple):
     wave_s: float
     fixed_s: float
     sort_s: float  # sorting tokens by expert, left out for few tokens on a full set of experts
+    masked_s: float  # the same with the experts of other ranks masked out
     pass_bytes_s: float  # activation, quantisation and sum of the experts' outputs
     overlap_p: float
     weight_bytes: float
@@ -230,9 +231,9 @@ def times(t: KernelTime, count: ArrayLike) -> KernelTime:
 
 
 def elementwise(c: ElementwiseConstants, moved_bytes: ArrayLike) -> KernelTime:
-    """A kernel that reads and writes `moved_bytes`; the part that fits comes from L2."""
+    """A kernel that reads and writes `moved_bytes`: out of L2 where they fit, from HBM beyond twice that."""
     moved = np.asarray(moved_bytes, dtype=np.float64)
-    near = np.minimum(moved, c.l2_bytes)
+    near = moved * np.clip(2.0 - moved / c.l2_bytes, 0.0, 1.0)
     none = np.zeros_like(moved)
     fixed = np.where(moved > 0, c.fixed_s, 0.0)
     return _kernel((moved - near) / c.hbm_bytes_s, near / c.l2_bytes_s, fixed, none, 1.0)
@@ -361,7 +362,7 @@ def moe(
     passed = 2.0 * (t * k * ((2.0 * wide + 1.0) * i + 2.0 * h) + 2.0 * t * h)  # all rows, local or not
     if c.activation_bytes < 2:
         passed = passed + 3.0 * (pairs * i + t * h)
-    sort = np.where((r > 1) | (t * k * 4.0 > e), c.sort_s, 0.0)
+    sort = np.where(r > 1, c.masked_s, np.where(t * k * 4.0 > e, c.sort_s, 0.0))
     none = np.zeros(shape)
     return merge(products, _kernel((passed / c.pass_bytes_s).reshape(shape), none, sort.reshape(shape), none, 1.0))
 
