@@ -79,7 +79,8 @@ class StepTables(NamedTuple):
     prefill_token_s: float  # one token of prefill, core
     host_s: float  # scheduler, input and output
     host_per_sequence_s: float
-    expert_activity: float  # core power while experts are bound by issue, relative to saturated tensor cores
+    expert_activity: float  # core power of experts' products, relative to saturated tensor cores
+    expert_slack: float  # how much longer the engine takes over experts than their kernels: time in which nothing is issued
     top_clock_mhz: float
     stages: float  # of the pipeline: while one works the others idle
 
@@ -114,11 +115,11 @@ def step_cost(
     active_s = dense_s + expert_s + attention_s + prefill_s + t.fixed_s[tokens]
     device_s = active_s + t.comm_s[tokens]
     seconds = np.maximum(device_s, t.launch_s[tokens]) + t.host_s + t.host_per_sequence_s * sequences
-    even = t.expert_even[tokens]
-    compute = t.tensor_s[tokens] * slower + t.expert_activity * even * expert_core_s + prefill_s
-    memory = t.memory_s[tokens] + even * t.expert_memory_s[tokens] + kv_s
+    working = t.expert_even[tokens] / t.expert_slack
+    compute = t.tensor_s[tokens] * slower + t.expert_activity * working * expert_core_s + prefill_s
+    memory = t.memory_s[tokens] + working * t.expert_memory_s[tokens] + kv_s
     share = 1.0 / (seconds * t.stages)
-    busy = active_s - (1.0 - even) * expert_s
+    busy = active_s - (1.0 - working) * expert_s
     return seconds, np.minimum(1.0, compute * share), np.minimum(1.0, memory * share), np.minimum(1.0, busy * share)
 
 
@@ -243,7 +244,8 @@ def step_tables(
         prefill_token_s=a.token_s,
         host_s=k.host_s,
         host_per_sequence_s=k.host_per_sequence_s,
-        expert_activity=k.expert_activity,
+        expert_activity=k.expert_activity if shape.expert_format == "bf16" else k.narrow_expert_activity,
+        expert_slack=factor,
         top_clock_mhz=float(spec.max_sm_clock_mhz),
         stages=float(group.pipeline),
     )

@@ -33,7 +33,8 @@ class StepConstants(Checked):
     launch_moe_layer_s: float
     capture_tokens: float  # largest step a CUDA graph is captured for
     popularity_cv: float  # of experts, coefficient of variation
-    expert_activity: float  # core power of experts bound by issue, relative to saturated tensor cores
+    expert_activity: float  # core power of experts' products, relative to saturated tensor cores
+    narrow_expert_activity: float  # the same of experts of less than 16 bits, which are widened or scaled on the way
 
 
 @cache

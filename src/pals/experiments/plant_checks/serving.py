@@ -288,11 +288,18 @@ TIME_PRIORS = {  # start, and how far (σ of the logarithm) the data may easily 
     "launch_moe_layer_s": (5e-4, 0.4),
     "popularity_cv": (0.5, 0.3),
 }
-POWER_PRIORS = {"busy_w_per_ghz": 0.3, "memory_w_per_ghz": 0.5, "tensor_w_per_ghz": 0.2, "hbm_w": 0.1, "expert_activity": 0.4}  # fmt: skip
-GIVEN = {"capture_tokens": 512.0, "expert_activity": 0.4}
-PROMPT_PRIORS = {"lm-arena-chat": (250.0, 0.15), "sourcegraph-fim": (750.0, 0.3)}  # from KV-limited batches of the data
+POWER_PRIORS = {  # start by board, σ: counters of the same die in H200 and its products at the limit; B200's products and streams
+    "busy_w_per_ghz": ({"H100": 92.0, "B200": 92.0}, 0.3),
+    "memory_w_per_ghz": ({"H100": 6.6, "B200": 75.0}, 0.5),
+    "tensor_w_per_ghz": ({"H100": 316.0, "B200": 514.0}, 0.2),
+    "hbm_w": ({"H100": 71.0, "B200": 162.0}, 0.1),
+}
+ACTIVITY_PRIORS = {"expert_activity": (0.4, 0.5), "narrow_expert_activity": (0.6, 0.3)}
+GIVEN = {"capture_tokens": 512.0}
+PROMPT_PRIORS = {"lm-arena-chat": (250.0, 0.03), "sourcegraph-fim": (850.0, 0.03)}  # KV capacity over the largest batch it held
 ASSUMED_PROMPTS = {"gpqa": 250.0}  # no row of the task is in the data; outputs of thousands of tokens outweigh it
 PRIOR_WEIGHT = 0.3
+ROBUST_FROM = 0.1  # relative error from which a row weighs less
 
 
 def fit(folder: Path) -> dict[str, Any]:
@@ -310,50 +317,41 @@ def fit(folder: Path) -> dict[str, Any]:
         free = {t: p for t, p in PROMPT_PRIORS.items() if t not in prompts and any(e[0].task == t for e in some)}
         k, silicon, lengths = _fit_board(some, spec, prompts, free)
         prompts |= lengths
-        activity = {n: getattr(silicon, n) for n in POWER_PRIORS if n in Silicon._fields}
-        out[name] = {"values": asdict(k), "activity": activity}
+        out[name] = {"values": asdict(k), "activity": {n: getattr(silicon, n) for n in POWER_PRIORS}}
     return out | {"_fitted_on": sorted({e[0].base for e in training}), "_prompt_tokens": prompts}
 
 
 def _fit_board(
-    some: Sequence[Sequence[Case]], spec: BoardSpec, prompts: dict[str, float], free: Mapping[str, tuple[float, float]]
+    some: Sequence[Sequence[Case]], spec: BoardSpec, prompts: Mapping[str, float], free: Mapping[str, tuple[float, float]]
 ) -> tuple[StepConstants, Silicon, dict[str, float]]:
     """Times, then power, twice: power decides the clock where the limit binds."""
-    silicon, activity = spec.silicon, GIVEN["expert_activity"]
-    names = [*TIME_PRIORS, *free]
-    start = {**TIME_PRIORS, **free}
-    x = np.zeros(len(names))
+    times = TIME_PRIORS | dict(free)
+    watts = {n: (start[some[0][0].board], s) for n, (start, s) in POWER_PRIORS.items()} | ACTIVITY_PRIORS
+    x, y = np.zeros(len(times)), np.zeros(len(watts))
+
+    def made(x: FloatArray, y: FloatArray) -> tuple[StepConstants, Silicon, dict[str, float]]:
+        t, w = _values(times, x), _values(watts, y)
+        k = StepConstants(**{n: t[n] for n in TIME_PRIORS}, **{n: w[n] for n in ACTIVITY_PRIORS}, **GIVEN)
+        return k, spec.silicon._replace(**{n: w[n] for n in POWER_PRIORS}), {n: t[n] for n in free}
+
+    def predicted(x: FloatArray, y: FloatArray) -> list[Prediction]:
+        k, silicon, lengths = made(x, y)
+        return [predict(e, spec, k, silicon, {**prompts, **lengths}[e[0].task]) for e in some]
+
+    def time_errors(x: FloatArray) -> list[FloatArray]:
+        return [_time_errors(e, p) for e, p in zip(some, predicted(x, y), strict=True)]
+
+    def power_errors(y: FloatArray) -> list[FloatArray]:
+        return [np.log(p.power_w / [c.power_w for c in e]) for e, p in zip(some, predicted(x, y), strict=True)]
+
     for _ in range(2):
+        x = _least_squares(time_errors, np.array([s for _, s in times.values()]), x)
+        y = _least_squares(power_errors, np.array([s for _, s in watts.values()]), y)
+    return made(x, y)
 
-        def constants(x: FloatArray) -> tuple[StepConstants, dict[str, float]]:
-            values = {n: start[n][0] * float(np.exp(v)) for n, v in zip(names, x, strict=True)}
-            given = GIVEN | {"expert_activity": activity}
-            return StepConstants(**{n: values[n] for n in TIME_PRIORS}, **given), {t: values[t] for t in free}
 
-        def times(x: FloatArray) -> list[FloatArray]:
-            k, lengths = constants(x)
-            return [_time_errors(e, predict(e, spec, k, silicon, (prompts | lengths)[e[0].task])) for e in some]
-
-        x = _least_squares(times, np.array([start[n][1] for n in names]), 0.10, x)
-        k, lengths = constants(x)
-        now = (*(getattr(spec.silicon, n) for n in POWER_PRIORS if n in Silicon._fields), GIVEN["expert_activity"])
-
-        def powered(y: FloatArray) -> tuple[Silicon, float]:
-            values = dict(zip(POWER_PRIORS, np.array(now) * np.exp(y), strict=True))
-            return spec.silicon._replace(**{n: float(values[n]) for n in activity_names}), float(values["expert_activity"])
-
-        activity_names = [n for n in POWER_PRIORS if n in Silicon._fields]
-
-        def power(y: FloatArray) -> list[FloatArray]:
-            s, a = powered(y)
-            k_a = replace(k, expert_activity=a)
-            return [
-                np.log(predict(e, spec, k_a, s, (prompts | lengths)[e[0].task]).power_w / [c.power_w for c in e]) for e in some
-            ]
-
-        y = _least_squares(power, np.array(list(POWER_PRIORS.values())), 0.07, np.zeros(len(POWER_PRIORS)))
-        silicon, activity = powered(y)
-    return replace(k, expert_activity=activity), silicon, lengths
+def _values(priors: Mapping[str, tuple[float, float]], x: FloatArray) -> dict[str, float]:
+    return {n: start * float(np.exp(v)) for (n, (start, _)), v in zip(priors.items(), x, strict=True)}
 
 
 def _time_errors(engine: Sequence[Case], p: Prediction) -> FloatArray:
@@ -363,13 +361,13 @@ def _time_errors(engine: Sequence[Case], p: Prediction) -> FloatArray:
     return np.concatenate([mean, 0.5 * decode * np.log(p.median_itl_s / [c.median_itl_s for c in engine])])
 
 
-def _least_squares(errors: Any, spread: FloatArray, scale: float, start: FloatArray) -> FloatArray:
+def _least_squares(errors: Any, spread: FloatArray, start: FloatArray) -> FloatArray:
     """Minimum of soft-L1 errors and of the distance to the priors; robust, for rows that the host disturbed."""
     from scipy.optimize import least_squares
 
     def residuals(x: FloatArray) -> FloatArray:
-        e = np.concatenate(errors(x)) / scale
+        e = np.concatenate(errors(x)) / ROBUST_FROM
         robust = np.sign(e) * np.sqrt(2.0 * (np.sqrt(1.0 + e**2) - 1.0))
-        return np.concatenate([robust * scale / 0.1, PRIOR_WEIGHT * x / spread])
+        return np.concatenate([robust, PRIOR_WEIGHT * x / spread])
 
     return np.asarray(least_squares(residuals, start, x_scale=0.1, diff_step=1e-3, max_nfev=8).x)
