@@ -342,7 +342,8 @@ def _fit_board(
         return [_time_errors(e, p) for e, p in zip(some, predicted(x, y), strict=True)]
 
     def power_errors(y: FloatArray) -> list[FloatArray]:
-        return [np.log(p.power_w / [c.power_w for c in e]) for e, p in zip(some, predicted(x, y), strict=True)]
+        pairs = list(zip(some, predicted(x, y), strict=True))  # where the limit binds, watts show in the time alone
+        return [np.log(p.power_w / [c.power_w for c in e]) for e, p in pairs] + [_time_errors(e, p) for e, p in pairs]
 
     for _ in range(2):
         x = _least_squares(time_errors, np.array([s for _, s in times.values()]), x)
