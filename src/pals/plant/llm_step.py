@@ -1,130 +1,30 @@
-"""How long one engine step takes and what it asks of its boards: a roofline with the bytes of distinct experts.
+"""How long one engine step takes and what it asks of its boards: its kernels by class, links, gaps and host time.
 
-t = [t_mem⁴ + t_issue⁴]^¼ + t_flops·f_max/f + t_host + t_comm. HBM is saturated only while the SM domain issues fast
-enough (t_issue); tensor work adds on top, as measured prefill mixes do. Sources: docs/plant.md.
+t = Σ (t_mem^p + (t_core·f_max/f)^p)^(1/p) over dense products, experts and decode attention, + prefill attention·f_max/f + latencies +
+links + host. Memory, links, latencies and host do not follow the SM clock. Derivation and errors: docs/models.md, "Step time".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pals.core.errors import ConfigError
+from pals.plant import step_kernels
+from pals.plant.architecture import ModelShape
+from pals.plant.kernels import KernelTime
 from pals.plant.silicon import Load
 from pals.plant.specs import BoardSpec
+from pals.plant.step_constants import StepConstants, step_constants
+from pals.plant.step_kernels import ParallelGroup
 
 FloatArray = NDArray[np.float64]
 
-OVERLAP_P = 4.0
-ISSUE_SHARE = 0.68  # at the top clock, issuing a memory-bound kernel takes this share of its memory time
-TENSOR_EFFICIENCY = 0.5  # of the dense peak, serving shapes
-HOST_S = 0.0010  # scheduler and launches per step, clock-free
-HOST_PER_SEQUENCE_S = 4e-6
-ALLREDUCE_LATENCY_S = 8e-6
-EXPERT_CV = 0.3  # popularity of experts, coefficient of variation
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShape:
-    """Sizes of a model that decide step time and KV use; parameters are counts."""
-
-    layers: int
-    hidden: int
-    attention_width: int  # query heads × head dimension
-    dense_params: float  # read on every step whatever the routing
-    embedding_params: float  # stored, not read
-    expert_params: float  # one routed expert in one layer
-    moe_layers: int
-    experts: int
-    top_k: int
-    kv_bytes_per_token: float
-    weight_bytes: float  # per parameter
-
-    @property
-    def total_params(self) -> float:
-        """All parameters."""
-        return self.dense_params + self.embedding_params + self.moe_layers * self.experts * self.expert_params
-
-    @property
-    def active_params(self) -> float:
-        """Parameters that work on one token."""
-        return self.dense_params + self.moe_layers * self.top_k * self.expert_params
-
-    @staticmethod
-    def from_config(config: Mapping[str, Any]) -> ModelShape:
-        """Read a Hugging Face config.json.
-
-        Raises:
-            ConfigError: a size is missing.
-        """
-        try:
-            return _shape({k: v for k, v in config.items() if v is not None})
-        except KeyError as e:
-            raise ConfigError(f"config.json lacks {e}; the emulated accelerator cannot size this model") from e
-
-
-def _shape(c: Mapping[str, Any]) -> ModelShape:
-    layers = int(c.get("num_hidden_layers", c.get("n_layer", 0))) or int(c["num_hidden_layers"])
-    hidden = int(c.get("hidden_size", c.get("n_embd", 0))) or int(c["hidden_size"])
-    heads = int(c.get("num_attention_heads", c.get("n_head", 0))) or int(c["num_attention_heads"])
-    vocab = int(c["vocab_size"])
-    attention, width, kv_bytes = _attention(c, hidden, heads)
-    gated = 2 if c.get("model_type") == "gpt2" else 3
-    experts = int(c.get("num_local_experts", c.get("num_experts", c.get("n_routed_experts", 0))))
-    expert_inter = int(c.get("moe_intermediate_size", c.get("intermediate_size", 4 * hidden)))
-    dense_inter = int(c.get("intermediate_size", c.get("n_inner", 4 * hidden)))
-    moe_layers = layers - int(c.get("first_k_dense_replace", 0)) if experts else 0
-    shared_inter = int(c.get("shared_expert_intermediate_size", int(c.get("n_shared_experts", 0)) * expert_inter))
-    dense = layers * attention + (layers - moe_layers) * gated * hidden * dense_inter
-    dense += moe_layers * (3 * hidden * shared_inter + hidden * experts)
-    tied = bool(c.get("tie_word_embeddings", c.get("model_type") == "gpt2"))
-    quantised = c.get("quantization_config", {}).get("quant_method") == "fp8"
-    return ModelShape(
-        layers=layers,
-        hidden=hidden,
-        attention_width=width,
-        dense_params=float(dense + vocab * hidden),
-        embedding_params=0.0 if tied else float(vocab * hidden),
-        expert_params=float(3 * hidden * expert_inter) if experts else 0.0,
-        moe_layers=moe_layers,
-        experts=experts,
-        top_k=int(c.get("num_experts_per_tok", 0)) if experts else 0,
-        kv_bytes_per_token=float(layers * kv_bytes),
-        weight_bytes=1.0 if quantised else 2.0,
-    )
-
-
-def _attention(c: Mapping[str, Any], hidden: int, heads: int) -> tuple[int, int, int]:
-    """Parameters of one attention layer, query width, and KV bytes per token of that layer."""
-    if "kv_lora_rank" in c:
-        nope, rope, v = int(c["qk_nope_head_dim"]), int(c["qk_rope_head_dim"]), int(c["v_head_dim"])
-        rank, q_rank = int(c["kv_lora_rank"]), int(c.get("q_lora_rank", 0))
-        query = hidden * q_rank + q_rank * heads * (nope + rope) if q_rank else hidden * heads * (nope + rope)
-        params = query + hidden * (rank + rope) + rank * heads * (nope + v) + heads * v * hidden
-        return params, heads * (nope + rope), (rank + rope) * 2
-    head_dim = int(c.get("head_dim", hidden // heads))
-    kv_heads = int(c.get("num_key_value_heads", heads))
-    return hidden * head_dim * (2 * heads + 2 * kv_heads), heads * head_dim, 2 * kv_heads * head_dim * 2
-
-
-@lru_cache(maxsize=64)
-def _popularity(experts: int, top_k: int, cv: float) -> tuple[float, ...]:
-    """Probability that a token uses each expert; gamma weights of a fixed seed, inclusion capped at 1."""
-    if cv <= 0:
-        return (top_k / experts,) * experts
-    weights = np.random.default_rng(0).gamma(1 / cv**2, cv**2, experts)
-    return tuple(np.minimum(1.0, top_k * weights / weights.sum()))
-
-
-def distinct_experts(experts: int, top_k: int, tokens: int | NDArray[np.int64], cv: float = EXPERT_CV) -> FloatArray:
-    """Expected number of experts that `tokens` independent tokens touch in one layer: Σ(1 − (1 − p_e)^B)."""
-    p = np.array(_popularity(experts, top_k, cv))
-    return np.asarray(np.sum(1.0 - np.power.outer(1.0 - p, tokens), axis=0))
+RESERVED_BYTES = 2e9  # activations, CUDA graphs, context: what vLLM keeps of a board besides weights and KV cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,19 +52,43 @@ class StepCost:
 
 
 class StepTables(NamedTuple):
-    """All that `step_cost` needs of one model on one group of boards; arrays by number of tokens, shape (tokens + 1,)."""
+    """All that `step_cost` needs of one model on one group of boards; arrays by number of tokens, shape (tokens + 1,).
 
-    memory_s: FloatArray  # weights read at the achievable bandwidth
-    tensor_s: FloatArray  # matrix products at the top clock
-    comm_s: FloatArray  # between the boards, clock-free
+    Core times are at the top clock and follow it; all other times do not.
+    """
+
+    memory_s: FloatArray  # dense weights and activations through HBM
+    core_s: FloatArray  # their products
+    tensor_s: FloatArray  # the part of that in which tensor cores do useful work at their achievable rate
+    overlap_p: FloatArray
+    logits_core_s: FloatArray  # output matrix, by sequences that sample
+    expert_memory_s: FloatArray  # routed experts of the hottest rank
+    expert_core_s: FloatArray
+    expert_p: FloatArray
+    expert_even: FloatArray  # work of the mean rank relative to the hottest, which the others wait for
+    fixed_s: FloatArray  # latencies of kernels and gaps between them
+    comm_s: FloatArray  # between the boards
+    launch_s: FloatArray  # host time to launch what no CUDA graph holds; hidden behind the device while shorter
     context_s: float  # reading one KV token
-    pair_s: float  # one query × key pair at the top clock
-    host_s: float  # scheduler and launches, clock-free
+    context_core_s: float  # working on it
+    window: float  # KV tokens of a sequence that sliding-window layers read
+    windowed: float  # share of the layers that do
+    sequence_core_s: float  # attention of one decoding sequence
+    attention_p: float
+    pair_s: float  # one query × key pair of prefill, core
+    prefill_token_s: float  # one token of prefill, core
+    host_s: float  # scheduler, input and output
     host_per_sequence_s: float
-    issue_share: float  # at the top clock, issuing a memory-bound kernel takes this share of its memory time
-    overlap_p: float
+    expert_activity: float  # core power of experts' products, relative to saturated tensor cores
+    expert_slack: float  # how much longer the engine takes over experts than their kernels: time in which nothing is issued
     top_clock_mhz: float
     stages: float  # of the pipeline: while one works the others idle
+
+
+def overlapped_s(memory_s: FloatArray, core_s: FloatArray, p: FloatArray) -> FloatArray:
+    """(memory^p + core^p)^(1/p), for any p without leaving the range of a float."""
+    most = np.maximum(memory_s, core_s) + 1e-15
+    return most * (1.0 + (np.minimum(memory_s, core_s) / most) ** p) ** (1.0 / p)
 
 
 def step_cost(
@@ -173,45 +97,84 @@ def step_cost(
 ) -> tuple[float, float, float, float]:  # fmt: skip
     """Seconds of a step, and its compute, memory and busy shares per board; see `StepBatch` for the arguments.
 
-    Plain scalar arithmetic: the emulated engine calls it as it is, the simulator compiled.
+    Busy is the time in which kernels fill the SMs; waiting for links and for a hotter rank is not part of it. Plain
+    arithmetic on numbers or arrays alike: the emulated engine calls it as it is, the simulator compiled.
     """
     tokens = prefill_tokens + decode_sequences
-    memory_s = t.memory_s[tokens] + t.context_s * context_tokens
+    sequences = prefill_sequences + decode_sequences
     slower = t.top_clock_mhz / clock_mhz
-    tensor_s = (t.tensor_s[tokens] + t.pair_s * (attention_pairs + context_tokens)) * slower
-    p = t.overlap_p
-    kernel_s = memory_s * (1.0 + (t.issue_share * slower) ** p) ** (1.0 / p)
-    device_s = kernel_s + tensor_s + t.comm_s[tokens]
-    seconds = device_s + t.host_s + t.host_per_sequence_s * decode_sequences
-    return (
-        seconds,
-        min(1.0, tensor_s / seconds / t.stages),
-        min(1.0, memory_s / seconds / t.stages),
-        min(1.0, device_s / seconds / t.stages),
-    )
+    core_s = (t.core_s[tokens] + t.logits_core_s[sequences]) * slower
+    dense_s = overlapped_s(t.memory_s[tokens], core_s, t.overlap_p[tokens])
+    expert_core_s = t.expert_core_s[tokens] * slower
+    expert_s = overlapped_s(t.expert_memory_s[tokens], expert_core_s, t.expert_p[tokens])
+    read = context_tokens - t.windowed * np.maximum(0.0, context_tokens - t.window * sequences)
+    kv_s = t.context_s * read
+    kv_core_s = (t.context_core_s * read + t.sequence_core_s * decode_sequences) * slower
+    attention_s = overlapped_s(kv_s, kv_core_s, t.attention_p)
+    prefill_s = (t.pair_s * attention_pairs + t.prefill_token_s * prefill_tokens) * slower
+    active_s = dense_s + expert_s + attention_s + prefill_s + t.fixed_s[tokens]
+    device_s = active_s + t.comm_s[tokens]
+    seconds = np.maximum(device_s, t.launch_s[tokens]) + t.host_s + t.host_per_sequence_s * sequences
+    working = t.expert_even[tokens] / t.expert_slack
+    compute = t.tensor_s[tokens] * slower + t.expert_activity * working * expert_core_s + prefill_s
+    memory = t.memory_s[tokens] + working * t.expert_memory_s[tokens] + kv_s
+    share = 1.0 / (seconds * t.stages)
+    busy = active_s - (1.0 - working) * expert_s
+    return seconds, np.minimum(1.0, compute * share), np.minimum(1.0, memory * share), np.minimum(1.0, busy * share)
 
 
 class StepModel:
-    """Step times of one model on one tensor/pipeline-parallel group of boards."""
+    """Step times of one model on one group of boards; see `ParallelGroup`."""
 
     def __init__(
         self,
         shape: ModelShape,
         spec: BoardSpec,
         *,
-        tensor_parallel: int,
+        tensor_parallel: int = 1,
         pipeline_parallel: int = 1,
-        expert_share: float = 1.0,
+        data_parallel: int = 1,
+        expert_parallel: bool = False,
+        cuda_graphs: bool = True,
+        constants: StepConstants | None = None,
         max_tokens: int = 16384,
     ) -> None:
-        """`expert_share`: part of the experts this group holds (1/data-parallel size under expert parallelism)."""
-        self.shape, self.spec = shape, spec
-        self._tp, self._pp, self._share = tensor_parallel, pipeline_parallel, expert_share
+        """A step is one data-parallel rank's; its tokens are that rank's, and the other ranks are taken to have as many.
+
+        Args:
+            shape: the model.
+            spec: the type of every board of the group.
+            tensor_parallel: boards that divide each matrix.
+            pipeline_parallel: stages, one after the other.
+            data_parallel: ranks in lock-step.
+            expert_parallel: as vLLM's option: whole experts lie on tensor × data ranks.
+            cuda_graphs: False is vLLM's `--enforce-eager`: the host launches every kernel.
+            constants: None takes the board's own; see `StepConstants`.
+            max_tokens: of a step; more makes larger tables on the way.
+        """
+        self.shape, self.spec, self.cuda_graphs = shape, spec, cuda_graphs
+        shared = expert_parallel and shape.experts > 0
+        self.group = ParallelGroup(tensor_parallel, pipeline_parallel, data_parallel, shared)
+        self.constants = constants or step_constants(spec)
         self.tables = self._tables(max_tokens)
+
+    def changed(self, constants: StepConstants) -> StepModel:
+        """The same model on the same boards with other constants: another build of the engine, routing that drifted."""
+        return StepModel(
+            self.shape,
+            self.spec,
+            tensor_parallel=self.group.tensor,
+            pipeline_parallel=self.group.pipeline,
+            data_parallel=self.group.data,
+            expert_parallel=self.group.expert,
+            cuda_graphs=self.cuda_graphs,
+            constants=constants,
+            max_tokens=len(self.tables.memory_s) - 1,
+        )
 
     def step(self, batch: StepBatch, sm_clock_mhz: float) -> StepCost:
         """Duration and load of a step at this clock; an empty batch costs the host's time alone."""
-        if batch.tokens >= len(self.tables.memory_s):
+        if max(batch.tokens, batch.prefill_sequences + batch.decode_sequences) >= len(self.tables.memory_s):
             self.tables = self._tables(2 * batch.tokens)
         seconds, compute, memory, busy = step_cost(
             self.tables, batch.prefill_tokens, batch.prefill_sequences, batch.decode_sequences,
@@ -222,27 +185,7 @@ class StepModel:
         )
 
     def _tables(self, max_tokens: int) -> StepTables:
-        s, spec = self.shape, self.spec
-        tokens = np.arange(max_tokens + 1)
-        touched = distinct_experts(s.experts, s.top_k, tokens) if s.experts else np.zeros(len(tokens))
-        weights = (s.dense_params + s.moe_layers * touched * self._share * s.expert_params) * s.weight_bytes
-        speed = 2.0 if s.weight_bytes < 2 and spec.capability >= (9, 0) else 1.0
-        flops_s = spec.peak_flops_bf16 * TENSOR_EFFICIENCY * speed * self._tp
-        moved = 2.0 * tokens * s.hidden * 2 * (self._tp - 1) / self._tp
-        hops = 2 * s.layers * (self._tp > 1)
-        return StepTables(
-            memory_s=np.where(tokens > 0, weights / self._tp / spec.hbm_bytes_s, 0.0),
-            tensor_s=2.0 * tokens * s.active_params / flops_s,
-            comm_s=np.where(tokens > 0, hops * (ALLREDUCE_LATENCY_S + moved / spec.nvlink_bytes_s), 0.0),
-            context_s=s.kv_bytes_per_token / self._tp / spec.hbm_bytes_s,
-            pair_s=4.0 * s.layers * s.attention_width / flops_s,
-            host_s=HOST_S,
-            host_per_sequence_s=HOST_PER_SEQUENCE_S,
-            issue_share=ISSUE_SHARE,
-            overlap_p=OVERLAP_P,
-            top_clock_mhz=float(spec.max_sm_clock_mhz),
-            stages=float(self._pp),
-        )
+        return step_tables(self.shape, self.spec, self.group, self.constants, max_tokens, self.cuda_graphs)
 
     def kv_capacity_bytes(self, utilization: float) -> float:
         """KV-cache bytes of one board.
@@ -250,13 +193,95 @@ class StepModel:
         Raises:
             ConfigError: the weights do not fit.
         """
-        expert_bytes = self.shape.moe_layers * self.shape.experts * self.shape.expert_params * self.shape.weight_bytes
-        other_bytes = self.shape.total_params * self.shape.weight_bytes - expert_bytes
-        weights = (other_bytes + expert_bytes * self._share) / (self._tp * self._pp)
-        usable = self.spec.memory_gb * 1e9 * utilization - 2e9  # activations, graphs, context
+        expert_bytes = self.shape.moe_layers * self.shape.experts * self.shape.expert_bytes
+        other_bytes = self.shape.weight_bytes - expert_bytes
+        ranks = self.group.expert_ranks if self.group.expert else self.group.tensor
+        weights = (other_bytes / self.group.tensor + expert_bytes / ranks) / self.group.pipeline
+        usable = self.spec.memory_gb * 1e9 * utilization - RESERVED_BYTES
         if weights >= usable:
             raise ConfigError(
                 f"weights need {weights / 1e9:.1f} GB per board, {self.spec.nvml_name} leaves {usable / 1e9:.1f} GB of "
                 f"{self.spec.memory_gb:.0f} GB; emulate more boards (--emulate Nx{self.spec.name})"
             )
         return usable - weights
+
+
+def step_tables(
+    shape: ModelShape, spec: BoardSpec, group: ParallelGroup, k: StepConstants, max_tokens: int, cuda_graphs: bool = True
+) -> StepTables:
+    """Tables of `step_cost`, computed on a grid of token counts and interpolated between; no tokens, no time."""
+    tokens, grid = np.arange(max_tokens + 1), _grid(max_tokens)
+    parts = _kernels(shape, spec, group, k.popularity_cv, tuple(grid))
+    factor = k.expert_factor if shape.expert_format == "bf16" else k.narrow_expert_factor
+    narrow = shape.moe_layers * (shape.expert_format != "bf16")
+    gaps = shape.layers * k.layer_gap_s + shape.moe_layers * k.moe_gap_s + narrow * k.narrow_moe_gap_s
+    launch = (shape.layers - shape.moe_layers) * k.launch_layer_s + shape.moe_layers * k.launch_moe_layer_s
+    a = parts.attention
+
+    def table(values: FloatArray | float) -> FloatArray:
+        return np.where(tokens > 0, np.interp(tokens, grid, np.broadcast_to(values, grid.shape)), 0.0)
+
+    return StepTables(
+        memory_s=table(parts.dense.memory_s + parts.logits.memory_s[0]),
+        core_s=table(parts.dense.core_s),
+        tensor_s=table(parts.dense.tensor_s),
+        overlap_p=np.interp(tokens, grid, parts.dense.overlap_p),
+        logits_core_s=table(parts.logits.core_s),
+        expert_memory_s=table(factor * parts.experts.memory_s),
+        expert_core_s=table(factor * parts.experts.core_s),
+        expert_p=np.interp(tokens, grid, parts.experts.overlap_p),
+        expert_even=np.interp(tokens, grid, parts.even),
+        fixed_s=table(parts.dense.fixed_s + parts.experts.fixed_s + parts.logits.fixed_s[0] + a.fixed_s + gaps),
+        comm_s=table(k.link_factor * parts.links_s),
+        launch_s=np.where((tokens > k.capture_tokens) | (tokens > 0) & (not cuda_graphs), launch, 0.0),
+        context_s=k.attention_factor * a.context_s,
+        context_core_s=k.attention_factor * a.context_core_s,
+        window=float(shape.window),
+        windowed=shape.window_layers / shape.layers,
+        sequence_core_s=k.attention_factor * a.sequence_core_s,
+        attention_p=a.overlap_p,
+        pair_s=a.pair_s,
+        prefill_token_s=a.token_s,
+        host_s=k.host_s,
+        host_per_sequence_s=k.host_per_sequence_s,
+        expert_activity=k.expert_activity if shape.expert_format == "bf16" else k.narrow_expert_activity,
+        expert_slack=factor,
+        top_clock_mhz=float(spec.max_sm_clock_mhz),
+        stages=float(group.pipeline),
+    )
+
+
+class _Kernels(NamedTuple):
+    """What does not depend on the engine; arrays by the grid."""
+
+    dense: KernelTime
+    logits: KernelTime
+    experts: KernelTime
+    even: FloatArray
+    links_s: FloatArray
+    attention: step_kernels.AttentionTime
+
+
+@lru_cache(maxsize=64)
+def _kernels(
+    shape: ModelShape, spec: BoardSpec, group: ParallelGroup, popularity_cv: float, grid: tuple[int, ...]
+) -> _Kernels:
+    board, rows = step_kernels.kernels_of(spec), np.array(grid, dtype=np.float64)
+    none = np.zeros(len(rows))
+    routed, even = KernelTime(none, none, none, none, none, none + 1.0), none + 1.0
+    if shape.experts:
+        routed, even = step_kernels.experts(board, shape, group, popularity_cv, rows)
+    return _Kernels(
+        step_kernels.dense(board, shape, group.tensor, rows),
+        step_kernels.output_matrix(board, shape, group.tensor, rows),
+        routed,
+        even,
+        step_kernels.links(board, shape, group, rows),
+        step_kernels.attention(board, shape, group.tensor),
+    )
+
+
+def _grid(max_tokens: int) -> NDArray[np.int64]:
+    """Token counts from one: all up to 32, then about 4 % apart."""
+    wide = np.geomspace(32, max(33, max_tokens), 150).round()
+    return np.unique(np.concatenate([np.arange(1, 33), wide])).astype(np.int64)
