@@ -57,6 +57,17 @@ def full_name(name: str) -> str:
     )
 
 
+def shipped_config(name: str) -> dict[str, Any]:
+    """The config.json of a shipped shape.
+
+    Raises:
+        ConfigError: as `full_name`.
+    """
+    file = f"{full_name(name).replace('/', '--')}.json"
+    config: dict[str, Any] = json.loads((files("pals.engines") / "model_configs" / file).read_text())
+    return config
+
+
 def plain(name: str) -> str:
     """A name without case and dashes: people write GPT-2 and gpt2."""
     return re.sub(r"[-_ ]", "", name.lower())
@@ -84,7 +95,7 @@ def local_folder(name: str, cache: Path) -> Path:
 
 def build_folder(full: str, folder: Path) -> None:
     """Write config, tokenizer and canned text of one model into `folder`."""
-    config = json.loads((files("pals.engines") / "model_configs" / f"{full.replace('/', '--')}.json").read_text())
+    config = shipped_config(full)
     tokenizer, canned = train_tokenizer()
     bos, eos = (tokenizer.token_to_id(t) for t in SPECIAL[1:])
     config |= {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
