@@ -57,14 +57,10 @@ def full_name(name: str) -> str:
     )
 
 
-def shipped_config(name: str) -> dict[str, Any]:
-    """The config.json of a shipped shape.
-
-    Raises:
-        ConfigError: as `full_name`.
-    """
-    file = f"{full_name(name).replace('/', '--')}.json"
-    config: dict[str, Any] = json.loads((files("pals.engines") / "model_configs" / file).read_text())
+def shipped_config(full: str) -> dict[str, Any]:
+    """The config.json of a shipped model, by its full name."""
+    path = files("pals.engines") / "model_configs" / f"{full.replace('/', '--')}.json"
+    config: dict[str, Any] = json.loads(path.read_text())
     return config
 
 
