@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pals.core.errors import ConfigError
 from pals.core.quantities import LATENCY_BOUNDS_S
 from pals.engines.model_zoo import shipped_config
+from pals.plant.fleet import ROUTERS, FleetSpec, route, simulate
 from pals.plant.llm_step import ModelShape, StepModel
 from pals.plant.replica import Replica
 from pals.plant.specs import BoardSpec, board_specs
@@ -177,10 +178,10 @@ def test_energy_is_the_integral_of_power_and_a_limit_holds_the_mean() -> None:
     replica = make(boards=2, max_num_seqs=128)
     replica.submit(load(np.zeros(128), 200, 900))
     replica.set_limit_w(110.0)
-    replica.advance(2.0)
+    replica.advance(2.005)  # amid a tick
     start_j, watts = replica.energy_j(), []
-    for _ in range(300):
-        replica.advance(round(replica.now_s + 0.01, 6))
+    for k in range(1, 301):
+        replica.advance(2.005 + 0.01 * k)
         watts.append(sum(b.power_instant_w for b in replica.boards()))
     spent_j = replica.energy_j() - start_j
 
@@ -328,3 +329,43 @@ def test_requests_can_be_added_while_others_run() -> None:
     whole.run()
     parts.run()
     np.testing.assert_allclose(whole.results().last_token_s, parts.results().last_token_s, rtol=1e-12)
+
+
+def fleet_of(replicas: int, **more: Any) -> FleetSpec:
+    model, spec = olmoe()
+    engine = {"max_num_seqs": 32, "max_num_batched_tokens": 2048}
+    return FleetSpec(
+        model=model, spec=spec, replicas=replicas, boards=1, power_period_s=1.0, **{"engine": engine, **more}
+    )
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_fleet_serves_every_request_once_whatever_the_router(router: str) -> None:
+    work = random_load(5, 200)
+    result = simulate(fleet_of(3), work, router=router, until_s=10.0, seed=4)
+
+    assert not np.isnan(result.times.last_token_s).any()
+    assert set(result.replica) == {0, 1, 2}
+    np.testing.assert_allclose(result.power_w.sum(axis=1) * 1.0, result.energy_j)
+    np.testing.assert_allclose(result.node_power_w, 1.05 * result.power_w.sum(axis=0) + 345.0)
+
+
+def test_a_fleet_of_one_is_its_replica_and_least_outstanding_evens_out_long_requests() -> None:
+    work = random_load(5, 60)
+    alone = make(max_num_seqs=32)
+    alone.submit(work)
+    alone.advance(10.0)
+    fleet = simulate(fleet_of(1), work, router="round-robin", until_s=10.0)
+    np.testing.assert_allclose(fleet.times.last_token_s, alone.results().last_token_s, rtol=1e-12)
+
+    long_first = load(np.zeros(4), [1600, 10, 10, 10], 5)
+    assert list(route(long_first, fleet_of(2), "least-outstanding")) == [0, 1, 1, 1]
+    with pytest.raises(ConfigError, match="unknown router 'sticky'"):
+        route(work, fleet_of(2), "sticky")
+
+
+def test_a_fleet_is_bit_identical_for_any_number_of_workers() -> None:
+    work = random_load(6, 120)
+    one, two = (simulate(fleet_of(3), work, router="least-outstanding", until_s=5.0, workers=w) for w in (1, 2))
+    assert one.times.last_token_s.tobytes() == two.times.last_token_s.tobytes()
+    assert one.power_w.tobytes() == two.power_w.tobytes()

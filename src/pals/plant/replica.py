@@ -121,7 +121,7 @@ class Replica:
         """
         new = requests_of(workload)
         held = int(self._state["submitted"])
-        earliest_s = self._memory.requests["arrival_s"][held - 1] if held else 0.0
+        earliest_s = max(self.now_s, float(self._memory.requests["arrival_s"][held - 1]) if held else 0.0)
         if len(new) and (np.any(np.diff(new["arrival_s"]) < 0) or new["arrival_s"][0] < earliest_s):
             raise ConfigError(
                 f"{workload.name}: requests must be submitted in order of arrival, none before {earliest_s:.3f} s. Nothing "
@@ -180,10 +180,11 @@ class Replica:
         Raises:
             ValueError: unknown way of lowering; nothing was changed.
         """
-        code = LOWERINGS.index(lowering)
+        if lowering not in LOWERINGS:
+            raise ValueError(f"unknown lowering {lowering!r}; known: {', '.join(LOWERINGS)}. The limit in force stays")
         launch = int(self._state["launch"])
         self._state["limit"] = launch if n is None else max(1, min(launch, n))
-        self._state["lowering"] = code
+        self._state["lowering"] = LOWERINGS.index(lowering)
 
     def swap_model(self, model: StepModel) -> None:
         """From the next step on, steps take what `model` says: another engine build, another routing of experts."""
