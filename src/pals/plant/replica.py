@@ -88,7 +88,7 @@ class Replica:
             )
         self.spec, self.model = spec, model
         self._max_num_batched_tokens = max_num_batched_tokens
-        self.kv_blocks = kv_blocks or kv_blocks_of(model, boards, gpu_memory_utilization, block_size)
+        self.kv_blocks = kv_blocks or kv_blocks_of(model, gpu_memory_utilization, block_size)
         self._memory = new_memory(boards=boards, block_size=block_size, max_num_seqs=max_num_seqs)
         self._state = self._memory.state[0]
         s = self._state
@@ -260,13 +260,14 @@ class Replica:
         )
 
 
-def kv_blocks_of(model: StepModel, boards: int, utilization: float, block_size: int) -> int:
+def kv_blocks_of(model: StepModel, utilization: float, block_size: int) -> int:
     """KV blocks that fit the boards' memory, less the one vLLM keeps as a null block.
 
     Raises:
         ConfigError: the weights do not fit.
     """
-    token_bytes = model.shape.kv_bytes_per_token / boards
+    shape, group = model.shape, model.group
+    token_bytes = shape.kv_bytes_per_token / min(group.tensor, shape.kv_heads) / group.pipeline
     return int(model.kv_capacity_bytes(utilization) // (token_bytes * block_size)) - 1
 
 
