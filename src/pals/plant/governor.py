@@ -23,7 +23,6 @@ _GAIN = 1.0 - float(np.exp(-TICK_S / FILTER_S))
 
 
 def govern(
-    *,
     filtered_w: FloatArray,
     power_w: FloatArray,
     limit_w: FloatArray,
@@ -34,14 +33,15 @@ def govern(
 ) -> tuple[FloatArray, FloatArray, NDArray[np.bool_]]:
     """Return the next filtered power, the next clock, and whether the limit holds the clock down.
 
-    All arguments have shape (boards,). `core_w` is the part of `power_w` that follows the clock; its slope is
+    All arguments have shape (boards,), or are numbers where the simulator calls it compiled, board by board (which is why
+    they are no keyword-only ones, and why there is no `where` here). `core_w` is the part of `power_w` that follows the clock; its slope is
     about twice the average, because voltage rises too.
     """
     filtered = filtered_w + (power_w - filtered_w) * _GAIN
     slope_w = np.maximum(0.05, 2.0 * core_w / np.maximum(clock_mhz, 1.0)) * CLOCK_STEP_MHZ
     error_w = limit_w - SAFETY_W - filtered
-    steps = np.clip(error_w / slope_w, -STEPS_DOWN, STEPS_UP)
-    steps = np.where(np.abs(error_w) < DEAD_BAND_W, 0.0, steps)
-    clock = np.clip(clock_mhz + CLOCK_STEP_MHZ * steps, floor_mhz, np.maximum(floor_mhz, ceiling_mhz))
+    steps = np.minimum(np.maximum(error_w / slope_w, -STEPS_DOWN), STEPS_UP) * (np.abs(error_w) >= DEAD_BAND_W)
+    clock = np.minimum(clock_mhz + CLOCK_STEP_MHZ * steps, np.maximum(floor_mhz, ceiling_mhz))
+    clock = np.maximum(clock, floor_mhz)
     limited = (clock < ceiling_mhz) & (error_w < slope_w)
     return filtered, clock, limited

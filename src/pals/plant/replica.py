@@ -1,0 +1,315 @@
+"""A simulated replica: one engine on one group of boards, stepped event by event, O(1) work a decode step.
+
+Schedules as vLLM V1 does, draws power as the emulated boards do; semantics, speed and differences: docs/models/replica.md.
+Figures that come from here are simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pals.core.errors import ConfigError
+from pals.core.quantities import LOWERINGS, Checked, EngineSample
+from pals.plant import replica_run
+from pals.plant.boards import AMBIENT_C, NO_LIMIT_W, THERMAL_K_PER_W
+from pals.plant.llm_step import StepModel, StepTables
+from pals.plant.replica_state import PIPELINE, REQUEST, RING, Memory, new_memory
+from pals.plant.silicon import Silicon
+from pals.plant.specs import CLOCK_STEP_MHZ, BoardSpec
+from pals.plant.workload import Workload
+
+FloatArray = NDArray[np.float64]
+Constants = TypeVar("Constants", StepTables, Silicon)
+TICK_S = replica_run.TICK_S
+UTILIZATION = 0.92  # vLLM's default share of board memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoardView(Checked):
+    """What the sensors of one simulated board say."""
+
+    power_w: float  # mean over the driver's own window
+    power_instant_w: float
+    energy_j: float  # counter: refreshed every 50 ms, only differences mean anything
+    sm_clock_mhz: int
+    temperature_c: float
+    enforced_limit_w: float
+    requested_limit_w: float
+    throttled: bool  # a power limit holds the clock down
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestTimes:
+    """What came of each request, arrays of shape (requests,), seconds from the start; NaN where it is not so far."""
+
+    scheduled_s: FloatArray  # first planned
+    first_token_s: FloatArray
+    last_token_s: FloatArray
+    preemptions: NDArray[np.int32]
+
+
+class Replica:
+    """See the module. Time starts at 0; nothing moves but by `advance`."""
+
+    def __init__(
+        self,
+        model: StepModel,
+        spec: BoardSpec,
+        *,
+        boards: int,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 8192,
+        block_size: int = 16,
+        kv_blocks: int | None = None,
+        gpu_memory_utilization: float = UTILIZATION,
+        prefix_caching: bool = True,
+        async_scheduling: bool = True,
+        board_seed: int = 0,
+        compiled: bool = True,
+    ) -> None:
+        """`kv_blocks` None: what the board's memory leaves; `compiled` False runs the same code uncompiled.
+
+        Raises:
+            ConfigError: sizes that do not fit one another, the model does not fit the boards, or numba is missing.
+        """
+        if max_num_seqs < 1 or max_num_batched_tokens < max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs ({max_num_seqs}), and that "
+                "at least 1: every running sequence decodes one token a step. Nothing was simulated"
+            )
+        self.spec, self.model = spec, model
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self.kv_blocks = kv_blocks or kv_blocks_of(model, boards, gpu_memory_utilization, block_size)
+        self._memory = new_memory(boards=boards, block_size=block_size, max_num_seqs=max_num_seqs)
+        self._state = self._memory.state[0]
+        s = self._state
+        s["depth"] = PIPELINE if async_scheduling else 1
+        s["queue_put"] = s["kv_blocks"] = self.kv_blocks
+        s["block"], s["batched"], s["prefix_caching"] = block_size, max_num_batched_tokens, prefix_caching
+        s["launch"] = s["limit"] = max_num_seqs
+        s["due"] = 1
+        new_boards(self._memory, spec, board_seed)
+        self.swap_model(model)
+        self._silicon = numbers(spec.silicon)
+        self._advance: Callable[..., bool] = _compiled() if compiled else replica_run.advance
+
+    @property
+    def now_s(self) -> float:
+        """Simulated time."""
+        return float(self._state["now_s"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether every submitted request has its last token."""
+        return int(self._state["finished"]) == int(self._state["submitted"])
+
+    def submit(self, workload: Workload) -> None:
+        """Add requests; they must arrive no earlier than those submitted before, and not in the past.
+
+        Raises:
+            ConfigError: arrivals out of order, or a request that never fits the KV cache.
+        """
+        new = requests_of(workload)
+        held = int(self._state["submitted"])
+        earliest_s = self._memory.requests["arrival_s"][held - 1] if held else 0.0
+        if len(new) and (np.any(np.diff(new["arrival_s"]) < 0) or new["arrival_s"][0] < earliest_s):
+            raise ConfigError(
+                f"{workload.name}: requests must be submitted in order of arrival, none before {earliest_s:.3f} s. Nothing "
+                "was submitted"
+            )
+        block = int(self._state["block"])
+        needed = -(-(new["prompt"].astype(np.int64) + new["output"]) // block)
+        if len(new) and int(needed.max()) > self.kv_blocks:
+            raise ConfigError(
+                f"{workload.name}: request {int(needed.argmax())} needs {int(needed.max())} KV blocks of {block} tokens and "
+                f"the replica has {self.kv_blocks}: it would never run. Nothing was submitted"
+            )
+        self._memory = self._memory._replace(requests=np.concatenate([self._memory.requests[:held], new]))
+        self._state["submitted"] = held + len(new)
+
+    def advance(self, until_s: float) -> None:
+        """Go on to `until_s` of simulated time.
+
+        Raises:
+            RuntimeError: the scheduler is stuck, which is a mistake of ours.
+        """
+        if until_s <= self.now_s:
+            return
+        if not self._advance(self._memory, self._tables, self._silicon, float(until_s)):
+            raise RuntimeError(
+                f"the simulated scheduler plans nothing although {int(self._state['running'])} run; stopped at {self.now_s} s"
+            )
+
+    def run(self, *, chunk_s: float = 60.0) -> None:
+        """Advance until every request has its last token."""
+        while not self.finished:
+            self.advance(self.now_s + chunk_s)
+
+    def set_limit_w(self, watts: float) -> None:
+        """Power limit of each board, from the next tick on.
+
+        Raises:
+            ValueError: outside the boards' range; nothing was changed.
+        """
+        if not self.spec.min_limit_w <= watts <= self.spec.max_limit_w:
+            raise ValueError(
+                f"{watts} W lies outside {self.spec.min_limit_w}..{self.spec.max_limit_w} W of {self.spec.nvml_name}; "
+                f"{float(self._memory.boards['limit_w'][0])} W stays in force"
+            )
+        self._memory.boards["limit_w"] = watts
+
+    def set_clock_lock(self, mhz: int | None) -> None:
+        """Ceiling of the SM clock of each board; None releases it."""
+        wanted = self.spec.max_sm_clock_mhz if mhz is None else mhz
+        stepped = wanted // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ
+        self._memory.boards["ceiling_mhz"] = min(
+            max(stepped, self.spec.min_sm_clock_mhz), self.spec.max_sm_clock_mhz
+        )
+
+    def set_active_sequences(self, n: int | None, lowering: str = "drain") -> None:
+        """Active-sequence limit from the next planned step on, never above the launch limit; None returns to that.
+
+        Raises:
+            ValueError: unknown way of lowering; nothing was changed.
+        """
+        code = LOWERINGS.index(lowering)
+        launch = int(self._state["launch"])
+        self._state["limit"] = launch if n is None else max(1, min(launch, n))
+        self._state["lowering"] = code
+
+    def swap_model(self, model: StepModel) -> None:
+        """From the next step on, steps take what `model` says: another engine build, another routing of experts."""
+        if len(model.tables.memory_s) <= self._max_num_batched_tokens:
+            raise ConfigError(
+                f"the step model knows steps of up to {len(model.tables.memory_s) - 1} tokens, the engine plans "
+                f"{self._max_num_batched_tokens}: make it with max_tokens={self._max_num_batched_tokens}"
+            )
+        self.model, self._tables = model, numbers(model.tables)
+
+    def boards(self) -> tuple[BoardView, ...]:
+        """The sensors of each board now."""
+        window = min(RING, max(1, round(self.spec.power_window_s / TICK_S)))
+        newest = int(self._state["ticks"])
+        mean_w = self._memory.ring[:, (newest - np.arange(window)) % RING].mean(axis=1)
+        return tuple(
+            BoardView(
+                power_w=float(mean_w[i]),
+                power_instant_w=float(b["power_w"]),
+                energy_j=float(b["published_j"]),
+                sm_clock_mhz=int(b["clock_mhz"] // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ),
+                temperature_c=float(b["temperature_c"]),
+                enforced_limit_w=float(min(b["limit_w"], b["external_w"])),
+                requested_limit_w=float(b["limit_w"]),
+                throttled=bool(b["limited"]),
+            )
+            for i, b in enumerate(self._memory.boards)
+        )
+
+    def energy_j(self) -> float:
+        """The integral of all boards' power up to the last tick, J; for checks and totals, not for controllers."""
+        return float(self._memory.boards["energy_j"].sum())
+
+    def counters(self) -> EngineSample:
+        """What the engine says of itself now."""
+        s, m = self._state, self._memory
+        waiting = int(s["stacked"] + s["arrived"] - s["admitted"])
+        new = int(s["admitted"]) < int(s["arrived"])
+        oldest_s = float(s["last_update_s"] - m.requests["arrival_s"][int(s["admitted"])]) if new else 0.0
+        return EngineSample(
+            time_s=float(s["last_update_s"]),
+            steps=int(s["completed"]),
+            running=int(s["running"]),
+            waiting=waiting,
+            arrived_requests=int(s["arrived"]),
+            arrived_prompt_tokens=int(s["arrived_prompt_tokens"]),
+            prefill_tokens=int(s["prefill_tokens"]),
+            decode_tokens=int(s["decode_tokens"]),
+            output_tokens=int(s["output_tokens"]),
+            finished_requests=int(s["finished"]),
+            aborted_requests=0,
+            preemptions=int(s["preemptions"]),
+            kv_usage=1.0 - float(s["queue_put"] - s["queue_taken"]) / self.kv_blocks,
+            busy_s=float(s["busy_s"]),
+            last_step_s=float(s["last_step_s"]),
+            oldest_waiting_s=max(0.0, oldest_s),
+            active_limit=int(s["limit"]),
+            launch_limit=int(s["launch"]),
+            ttft_counts=tuple(int(n) for n in m.ttft_counts),
+            tpot_counts=tuple(int(n) for n in m.tpot_counts),
+            scheduled=int(s["scheduled"]),
+            lowering=LOWERINGS[int(s["lowering"])],
+        )
+
+    def results(self) -> RequestTimes:
+        """The times of every request submitted so far."""
+        r = self._memory.requests
+        return RequestTimes(
+            scheduled_s=r["scheduled_s"].copy(),
+            first_token_s=r["first_s"].copy(),
+            last_token_s=r["last_s"].copy(),
+            preemptions=r["preemptions"].copy(),
+        )
+
+
+def kv_blocks_of(model: StepModel, boards: int, utilization: float, block_size: int) -> int:
+    """KV blocks that fit the boards' memory, less the one vLLM keeps as a null block.
+
+    Raises:
+        ConfigError: the weights do not fit.
+    """
+    token_bytes = model.shape.kv_bytes_per_token / boards
+    return int(model.kv_capacity_bytes(utilization) // (token_bytes * block_size)) - 1
+
+
+def requests_of(workload: Workload) -> NDArray[Any]:
+    """The workload as request records.
+
+    Raises:
+        ConfigError: a request without prompt or output.
+    """
+    new = np.zeros(len(workload), REQUEST)
+    new["arrival_s"] = workload.arrival_s
+    new["prompt"], new["output"] = workload.prompt_tokens, workload.output_tokens
+    new["prefix"] = workload.prefix_tokens
+    for name in ("scheduled_s", "first_s", "last_s"):
+        new[name] = np.nan
+    if len(new) and (new["prompt"].min() < 1 or new["output"].min() < 1):
+        raise ConfigError(f"{workload.name}: every request has at least one prompt and one output token")
+    return new
+
+
+def new_boards(m: Memory, spec: BoardSpec, seed: int) -> None:
+    """Idle boards at their default limits; each varies a little, by `seed`, exactly as the emulated ones do."""
+    rng, b, count = np.random.default_rng(seed), m.boards, len(m.boards)
+    b["limit_w"], b["external_w"] = spec.default_limit_w, NO_LIMIT_W
+    b["floor_mhz"] = b["clock_mhz"] = spec.min_sm_clock_mhz
+    b["ceiling_mhz"] = spec.max_sm_clock_mhz
+    b["core_factor"] = np.clip(rng.normal(1.0, 0.03, count), 0.9, 1.1)
+    b["idle_factor"] = np.clip(rng.normal(1.0, 0.04, count), 0.85, 1.15)
+    b["power_w"] = b["filtered_w"] = spec.silicon.idle_w * b["idle_factor"]
+    m.ring[:] = b["power_w"][:, None]
+    b["temperature_c"] = AMBIENT_C + THERMAL_K_PER_W * b["power_w"]
+
+
+def numbers(constants: Constants) -> Constants:
+    """The same constants with every number a float and every array contiguous: one compiled signature for all."""
+    hints = get_type_hints(type(constants))
+    return type(constants)(
+        *(
+            np.ascontiguousarray(v, dtype=np.float64)
+            if isinstance(v, np.ndarray)
+            else (int(v) if hints[name] is int else float(v))
+            for name, v in zip(constants._fields, constants, strict=True)
+        )
+    )
+
+
+def _compiled() -> Callable[..., bool]:
+    from pals.plant.compiled import compiled_advance
+
+    return compiled_advance()
