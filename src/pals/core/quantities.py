@@ -5,14 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
+
+
+@cache
+def _names(kind: type) -> tuple[str, ...]:
+    """Names of a dataclass's fields; asked for at every birth, so looked up once a class."""
+    return tuple(f.name for f in fields(kind))
 
 
 def refuse_nan(owner: object) -> None:
     """Raise `ValueError` if any float field of the dataclass `owner` is NaN or infinite."""
-    for f in fields(owner):  # type: ignore[arg-type]
-        value = getattr(owner, f.name)
+    for name in _names(type(owner)):
+        value = getattr(owner, name)
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{type(owner).__name__}.{f.name} is {value}; unknown values are None, never NaN")
+            raise ValueError(f"{type(owner).__name__}.{name} is {value}; unknown values are None, never NaN")
 
 
 class Checked:

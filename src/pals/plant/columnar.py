@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,20 @@ def read_columns(path: Path, columns: Sequence[str], *, what: str) -> Columns:
     return {c: table[c].to_numpy(zero_copy_only=False) for c in columns}
 
 
+def row_count(path: Path) -> int:
+    """Rows of a Parquet file."""
+    with _pyarrow().parquet.ParquetFile(path) as file:
+        return int(file.metadata.num_rows)
+
+
+def row_groups(path: Path, columns: Sequence[str]) -> Iterator[Columns]:
+    """A Parquet file's columns as numpy arrays, one group of rows after the other; null is NaN."""
+    with _pyarrow().parquet.ParquetFile(path) as file:
+        for i in range(file.num_row_groups):
+            table = file.read_row_group(i, columns=list(columns))
+            yield {c: table[c].to_numpy() for c in columns}
+
+
 class ParquetWriter:
     """Writes tables of the same columns one after another into one file; a part of them is there when it is closed early.
 
@@ -60,8 +74,9 @@ class ParquetWriter:
 
     def append_file(self, path: Path) -> None:
         """Append the rows of a file that another writer of these columns wrote."""
-        for batch in self._pa.parquet.ParquetFile(path).iter_batches():
-            self._writer.write_batch(batch.cast(self._schema) if batch.schema != self._schema else batch)
+        with self._pa.parquet.ParquetFile(path) as file:
+            for i in range(file.num_row_groups):
+                self._writer.write_table(file.read_row_group(i).cast(self._schema))
 
     def close(self) -> None:
         """Finish the file."""

@@ -104,6 +104,11 @@ class Replica:
         return float(self._state["now_s"])
 
     @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds; a longer request never runs."""
+        return self.kv_blocks * int(self._state["block"])
+
+    @property
     def finished(self) -> bool:
         """Whether every submitted request has its last token."""
         return int(self._state["finished"]) == int(self._state["submitted"])

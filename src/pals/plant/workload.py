@@ -58,6 +58,11 @@ class Workload:
         return (len(self) - 1) / self.span_s if self.span_s > 0 else 0.0
 
     @property
+    def total_tokens(self) -> NDArray[np.int64]:
+        """Prompt and output of each request, shape (requests,)."""
+        return self.prompt_tokens.astype(np.int64) + self.output_tokens
+
+    @property
     def gap_cv(self) -> float:
         """Coefficient of variation of the gaps between arrivals: 1 for a Poisson process, more for bursts; 0 below 3 requests."""
         gaps = np.diff(self.arrival_s)
@@ -82,7 +87,7 @@ class Workload:
 
     def within_context(self, max_tokens: int) -> Workload:
         """Without the requests whose prompt and output exceed a model's context, which a server refuses."""
-        return self.take(self.prompt_tokens.astype(np.int64) + self.output_tokens <= max_tokens)
+        return self.take(self.total_tokens <= max_tokens)
 
     def described(self) -> str:
         """One line for people."""
