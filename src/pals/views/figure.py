@@ -94,7 +94,7 @@ def _legend_of(row: Sequence[Any]) -> tuple[list[Any], list[str]]:
 def _power(axes: Any, run: RunSeries) -> None:
     budget = [float("nan") if b is None else b for b in run.budget_w]
     axes.fill_between(run.time_s, run.power_w, color=BLUE, alpha=0.18, linewidth=0)
-    axes.plot(run.time_s, run.power_w, color=BLUE, linewidth=1.5, label="measured power")
+    axes.plot(run.time_s, run.power_w, color=BLUE, linewidth=1.5, label="power drawn")
     axes.step(run.time_s, run.limit_w, where="post", color=ORANGE, linewidth=1.8, label="power limits in force")
     if any(b is not None for b in run.budget_w):
         axes.step(run.time_s, budget, where="post", color=BLACK, linewidth=1.3, linestyle=(0, (4, 3)), label="budget")
