@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import tempfile
 import threading
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pals.cli.emulate_nvml import add_nvml
 from pals.cli.main import add_agent_options, add_sweep_options, say
 from pals.core.errors import ConfigError
+from pals.engines.emulated_world import emulating
 
 if TYPE_CHECKING:
     from pals.experiments.virtual_run import VirtualNode, VirtualResult
@@ -196,28 +196,6 @@ def node_of(args: argparse.Namespace, rest: list[str]) -> Iterator[VirtualNode]:
             yield VirtualNode(
                 model=model, options=options, spec=spec, count=count, board_seed=args.seed_boards, folder=folder
             )
-
-
-@contextmanager
-def emulating(name: str, folder: Path, bank: Path) -> Iterator[None]:
-    """The environment that vLLM and the plugin read in this process; as it was afterwards."""
-    before = dict(os.environ)
-    os.environ |= {
-        "PALS_EMU": "1",
-        "PALS_EMU_BOARDS": str(bank),
-        "PALS_RUN_DIR": str(folder),
-        "PALS_MODEL_NAME": name,
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1",  # ids draw the texts
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-    }
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ |= before
 
 
 def reproducing(argv: Sequence[str], policy: str, *, without: Sequence[str] = ("--out",)) -> str:

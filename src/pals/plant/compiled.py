@@ -78,6 +78,7 @@ def digest() -> int:
 
 def entry_of(build: int) -> Advance:
     """The function to compile; `build` is in its closure, hence in numba's key."""
+
     def advance(m: Any, tables: Any, silicon: Any, until_s: float) -> bool:
         m.state[0]["build"] = build
         return run(m, tables, silicon, until_s)

@@ -69,10 +69,14 @@ class Replica:
         gpu_memory_utilization: float = UTILIZATION,
         prefix_caching: bool = True,
         async_scheduling: bool = True,
+        pace_when_planned: bool = False,
         board_seed: int = 0,
         compiled: bool = True,
     ) -> None:
         """`kv_blocks` None: what the board's memory leaves; `compiled` False runs the same code uncompiled.
+
+        `pace_when_planned` fixes a step's duration at the clock of the moment it is planned, as the emulated engine books
+        it; otherwise a step that runs slows down and speeds up with the clock.
 
         Raises:
             ConfigError: sizes that do not fit one another, the model does not fit the boards, or numba is missing.
@@ -91,6 +95,7 @@ class Replica:
         s["depth"] = PIPELINE if async_scheduling else 1
         s["queue_put"] = s["kv_blocks"] = self.kv_blocks
         s["block"], s["batched"], s["prefix_caching"] = block_size, max_num_batched_tokens, prefix_caching
+        s["fixed_pace"] = pace_when_planned
         s["launch"] = s["limit"] = max_num_seqs
         s["due"] = 1
         new_boards(self._memory, spec, board_seed)
@@ -172,9 +177,7 @@ class Replica:
         """Ceiling of the SM clock of each board; None releases it."""
         wanted = self.spec.max_sm_clock_mhz if mhz is None else mhz
         stepped = wanted // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ
-        self._memory.boards["ceiling_mhz"] = min(
-            max(stepped, self.spec.min_sm_clock_mhz), self.spec.max_sm_clock_mhz
-        )
+        self._memory.boards["ceiling_mhz"] = min(max(stepped, self.spec.min_sm_clock_mhz), self.spec.max_sm_clock_mhz)
 
     def set_active_sequences(self, n: int | None, lowering: str = "drain") -> None:
         """Active-sequence limit from the next planned step on, never above the launch limit; None returns to that.

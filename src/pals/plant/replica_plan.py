@@ -231,5 +231,3 @@ def cached_tokens(m: Memory, i: int, request: int, known: int) -> int:
         own = min(m.slots[i]["kept_blocks"], m.slots[i]["freed_at"] - s["queue_taken"])
         cached = max(cached, own)
     return min(cached, (known - 1) // block) * block  # type: ignore[no-any-return]
-
-

@@ -25,6 +25,14 @@ def pace_mhz(m: Memory) -> float:
     return slowest  # type: ignore[no-any-return]
 
 
+def booked_pace_mhz(m: Memory, idle: bool) -> float:
+    """The pace an emulated engine books a step at when it is planned: after idling, the one its boards rise to."""
+    pace = pace_mhz(m)
+    if idle and m.state[0]["now_s"] > m.state[0]["busy_until_s"]:
+        pace = max(pace, max(m.boards[0]["floor_mhz"], m.boards[0]["ceiling_mhz"]))
+    return pace
+
+
 def awake(m: Memory, time_s: float) -> bool:
     """Whether clocks are up although nothing runs: for a while after the last step."""
     return time_s < m.state[0]["busy_until_s"] + AWAKE_S  # type: ignore[no-any-return]
@@ -60,7 +68,13 @@ def tick(m: Memory, k: Silicon, running: bool) -> None:
         m.ring[i, s["ticks"] % RING] = power_w
         top_mhz = b["ceiling_mhz"] if up else b["floor_mhz"]
         filtered_w, clock_mhz, limited = govern(
-            b["filtered_w"], power_w, min(b["limit_w"], b["external_w"]), core_w, b["clock_mhz"], b["floor_mhz"], top_mhz
+            b["filtered_w"],
+            power_w,
+            min(b["limit_w"], b["external_w"]),
+            core_w,
+            b["clock_mhz"],
+            b["floor_mhz"],
+            top_mhz,
         )
         b["filtered_w"] = filtered_w
         b["clock_mhz"] = clock_mhz

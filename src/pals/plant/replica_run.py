@@ -14,7 +14,7 @@ from pals.plant.governor import TICK_S
 from pals.plant.llm_step import StepTables, step_cost
 from pals.plant.replica_batch import blocks_of, drop_slot, forget_last, remove_running
 from pals.plant.replica_plan import plan_step
-from pals.plant.replica_power import pace_mhz, settled, sleep_through, tick, wake
+from pals.plant.replica_power import booked_pace_mhz, pace_mhz, settled, sleep_through, tick, wake
 from pals.plant.replica_state import GONE, NOBODY, WHEEL, Memory
 from pals.plant.silicon import Silicon
 
@@ -76,8 +76,11 @@ def plan_ahead(m: Memory, t: StepTables, k: Silicon) -> None:
     accept(m)
     while s["planned"] - s["completed"] < s["depth"]:
         idle = s["planned"] == s["completed"]
+        step = s["planned"]
         if not plan_step(m):
             return
+        if s["fixed_pace"] == 1:
+            m.steps[step % len(m.steps)]["pace_mhz"] = booked_pace_mhz(m, idle)
         if idle:
             start_step(m, t, k)
 
@@ -86,7 +89,10 @@ def start_step(m: Memory, t: StepTables, k: Silicon) -> None:
     """The boards begin the oldest planned step."""
     s = m.state[0]
     wake(m)
-    s["pace_mhz"] = pace_mhz(m)
+    if s["fixed_pace"] == 1:
+        s["pace_mhz"] = m.steps[s["completed"] % len(m.steps)]["pace_mhz"]
+    else:
+        s["pace_mhz"] = pace_mhz(m)
     price_step(m, t)
     s["end_s"] = s["now_s"] + s["cost_s"]
 
@@ -116,7 +122,7 @@ def run_until(m: Memory, t: StepTables, k: Silicon, until_s: float) -> None:
         if stop_s == tick_s:
             tick(m, k, True)
             pace = pace_mhz(m)
-            if pace != s["pace_mhz"] and stop_s < s["end_s"]:
+            if pace != s["pace_mhz"] and stop_s < s["end_s"] and s["fixed_pace"] == 0:
                 s["pace_mhz"] = pace
                 before_s = s["cost_s"]
                 price_step(m, t)
@@ -160,7 +166,6 @@ def finish_step(m: Memory) -> None:
 
 def end_requests(m: Memory, step: int) -> None:
     """Free those whose last token came from this step."""
-    s = m.state[0]
     i = m.wheel[step % WHEEL]
     while i != NOBODY:
         q = m.slots[i]

@@ -31,7 +31,7 @@ STATE = np.dtype(
         for name in (
             "build", "ticks", "depth", "due", "planned", "completed", "running", "stacked", "arrived", "admitted",
             "submitted", "decoding", "context", "queue_put", "queue_taken", "kv_blocks", "block", "batched", "launch",
-            "limit", "lowering", "slicing", "turn", "partial", "head", "tail", "free_slot", "prefix_caching",
+            "limit", "lowering", "slicing", "turn", "partial", "head", "tail", "free_slot", "prefix_caching", "fixed_pace",
             "arrived_prompt_tokens", "prefill_tokens", "decode_tokens", "output_tokens", "finished", "preemptions",
             "scheduled",
         )
@@ -55,7 +55,7 @@ STEP = np.dtype(
         (name, "i8")
         for name in ("prefill_tokens", "prefill_sequences", "decode_sequences", "context_tokens", "yields", "first")
     ]
-    + [("attention_pairs", "f8")]
+    + [("attention_pairs", "f8"), ("pace_mhz", "f8")]
 )
 BOARD = np.dtype(
     [
