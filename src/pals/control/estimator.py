@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from pals.core.quantities import LATENCY_BOUNDS_S, Budget, Slo, StateEstimate, TelemetrySample
@@ -71,8 +72,8 @@ def percentile_s(before: Sequence[int], after: Sequence[int], share: float) -> f
 
 def count_above(before: Sequence[int], after: Sequence[int], target_s: float) -> int:
     """How many of the new entries lie in buckets wholly above `target_s`."""
-    lower = (0.0, *LATENCY_BOUNDS_S)
-    return sum(b - a for a, b, low in zip(before, after, lower, strict=True) if low >= target_s)
+    first = 0 if target_s <= 0 else bisect_left(LATENCY_BOUNDS_S, target_s) + 1
+    return sum(after[first:]) - sum(before[first:])
 
 
 def violations(window: Sequence[TelemetrySample], slo: Slo) -> dict[str, int]:

@@ -37,6 +37,7 @@ class SteeredReplica(Protocol):
     @property
     def now_s(self) -> float: ...
     def boards(self) -> Sequence[BoardReading]: ...
+    def limits_in_force_w(self) -> Sequence[float]: ...
     def counters(self) -> EngineSample: ...
     def set_limit_w(self, watts: float) -> None: ...
     def set_clock_lock(self, mhz: int | None) -> None: ...
@@ -48,18 +49,22 @@ class SimulatedGroup:
 
     def __init__(self, replica: SteeredReplica, spec: BoardSpec) -> None:
         self._replica, self.spec = replica, spec
-        self._readings: Sequence[BoardReading] | None = None
-        self._read_at_s = -1.0
-        self._limit_w, self._clock_mhz = spec.default_limit_w, None
-
-    _limit_w: float
-    _clock_mhz: int | None
+        self._readings: Sequence[BoardReading] = ()
+        self._limits_w: Sequence[float] = ()
+        self._read_at_s = self._looked_at_s = -1.0
+        self._asked: tuple[float, int | None] = (spec.default_limit_w, None)
 
     def reading(self, i: int) -> BoardReading:
         """Board `i` now."""
-        if self._readings is None or self._read_at_s != self._replica.now_s:
+        if self._read_at_s != self._replica.now_s:
             self._readings, self._read_at_s = self._replica.boards(), self._replica.now_s
         return self._readings[i]
+
+    def limit_w(self, i: int) -> float:
+        """The limit that board `i` obeys now."""
+        if self._looked_at_s != self._replica.now_s:
+            self._limits_w, self._looked_at_s = self._replica.limits_in_force_w(), self._replica.now_s
+        return self._limits_w[i]
 
     def now_s(self) -> float:
         """Event time."""
@@ -71,12 +76,14 @@ class SimulatedGroup:
         Raises:
             ValueError: outside the boards' range; nothing was changed.
         """
-        if limit_w != self._limit_w:
+        asked_w, asked_mhz = self._asked
+        if (limit_w, clock_mhz) == (asked_w, asked_mhz):
+            return
+        if limit_w != asked_w:
             self._replica.set_limit_w(limit_w)
-            self._limit_w, self._readings = limit_w, None
-        if clock_mhz != self._clock_mhz:
+        if clock_mhz != asked_mhz:
             self._replica.set_clock_lock(clock_mhz)
-            self._clock_mhz, self._readings = clock_mhz, None
+        self._asked, self._read_at_s, self._looked_at_s = (limit_w, clock_mhz), -1.0, -1.0
 
 
 class SimulatedBoard:
@@ -137,8 +144,7 @@ class SimulatedBoard:
             ValueError: outside the board's range; nothing was changed.
         """
         self._group.write(wanted.power_limit_w, wanted.sm_clock_mhz)
-        limit_w = self._group.reading(self._index).enforced_limit_w
-        return OperatingPoint(power_limit_w=limit_w, sm_clock_mhz=wanted.sm_clock_mhz)
+        return OperatingPoint(power_limit_w=self._group.limit_w(self._index), sm_clock_mhz=wanted.sm_clock_mhz)
 
     def restore(self) -> None:
         """Back to the default limit, without a clock lock."""
