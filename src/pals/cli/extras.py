@@ -6,7 +6,10 @@ from importlib.util import find_spec
 
 from pals.core.errors import INSTALL, ConfigError
 
-PACKAGES = {"vllm": "vllm", "pynvml": "nvidia-ml-py", "aiohttp": "aiohttp", "matplotlib": "matplotlib"}  # by module
+PACKAGES = {  # by module
+    "vllm": "vllm", "pynvml": "nvidia-ml-py", "aiohttp": "aiohttp", "matplotlib": "matplotlib", "numba": "numba",
+    "pyarrow": "pyarrow",
+}  # fmt: skip
 
 
 def installed(module: str) -> bool:

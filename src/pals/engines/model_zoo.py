@@ -57,6 +57,25 @@ def full_name(name: str) -> str:
     )
 
 
+def read_config(model: str) -> tuple[str, dict[str, Any]]:
+    """Name and config.json of a shipped model, or of a folder; no tokenizer is made.
+
+    Raises:
+        ConfigError: unknown name, or no readable config.json.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        full = full_name(model)
+        return full, shipped_config(full)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot read {folder / 'config.json'}: {e}. Nothing was started") from e
+    if not isinstance(config, dict):
+        raise ConfigError(f"{folder / 'config.json'} holds no object. Nothing was started")
+    return model, config
+
+
 def shipped_config(full: str) -> dict[str, Any]:
     """The config.json of a shipped model, by its full name."""
     path = files("pals.engines") / "model_configs" / f"{full.replace('/', '--')}.json"

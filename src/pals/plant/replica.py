@@ -109,6 +109,11 @@ class Replica:
         return float(self._state["now_s"])
 
     @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds; a longer request never runs."""
+        return self.kv_blocks * int(self._state["block"])
+
+    @property
     def finished(self) -> bool:
         """Whether every submitted request has its last token."""
         return int(self._state["finished"]) == int(self._state["submitted"])
@@ -200,19 +205,26 @@ class Replica:
         window = min(RING, max(1, round(self.spec.power_window_s / TICK_S)))
         newest = int(self._state["ticks"])
         mean_w = self._memory.ring[:, (newest - np.arange(window)) % RING].mean(axis=1)
+        names = self._memory.boards.dtype.names or ()
+        rows = [dict(zip(names, row, strict=True)) for row in self._memory.boards.tolist()]  # plain numbers, read at once
         return tuple(
             BoardView(
-                power_w=float(mean_w[i]),
-                power_instant_w=float(b["power_w"]),
-                energy_j=float(b["published_j"]),
+                power_w=w,
+                power_instant_w=b["power_w"],
+                energy_j=b["published_j"],
                 sm_clock_mhz=int(b["clock_mhz"] // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ),
-                temperature_c=float(b["temperature_c"]),
-                enforced_limit_w=float(min(b["limit_w"], b["external_w"])),
-                requested_limit_w=float(b["limit_w"]),
+                temperature_c=b["temperature_c"],
+                enforced_limit_w=min(b["limit_w"], b["external_w"]),
+                requested_limit_w=b["limit_w"],
                 throttled=bool(b["limited"]),
             )
-            for i, b in enumerate(self._memory.boards)
+            for w, b in zip(mean_w.tolist(), rows, strict=True)
         )
+
+    def limits_in_force_w(self) -> tuple[float, ...]:
+        """The power limit that each board obeys now, as its driver would read it back."""
+        b = self._memory.boards
+        return tuple(np.minimum(b["limit_w"], b["external_w"]).tolist())
 
     def energy_j(self) -> float:
         """The integral of all boards' power up to the last tick, J; for checks and totals, not for controllers."""
@@ -220,33 +232,33 @@ class Replica:
 
     def counters(self) -> EngineSample:
         """What the engine says of itself now."""
-        s, m = self._state, self._memory
-        waiting = int(s["stacked"] + s["arrived"] - s["admitted"])
-        new = int(s["admitted"]) < int(s["arrived"])
-        oldest_s = float(s["last_update_s"] - m.requests["arrival_s"][int(s["admitted"])]) if new else 0.0
+        m = self._memory
+        s = dict(zip(m.state.dtype.names or (), m.state[0].item(), strict=True))  # plain numbers, read at once
+        new = s["admitted"] < s["arrived"]
+        oldest_s = s["last_update_s"] - float(m.requests["arrival_s"][s["admitted"]]) if new else 0.0
         return EngineSample(
-            time_s=float(s["last_update_s"]),
-            steps=int(s["completed"]),
-            running=int(s["running"]),
-            waiting=waiting,
-            arrived_requests=int(s["arrived"]),
-            arrived_prompt_tokens=int(s["arrived_prompt_tokens"]),
-            prefill_tokens=int(s["prefill_tokens"]),
-            decode_tokens=int(s["decode_tokens"]),
-            output_tokens=int(s["output_tokens"]),
-            finished_requests=int(s["finished"]),
+            time_s=s["last_update_s"],
+            steps=s["completed"],
+            running=s["running"],
+            waiting=s["stacked"] + s["arrived"] - s["admitted"],
+            arrived_requests=s["arrived"],
+            arrived_prompt_tokens=s["arrived_prompt_tokens"],
+            prefill_tokens=s["prefill_tokens"],
+            decode_tokens=s["decode_tokens"],
+            output_tokens=s["output_tokens"],
+            finished_requests=s["finished"],
             aborted_requests=0,
-            preemptions=int(s["preemptions"]),
-            kv_usage=1.0 - float(s["queue_put"] - s["queue_taken"]) / self.kv_blocks,
-            busy_s=float(s["busy_s"]),
-            last_step_s=float(s["last_step_s"]),
+            preemptions=s["preemptions"],
+            kv_usage=1.0 - (s["queue_put"] - s["queue_taken"]) / self.kv_blocks,
+            busy_s=s["busy_s"],
+            last_step_s=s["last_step_s"],
             oldest_waiting_s=max(0.0, oldest_s),
-            active_limit=int(s["limit"]),
-            launch_limit=int(s["launch"]),
-            ttft_counts=tuple(int(n) for n in m.ttft_counts),
-            tpot_counts=tuple(int(n) for n in m.tpot_counts),
-            scheduled=int(s["scheduled"]),
-            lowering=LOWERINGS[int(s["lowering"])],
+            active_limit=s["limit"],
+            launch_limit=s["launch"],
+            ttft_counts=tuple(m.ttft_counts.tolist()),
+            tpot_counts=tuple(m.tpot_counts.tolist()),
+            scheduled=s["scheduled"],
+            lowering=LOWERINGS[s["lowering"]],
         )
 
     def results(self) -> RequestTimes:
