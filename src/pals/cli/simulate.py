@@ -39,17 +39,28 @@ def add_simulate(commands: Any) -> None:
         "and its tick are the live ones; every watt and second is simulated. A seed gives the same Parquet files. docs/simulate.md",
         allow_abbrev=False,
     )
-    p.add_argument("--model", required=True, metavar="MODEL", help="model name (`pals models`) or folder with a config.json")
+    p.add_argument(
+        "--model", required=True, metavar="MODEL", help="model name (`pals models`) or folder with a config.json"
+    )
     add_board_options(p)
     add_load_options(p)
     add_control_options(p, several_policies=True)
     p.add_argument(
-        "--max-num-seqs", type=int, default=LAUNCH_SEQUENCES, metavar="N", help=f"launch batch (default {LAUNCH_SEQUENCES})"
+        "--max-num-seqs",
+        type=int,
+        default=LAUNCH_SEQUENCES,
+        metavar="N",
+        help=f"launch batch (default {LAUNCH_SEQUENCES})",
     )
     p.add_argument(
-        "--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step (default: as vLLM's server on such a board)"
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of a step (default: as vLLM's server on such a board)",
     )
-    p.add_argument("--max-model-len", type=int, metavar="N", help="longer requests are left out (default: the model's context)")
+    p.add_argument(
+        "--max-model-len", type=int, metavar="N", help="longer requests are left out (default: the model's context)"
+    )
     p.add_argument("--no-enable-prefix-caching", action="store_true", help="compute every prompt in full")
     p.add_argument("--workers", type=int, default=1, metavar="N", help="policies at a time (default 1)")
     p.add_argument("--journal", action="store_true", help="also write a journal for each policy, for `pals replay`")
@@ -66,7 +77,9 @@ def add_load_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--lengths", metavar="NAME|FILE", help="draw prompt and output lengths from another trace")
     p.add_argument("--arrivals", default="trace", metavar="LAW", help="trace (default), poisson, or gamma:CV")
     p.add_argument("--rate", type=float, metavar="X", help="mean requests per second (default: the trace's)")
-    p.add_argument("--load", type=float, metavar="SHARE", help="rate as a share of what the engine can answer, e.g. 0.65")
+    p.add_argument(
+        "--load", type=float, metavar="SHARE", help="rate as a share of what the engine can answer, e.g. 0.65"
+    )
     p.add_argument("--scaling", default="time", metavar="HOW", help="how a rate is reached: time (default) or thin")
     p.add_argument("--start-s", type=float, default=0.0, metavar="S", help="where in the trace to begin (default 0)")
     p.add_argument("--hours", type=float, metavar="H", help="cut or repeat the trace to so long (default: as it is)")
@@ -119,7 +132,9 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
         raise ConfigError(f"--max-model-len {context} leaves no room for a request. Nothing was started")
     engine = replace(engine, context_tokens=context)
     workload = workload_of(wish, lambda lengths, rng: capacity_per_s(engine, lengths, rng))
-    return replace(engine, workload=workload.within_context(context), left_out=int((workload.total_tokens > context).sum()))
+    return replace(
+        engine, workload=workload.within_context(context), left_out=int((workload.total_tokens > context).sum())
+    )
 
 
 def batched_tokens(board: str, memory_gb: float, max_num_seqs: int) -> int:
@@ -143,7 +158,9 @@ def wish_of(args: argparse.Namespace) -> LoadWish:
         raise ConfigError(f"--scaling {args.scaling}: known are {', '.join(SCALINGS)}. Nothing was started")
     law, _, cv = args.arrivals.partition(":")
     if (law, bool(cv)) not in (("trace", False), ("poisson", False), ("gamma", True)) or not number(cv or "1"):
-        raise ConfigError(f"--arrivals {args.arrivals}: known are trace, poisson and gamma:CV, e.g. gamma:2.5. Nothing was started")
+        raise ConfigError(
+            f"--arrivals {args.arrivals}: known are trace, poisson and gamma:CV, e.g. gamma:2.5. Nothing was started"
+        )
     committed = any(t in COMMITTED or t.startswith("servegen-") for t in (args.trace, args.lengths or ""))
     return LoadWish(
         trace=args.trace, folder=data_folder() / "traces" if committed else None, kind=args.trace_format,
@@ -231,8 +248,13 @@ def profile_of(args: argparse.Namespace, sim: Simulation, policy: str) -> tuple[
 
 def describe(sim: Simulation, tasks: Sequence[PolicyTask]) -> None:
     """What will be simulated, on stderr."""
-    slo, longer = tasks[0].config.slo, f"; {sim.left_out} requests above {sim.context_tokens} tokens are left out" * bool(sim.left_out)
-    say(f"SIMULATED: {sim.model} on {sim.boards} × {sim.spec.nvml_name}; no GPU is used, every watt and second is simulated")
+    slo, longer = (
+        tasks[0].config.slo,
+        f"; {sim.left_out} requests above {sim.context_tokens} tokens are left out" * bool(sim.left_out),
+    )
+    say(
+        f"SIMULATED: {sim.model} on {sim.boards} × {sim.spec.nvml_name}; no GPU is used, every watt and second is simulated"
+    )
     say(
         f"engine: launch batch {sim.max_num_seqs}, {sim.max_num_batched_tokens} tokens a step, "
         f"prefix caching {'on' if sim.prefix_caching else 'off'}"
@@ -310,7 +332,8 @@ def draw(args: argparse.Namespace, sim: Simulation, folder: Path, results: Seque
     if not results:
         return ""
     series = [
-        series_of_ticks(r.task.ticks, title_of(r), target_tokens_s=r.task.config.slo.throughput_tokens_s) for r in results
+        series_of_ticks(r.task.ticks, title_of(r), target_tokens_s=r.task.config.slo.throughput_tokens_s)
+        for r in results
     ]
     draw_runs(
         series,
@@ -332,7 +355,9 @@ def write_files(args: argparse.Namespace, sim: Simulation, folder: Path, results
         requests.write(request_rows(r.task.name, sim.workload, r.answers, r.extra))
     requests.close()
     merge_ticks([r.task.ticks for r in results], folder / "ticks.parquet", metadata)
-    told = [{**asdict(r.outcome), "complete": r.complete, "basis": "simulated"} for r in results if r.outcome is not None]
+    told = [
+        {**asdict(r.outcome), "complete": r.complete, "basis": "simulated"} for r in results if r.outcome is not None
+    ]
     (folder / "outcomes.json").write_text(json.dumps(told, indent=1) + "\n")
 
 

@@ -79,7 +79,9 @@ class Simulation:
     def how_to_profile(self) -> str:
         """The command that makes a profile for it."""
         boards = f"{self.boards}x{self.spec.name}"
-        return f"pals emulate profile {self.model} --boards {boards} --max-num-seqs {self.max_num_seqs} --out profile.json"
+        return (
+            f"pals emulate profile {self.model} --boards {boards} --max-num-seqs {self.max_num_seqs} --out profile.json"
+        )
 
     def replica(self) -> Replica:
         """A new one at time 0, without requests.
@@ -265,7 +267,10 @@ def capacity_per_s(sim: Simulation, lengths: LengthSource, rng: np.random.Genera
     replica = sim.replica()
     replica.submit(
         Workload(
-            name="backlog", arrival_s=np.zeros(count), prompt_tokens=prompt, output_tokens=output,
+            name="backlog",
+            arrival_s=np.zeros(count),
+            prompt_tokens=prompt,
+            output_tokens=output,
             prefix_tokens=np.zeros(count, np.int32),
         )  # fmt: skip
     )

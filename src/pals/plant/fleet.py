@@ -10,7 +10,7 @@ import heapq
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -113,24 +113,13 @@ def simulate(
     """
     chosen = route(workload, fleet, router, seed=seed)
     parts = [np.flatnonzero(chosen == r) for r in range(fleet.replicas)]
-    jobs = [(fleet, r, part_of(workload, parts[r]), until_s) for r in range(fleet.replicas)]
+    jobs = [(fleet, r, workload.take(parts[r]), until_s) for r in range(fleet.replicas)]
     if workers == 1:
         done = [serve_part(*job) for job in jobs]
     else:  # a fresh process each: nothing of this one's state goes along
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             done = [f.result() for f in [pool.submit(serve_part, *job) for job in jobs]]
     return gathered(fleet, chosen, parts, done)
-
-
-def part_of(workload: Workload, chosen: NDArray[np.int64]) -> Workload:
-    """The chosen requests, at their times."""
-    return replace(
-        workload,
-        arrival_s=workload.arrival_s[chosen],
-        prompt_tokens=workload.prompt_tokens[chosen],
-        output_tokens=workload.output_tokens[chosen],
-        prefix_tokens=workload.prefix_tokens[chosen],
-    )
 
 
 def serve_part(fleet: FleetSpec, index: int, part: Workload, until_s: float) -> tuple[RequestTimes, FloatArray, float]:

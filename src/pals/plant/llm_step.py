@@ -121,7 +121,12 @@ def step_cost(
     share = 1.0 / (seconds * t.stages)
     compute = tensor_s + t.expert_activity * even * expert_tensor_s + t.pair_activity * (pair_s + kv_tensor_s)
     memory = dense_s + even * expert_s + kv_s
-    return seconds, np.minimum(1.0, compute * slower * share), np.minimum(1.0, memory * share), np.minimum(1.0, (device_s - (1.0 - even) * experts_s - t.comm_s[tokens]) * share)
+    return (
+        seconds,
+        np.minimum(1.0, compute * slower * share),
+        np.minimum(1.0, memory * share),
+        np.minimum(1.0, (device_s - (1.0 - even) * experts_s - t.comm_s[tokens]) * share),
+    )
 
 
 class StepModel:
@@ -154,7 +159,9 @@ class StepModel:
             max_tokens: of a step; more makes larger tables on the way.
         """
         self.shape, self.spec, self.cuda_graphs = shape, spec, cuda_graphs
-        self.group = ParallelGroup(tensor_parallel, pipeline_parallel, data_parallel, expert_parallel and shape.experts > 0)
+        self.group = ParallelGroup(
+            tensor_parallel, pipeline_parallel, data_parallel, expert_parallel and shape.experts > 0
+        )
         self.constants = constants or step_constants(spec)
         self.tables = self._tables(max_tokens)
 
@@ -207,7 +214,12 @@ class StepModel:
 
 
 def step_tables(
-    shape: ModelShape, spec: BoardSpec, group: ParallelGroup, k: StepConstants, max_tokens: int, cuda_graphs: bool = True
+    shape: ModelShape,
+    spec: BoardSpec,
+    group: ParallelGroup,
+    k: StepConstants,
+    max_tokens: int,
+    cuda_graphs: bool = True,
 ) -> StepTables:
     """Tables of `step_cost`, computed on a grid of token counts and interpolated between."""
     tokens = np.arange(max_tokens + 1)

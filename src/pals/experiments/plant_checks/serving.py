@@ -21,7 +21,7 @@ from pals.experiments.plant_checks.measured import read_table
 from pals.plant.architecture import ModelShape, format_name, row_for
 from pals.plant.llm_step import ParallelGroup, step_cost, step_tables
 from pals.plant.silicon import Silicon, board_power_w
-from pals.plant.specs import BoardSpec, board_specs
+from pals.plant.specs import BoardSpec
 from pals.plant.step_constants import StepConstants
 
 FloatArray = NDArray[np.float64]
@@ -54,14 +54,41 @@ class Case:
         return (self.model, self.board, self.group, self.task)
 
 
-COLUMNS = (
-    "task gpu_model num_gpus model_id weight_precision tensor_parallel expert_parallel data_parallel max_num_seqs "
-    "avg_batch_size avg_power_watts output_throughput_tokens_per_sec median_itl_ms avg_output_len"
-).split()
-SHAPE_COLUMNS = (
-    "model layers hidden heads kv_heads head_dim dense_inter moe_layers experts top_k expert_inter shared_inter vocab "
-    "params_total_B params_read_dense_B kv_bytes_per_token_bf16 native_dtype"
-).split()
+COLUMNS = [
+    "task",
+    "gpu_model",
+    "num_gpus",
+    "model_id",
+    "weight_precision",
+    "tensor_parallel",
+    "expert_parallel",
+    "data_parallel",
+    "max_num_seqs",
+    "avg_batch_size",
+    "avg_power_watts",
+    "output_throughput_tokens_per_sec",
+    "median_itl_ms",
+    "avg_output_len",
+]
+SHAPE_COLUMNS = [
+    "model",
+    "layers",
+    "hidden",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "dense_inter",
+    "moe_layers",
+    "experts",
+    "top_k",
+    "expert_inter",
+    "shared_inter",
+    "vocab",
+    "params_total_B",
+    "params_read_dense_B",
+    "kv_bytes_per_token_bf16",
+    "native_dtype",
+]
 
 
 def load(folder: Path) -> tuple[list[Case], Counter[str]]:
@@ -158,9 +185,7 @@ class Prediction(NamedTuple):
     clock_mhz: FloatArray
 
 
-def predict(
-    cases: Sequence[Case], spec: BoardSpec, k: StepConstants, silicon: Silicon, prompt: float
-) -> Prediction:
+def predict(cases: Sequence[Case], spec: BoardSpec, k: StepConstants, silicon: Silicon, prompt: float) -> Prediction:
     """Steps of one engine (all `cases` share model and boards) at the highest clock that keeps mean power under the limit."""
     first, states = cases[0], steps_of(cases, prompt)
     most = int(np.ceil(max(c.batch for c in cases) + MAX_STATES * prompt)) + 2
