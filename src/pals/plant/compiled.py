@@ -15,7 +15,6 @@ from typing import Any
 
 from pals.core.errors import ConfigError
 from pals.plant import (
-    boards,
     governor,
     llm_step,
     replica_batch,
@@ -24,14 +23,13 @@ from pals.plant import (
     replica_run,
     replica_state,
     silicon,
-    specs,
 )
 
 Advance = Callable[..., bool]
 run = replica_run.advance  # numba resolves it by this name
 _COMPILED: tuple[tuple[ModuleType, tuple[str, ...]], ...] = (
     (silicon, ("voltage", "core_power_w", "static_power_w", "board_power_w")),
-    (governor, ("govern",)),
+    (governor, ("govern", "thermal_ceiling_mhz", "tick")),
     (llm_step, ("step_cost",)),
     (replica_batch, ()),  # () is every function of the module
     (replica_plan, ()),
@@ -71,7 +69,7 @@ def functions_of(module: ModuleType, names: tuple[str, ...]) -> list[Callable[..
 def digest() -> int:
     """A number that changes whenever a compiled source does."""
     h = hashlib.blake2b(digest_size=7)
-    for module in (*(module for module, _ in _COMPILED), replica_state, boards, specs):
+    for module in (*(module for module, _ in _COMPILED), replica_state):
         h.update(inspect.getsource(module).encode())
     return int.from_bytes(h.digest())
 
@@ -79,8 +77,8 @@ def digest() -> int:
 def entry_of(build: int) -> Advance:
     """The function to compile; `build` is in its closure, hence in numba's key."""
 
-    def advance(m: Any, tables: Any, silicon: Any, until_s: float) -> bool:
+    def advance(m: Any, tables: Any, silicon: Any, firmware: Any, until_s: float) -> bool:
         m.state[0]["build"] = build
-        return run(m, tables, silicon, until_s)
+        return run(m, tables, silicon, firmware, until_s)
 
     return advance
