@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from pals.cli import main
-from pals.cli.emulate import emulating
 from pals.core.quantities import OperatingPoint
 from pals.engines.emulated_device import open_bank
+from pals.engines.emulated_world import emulating
 from pals.engines.model_zoo import local_folder
 from pals.engines.openai_client import RequestResult, RequestSpec
 from pals.experiments.outcome import energy_between_j

@@ -4,4 +4,5 @@ import sys
 
 from pals.cli.main import main
 
-sys.exit(main())
+if __name__ == "__main__":  # worker processes import the main module
+    sys.exit(main())

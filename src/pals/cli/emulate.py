@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
-import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pals.cli.emulate_nvml import add_nvml
 from pals.cli.main import add_agent_options, add_sweep_options, say
 from pals.core.errors import ConfigError
+from pals.engines.emulated_world import emulating
 
 if TYPE_CHECKING:
     from pals.experiments.virtual_run import VirtualNode, VirtualResult
@@ -74,6 +73,11 @@ def add_profile(kinds: Any) -> None:
 def add_node_options(p: argparse.ArgumentParser) -> None:
     """Which model on which boards."""
     p.add_argument("model", metavar="MODEL", help="model name (`pals models`) or folder")
+    add_board_options(p)
+
+
+def add_board_options(p: argparse.ArgumentParser) -> None:
+    """Which boards of the plant."""
     p.add_argument("--boards", required=True, metavar="BOARDS", help="e.g. 4xa100-sxm4-80gb or h100-sxm5-80gb")
     p.add_argument("--seed-boards", type=int, default=0, help="seed of the boards' variation (default 0)")
 
@@ -132,13 +136,11 @@ def runs_of(args: argparse.Namespace, folder: Path) -> list[tuple[str, Config]]:
 
 def conclude(args: argparse.Namespace, folder: Path, results: Sequence[VirtualResult]) -> int:
     """Print the table and where things are."""
-    from rich.console import Console
-
-    from pals.views.report import outcome_table
+    from pals.views.report import outcome_table, wide_console
 
     outcomes = [r.outcome for r in results]
     (folder / "outcomes.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
-    console = Console(highlight=False, width=max(100, min(160, shutil.get_terminal_size((120, 40)).columns)))
+    console = wide_console()
     title = f"EMULATED, virtual clock: real vLLM serves {args.model}, simulated boards ({args.boards})"
     console.print(outcome_table(outcomes, title=title))
     total_s, wall_s = sum(r.virtual_s for r in results), sum(r.wall_s for r in results)
@@ -196,34 +198,12 @@ def node_of(args: argparse.Namespace, rest: list[str]) -> Iterator[VirtualNode]:
             )
 
 
-@contextmanager
-def emulating(name: str, folder: Path, bank: Path) -> Iterator[None]:
-    """The environment that vLLM and the plugin read in this process; as it was afterwards."""
-    before = dict(os.environ)
-    os.environ |= {
-        "PALS_EMU": "1",
-        "PALS_EMU_BOARDS": str(bank),
-        "PALS_RUN_DIR": str(folder),
-        "PALS_MODEL_NAME": name,
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1",  # ids draw the texts
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-    }
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ |= before
-
-
-def reproducing(argv: Sequence[str], policy: str) -> str:
-    """The command line of one policy's run, without the folder it wrote to: equal for runs that must be equal."""
+def reproducing(argv: Sequence[str], policy: str, *, without: Sequence[str] = ("--out",)) -> str:
+    """The command line of one policy's run, without what may differ between runs that must be equal."""
     kept: list[str] = []
     skip = False
     for arg in argv:
-        if skip or arg.split("=")[0] in ("--out", "--policy"):
+        if skip or arg.split("=")[0] in (*without, "--policy"):
             skip = not skip and "=" not in arg
             continue
         kept.append(arg)

@@ -39,8 +39,9 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    from pals.cli.emulate import add_emulate  # it uses this module's parts
+    from pals.cli.emulate import add_emulate  # they use this module's parts
     from pals.cli.plant import add_plant
+    from pals.cli.simulate import add_simulate
 
     p = Parser(prog="pals", description="Power-aware runtime for LLM serving.")
     p.add_argument("--version", action="version", version=f"pals {__version__}")
@@ -86,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("models", help="models that can be served emulated")
     add_emulate(commands)
     add_plant(commands)
+    add_simulate(commands)
     commands.add_parser(
         "dashboard",
         help="print the Grafana dashboard for the agent's metrics",
@@ -104,21 +106,7 @@ def parser() -> argparse.ArgumentParser:
 
 def add_agent_options(p: argparse.ArgumentParser) -> None:
     """Options of whatever runs an agent."""
-    p.add_argument("--config", metavar="FILE", help="TOML configuration; the options below override it")
-    p.add_argument("--policy", help=f"one of {', '.join(POLICIES)} (default static)")
-    p.add_argument("--mode", help=f"one of {', '.join(MODES)} (default: auto on emulated boards, advise on real ones)")
-    p.add_argument("--profile", metavar="FILE", help="profile for every policy but static, from `pals profile`")
-    p.add_argument("--power-limit-w", type=float, metavar="W", help="static: power limit per board (default: as found)")
-    p.add_argument("--sm-clock-mhz", type=int, metavar="MHZ", help="static: SM clock ceiling (default: no lock)")
-    p.add_argument("--active-sequences", type=int, metavar="N", help="static: active-sequence limit (default: launch)")
-    p.add_argument("--lowering", help=f"how to get under a lowered batch: {', '.join(LOWERINGS)} (default drain)")
-    p.add_argument("--target-tokens-s", type=float, metavar="X", help="throughput target, output tokens per second")
-    p.add_argument("--ttft-p95-s", type=float, metavar="S", help="TTFT target")
-    p.add_argument("--tpot-p95-s", type=float, metavar="S", help="TPOT target")
-    p.add_argument(
-        "--budget-w", metavar="W|STEPS", help="budget of all engines together: 1200, or steps 0:none,30:1000,60:1600"
-    )
-    p.add_argument("--period-s", type=float, metavar="S", help="control period (default 0.5)")
+    add_control_options(p)
     p.add_argument("--journal", metavar="FILE", help="journal file (default: in the state directory, one per engine)")
     p.add_argument(
         "--metrics-port", type=int, metavar="PORT", help="Prometheus port on 127.0.0.1 (default 9477; 0: off)"
@@ -129,6 +117,46 @@ def add_agent_options(p: argparse.ArgumentParser) -> None:
         metavar="PORT",
         help="also show the boards as dcgm-exporter does, on 127.0.0.1 (its own port is 9400; default 0: off)",
     )
+
+
+def add_control_options(p: argparse.ArgumentParser, *, several_policies: bool = False) -> None:
+    """What is steered, by which policy, to which targets."""
+    p.add_argument("--config", metavar="FILE", help="TOML configuration; the options below override it")
+    p.add_argument(
+        "--policy",
+        action="append" if several_policies else "store",
+        help=f"one of {', '.join(POLICIES)} (default static)" + ("; may be given several times" * several_policies),
+    )
+    p.add_argument("--mode", help=f"one of {', '.join(MODES)} (default: auto on emulated boards, advise on real ones)")
+    p.add_argument("--profile", metavar="FILE", help="profile for every policy but static, from `pals profile`")
+    p.add_argument(
+        "--power-limit-w",
+        "--limit-w",
+        type=float,
+        metavar="W",
+        help="static: power limit per board (default: as found)",
+    )
+    p.add_argument(
+        "--sm-clock-mhz", "--clock-mhz", type=int, metavar="MHZ", help="static: SM clock ceiling (default: no lock)"
+    )
+    p.add_argument("--active-sequences", type=int, metavar="N", help="static: active-sequence limit (default: launch)")
+    p.add_argument("--lowering", help=f"how to get under a lowered batch: {', '.join(LOWERINGS)} (default drain)")
+    p.add_argument(
+        "--target-tokens-s",
+        "--slo-tokens-s",
+        type=float,
+        metavar="X",
+        help="throughput target, output tokens per second",
+    )
+    p.add_argument("--ttft-p95-s", "--slo-ttft-p95-s", type=float, metavar="S", help="TTFT target")
+    p.add_argument("--tpot-p95-s", "--slo-tpot-p95-s", type=float, metavar="S", help="TPOT target")
+    p.add_argument(
+        "--budget-w",
+        "--budget",
+        metavar="W|STEPS|FILE.csv",
+        help="budget of all engines together: 1200, steps 0:none,30:1000,60:1600, or a file with the columns time_s,power_w",
+    )
+    p.add_argument("--period-s", type=float, metavar="S", help="control period (default 0.5)")
 
 
 def add_profile(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -217,6 +245,10 @@ def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
         from pals.cli.plant import plant
 
         return plant(args)
+    if args.command == "simulate":
+        from pals.cli.simulate import simulate
+
+        return simulate(args)
     if args.command == "demo":
         from pals.cli.extras import require
 

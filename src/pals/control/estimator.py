@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from pals.core.quantities import LATENCY_BOUNDS_S, Budget, Slo, StateEstimate, TelemetrySample
@@ -31,7 +32,7 @@ def estimate(window: Sequence[TelemetrySample]) -> StateEstimate:
             waiting=waiting, idle=now is not None and running + waiting == 0, ttft_p95_s=None, tpot_p95_s=None,
         )  # fmt: skip
     return StateEstimate(
-        tokens_per_s=(now.output_tokens - first.output_tokens) / span_s,
+        tokens_per_s=tokens_per_s(window),
         arrivals_per_s=(now.arrived_requests - first.arrived_requests) / span_s,
         prompt_tokens_per_s=(now.arrived_prompt_tokens - first.arrived_prompt_tokens) / span_s,
         power_w=power_w,
@@ -43,15 +44,24 @@ def estimate(window: Sequence[TelemetrySample]) -> StateEstimate:
     )
 
 
+def tokens_per_s(window: Sequence[TelemetrySample]) -> float:
+    """Output tokens per second over the window; 0 where the engine has told nothing yet."""
+    told = [s for s in window if s.engine is not None]
+    if not told or told[-1].time_s <= told[0].time_s:
+        return 0.0
+    first, now = told[0].engine, told[-1].engine
+    return (now.output_tokens - first.output_tokens) / (told[-1].time_s - told[0].time_s)  # type: ignore[union-attr]
+
+
 def percentile_s(before: Sequence[int], after: Sequence[int], share: float) -> float | None:
     """Upper bound of the bucket that holds the `share` quantile of what came between two histograms, seconds.
 
     None where nothing came; above the last bound, the last bound.
     """
-    counts = [b - a for a, b in zip(before, after, strict=True)]
-    total = sum(counts)
+    total = sum(after) - sum(before)
     if total <= 0:
         return None
+    counts = [b - a for a, b in zip(before, after, strict=True)]
     seen = 0
     for i, count in enumerate(counts):
         seen += count
@@ -62,8 +72,8 @@ def percentile_s(before: Sequence[int], after: Sequence[int], share: float) -> f
 
 def count_above(before: Sequence[int], after: Sequence[int], target_s: float) -> int:
     """How many of the new entries lie in buckets wholly above `target_s`."""
-    lower = (0.0, *LATENCY_BOUNDS_S)
-    return sum(b - a for a, b, low in zip(before, after, lower, strict=True) if low >= target_s)
+    first = 0 if target_s <= 0 else bisect_left(LATENCY_BOUNDS_S, target_s) + 1
+    return sum(after[first:]) - sum(before[first:])
 
 
 def violations(window: Sequence[TelemetrySample], slo: Slo) -> dict[str, int]:
@@ -78,7 +88,7 @@ def violations(window: Sequence[TelemetrySample], slo: Slo) -> dict[str, int]:
         return {}
     found: dict[str, int] = {}
     if slo.throughput_tokens_s is not None:
-        found["throughput"] = int(now.waiting > 0 and estimate(window).tokens_per_s < slo.throughput_tokens_s)
+        found["throughput"] = int(now.waiting > 0 and tokens_per_s(window) < slo.throughput_tokens_s)
     if slo.ttft_p95_s is not None:
         found["ttft"] = count_above(before.ttft_counts, now.ttft_counts, slo.ttft_p95_s)
     if slo.tpot_p95_s is not None:

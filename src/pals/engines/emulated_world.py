@@ -6,7 +6,11 @@ own `additional_config`, which takes any object that can say its hash. Without o
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pals.runtime.clock import Clock, WallClock
@@ -37,3 +41,25 @@ def clock_of(vllm_config: Any) -> Clock:
     """The clock an engine of this configuration lives by."""
     world = world_of(vllm_config)
     return world.clock if world is not None else WallClock()
+
+
+@contextmanager
+def emulating(name: str, folder: Path, bank: Path) -> Iterator[None]:
+    """The environment that vLLM and the plugin read in this process; as it was afterwards."""
+    before = dict(os.environ)
+    os.environ |= {
+        "PALS_EMU": "1",
+        "PALS_EMU_BOARDS": str(bank),
+        "PALS_RUN_DIR": str(folder),
+        "PALS_MODEL_NAME": name,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1",  # ids draw the texts
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    }
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before

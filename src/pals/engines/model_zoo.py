@@ -57,6 +57,32 @@ def full_name(name: str) -> str:
     )
 
 
+def read_config(model: str) -> tuple[str, dict[str, Any]]:
+    """Name and config.json of a shipped model, or of a folder; no tokenizer is made.
+
+    Raises:
+        ConfigError: unknown name, or no readable config.json.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        full = full_name(model)
+        return full, shipped_config(full)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot read {folder / 'config.json'}: {e}. Nothing was started") from e
+    if not isinstance(config, dict):
+        raise ConfigError(f"{folder / 'config.json'} holds no object. Nothing was started")
+    return model, config
+
+
+def shipped_config(full: str) -> dict[str, Any]:
+    """The config.json of a shipped model, by its full name."""
+    path = files("pals.engines") / "model_configs" / f"{full.replace('/', '--')}.json"
+    config: dict[str, Any] = json.loads(path.read_text())
+    return config
+
+
 def plain(name: str) -> str:
     """A name without case and dashes: people write GPT-2 and gpt2."""
     return re.sub(r"[-_ ]", "", name.lower())
@@ -84,7 +110,7 @@ def local_folder(name: str, cache: Path) -> Path:
 
 def build_folder(full: str, folder: Path) -> None:
     """Write config, tokenizer and canned text of one model into `folder`."""
-    config = json.loads((files("pals.engines") / "model_configs" / f"{full.replace('/', '--')}.json").read_text())
+    config = shipped_config(full)
     tokenizer, canned = train_tokenizer()
     bos, eos = (tokenizer.token_to_id(t) for t in SPECIAL[1:])
     config |= {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -31,18 +30,16 @@ from pals.core.quantities import Slo
 from pals.engines.openai_client import RequestSpec, replay
 from pals.engines.vllm_launcher import die_with_parent, tail
 from pals.experiments.outcome import Outcome, outcome
-from pals.experiments.scenarios import Scenario, scenario_of
+from pals.experiments.scenarios import HEADROOM, TPOT_TARGET_S, TTFT_TARGET_S, Scenario, scenario_of, slo_for
 from pals.experiments.trace import describe, load_slice
 from pals.runtime.agent import load_profile
 from pals.runtime.journal import read_journal
 from pals.runtime.tick import TickRecord
 from pals.views.figure import RunSeries, draw_runs
-from pals.views.report import outcome_table
+from pals.views.report import outcome_table, wide_console
 
 LAUNCH_SEQUENCES = 64
 TRACE_START_S = 0.0
-TTFT_TARGET_S, TPOT_TARGET_S = 2.0, 0.1
-HEADROOM = 1.15  # throughput target over what the slice asks for on average
 SEED = 7
 
 
@@ -68,7 +65,7 @@ def runs_of(scenario: Scenario, seconds: float) -> tuple[Run, ...]:
 
 def demo(*, model: str | None, seconds: float, out: str) -> int:
     """Run all, print the table and the figure's path; 0 when every request was answered and every replay agreed."""
-    console = Console(highlight=False, width=max(100, min(160, shutil.get_terminal_size((120, 40)).columns)))
+    console = wide_console()
     scenario = scenario_of(model)
     folder = Path(out).resolve() / ("" if model is None else scenario.slug)
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,8 +126,7 @@ def conclude(
 
 def slo_of(specs: Sequence[RequestSpec], seconds: float) -> Slo:
     """The demo's targets for this slice."""
-    asked = sum(s.output_tokens for s in specs) / seconds
-    return Slo(throughput_tokens_s=round(HEADROOM * asked), ttft_p95_s=TTFT_TARGET_S, tpot_p95_s=TPOT_TARGET_S)
+    return slo_for(sum(s.output_tokens for s in specs) / seconds)
 
 
 @contextmanager

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pals.core.quantities import Checked, Slo
 from pals.engines.openai_client import RequestResult
+from pals.plant.fleet import NODE_OFFSET_W, NODE_SLOPE
 from pals.runtime.tick import TickRecord
 
-NODE_SLOPE, NODE_OFFSET_W = 1.05, 345.0  # node power on the paper's 4×A100 nodes, arXiv:2605.21427
+FloatArray = NDArray[np.float64]
+TokenArray = NDArray[np.int64] | NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,34 +43,126 @@ class Outcome(Checked):
     over_budget_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """What came of the requests of a run: arrays of shape (requests,), seconds; NaN where nothing came."""
+
+    sent_s: FloatArray
+    first_token_s: FloatArray
+    last_token_s: FloatArray  # NaN: not answered
+    output_tokens: TokenArray  # received
+    asked_tokens: TokenArray
+
+    @property
+    def answered(self) -> NDArray[np.bool_]:
+        """Which requests have their last token."""
+        return ~np.isnan(self.last_token_s)
+
+    @property
+    def ttft_s(self) -> FloatArray:
+        """Time to first token, shape (requests,)."""
+        return self.first_token_s - self.sent_s
+
+    @property
+    def tpot_s(self) -> FloatArray:
+        """Time per output token after the first, shape (requests,); NaN for fewer than two tokens."""
+        gaps = np.where(self.output_tokens > 1, self.output_tokens - 1.0, np.nan)
+        return (self.last_token_s - self.first_token_s) / gaps
+
+    @staticmethod
+    def of(results: Sequence[RequestResult]) -> Answers:
+        """Those of a client; a request that failed has no times."""
+
+        def seconds(value: float | None, r: RequestResult) -> float:
+            return float("nan") if value is None or r.error is not None or r.last_token_s is None else value
+
+        return Answers(
+            sent_s=np.array([r.sent_s for r in results]),
+            first_token_s=np.array([seconds(r.first_token_s, r) for r in results]),
+            last_token_s=np.array([seconds(r.last_token_s, r) for r in results]),
+            output_tokens=np.array([r.output_tokens for r in results], np.int64),
+            asked_tokens=np.array([r.spec.output_tokens for r in results], np.int64),
+        )
+
+
+class PeriodTally:
+    """Counts over a run's ticks as they come; keeps the first and the newest record of those from `start_s` on."""
+
+    def __init__(self, start_s: float) -> None:
+        self._start_s = start_s
+        self.ticks = 0
+        self.first: TickRecord | None = None
+        self.last: TickRecord | None = None
+        self.over_budget_s = 0.0
+        self._judged = self._missed = 0
+
+    def observe(self, record: TickRecord) -> None:
+        """Take one record; those before the start do not count."""
+        if record.sample.time_s < self._start_s:
+            return
+        if self.first is None:
+            self.first = record
+        self.last = record
+        self.ticks += 1
+        self.over_budget_s += record.over_budget_s
+        if "throughput" in record.violations:
+            self._judged += 1
+            self._missed += record.violations["throughput"]
+
+    @property
+    def throughput_missed(self) -> float:
+        """Share of periods below the target while requests waited."""
+        return self._missed / self._judged if self._judged else 0.0
+
+    def mean_power_w(self) -> float:
+        """Of all boards between the first and the newest tick, from their counters.
+
+        Raises:
+            ValueError: fewer than two ticks, or a board's energy is unknown.
+        """
+        if self.first is None or self.last is None or self.ticks < 2:
+            raise ValueError(f"the journal holds {self.ticks} ticks of the run; two are needed")
+        return energy_between_j(self.first, self.last) / (self.last.sample.time_s - self.first.sample.time_s)
+
+
 def outcome(name: str, results: Sequence[RequestResult], records: Sequence[TickRecord], slo: Slo) -> Outcome:
-    """Put a run's figures together.
+    """Put a run's figures together, from the client's results and the journal.
 
     Raises:
         ValueError: no request was answered, or the journal does not cover the run.
     """
-    answered = [r for r in results if r.error is None and r.last_token_s is not None]
-    if not answered:
+    answers = Answers.of(results)
+    if not answers.answered.any():
         errors = sorted({str(r.error) for r in results})
         raise ValueError(f"{name}: none of {len(results)} requests was answered ({'; '.join(errors[:3])})")
-    start_s = min(r.sent_s for r in results)
-    end_s = max(r.last_token_s or 0.0 for r in answered)
-    during = [r for r in records if start_s <= r.sample.time_s <= end_s + 1.0]
-    if len(during) < 2:
-        raise ValueError(f"{name}: the journal holds {len(during)} ticks of the run; two are needed")
-    span_s = end_s - start_s
-    covered_s = during[-1].sample.time_s - during[0].sample.time_s
-    energy_j = energy_between_j(during[0], during[-1]) * span_s / covered_s
-    tokens = sum(r.output_tokens for r in answered)
-    ttft = np.array([r.ttft_s for r in answered if r.ttft_s is not None])
-    tpot = np.array([r.tpot_s for r in answered if r.tpot_s is not None])
-    periods = [r.violations["throughput"] for r in during if "throughput" in r.violations]
+    end_s, tally = float(np.nanmax(answers.last_token_s)), PeriodTally(float(answers.sent_s.min()))
+    for record in records:
+        if record.sample.time_s <= end_s + 1.0:
+            tally.observe(record)
+    return outcome_of(name, answers, tally, slo)
+
+
+def outcome_of(name: str, answers: Answers, tally: PeriodTally, slo: Slo) -> Outcome:
+    """The same from arrays and counts; at least one request was answered.
+
+    Raises:
+        ValueError: the ticks do not cover the run.
+    """
+    done = answers.answered
+    span_s = float(np.nanmax(answers.last_token_s) - answers.sent_s.min())
+    try:
+        energy_j = tally.mean_power_w() * span_s
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}") from e
+    tokens = int(answers.output_tokens[done].sum())
+    ttft, tpot = answers.ttft_s[done], answers.tpot_s[done]
+    ttft, tpot = ttft[~np.isnan(ttft)], tpot[~np.isnan(tpot)]
     return Outcome(
         name=name,
-        requests=len(results),
-        failed=len(results) - len(answered),
+        requests=len(done),
+        failed=int((~done).sum()),
         output_tokens=tokens,
-        wrong_length=sum(r.output_tokens != r.spec.output_tokens for r in answered),
+        wrong_length=int((answers.output_tokens != answers.asked_tokens)[done].sum()),
         span_s=span_s,
         gpu_energy_j=energy_j,
         tokens_per_s=tokens / span_s,
@@ -76,10 +171,10 @@ def outcome(name: str, results: Sequence[RequestResult], records: Sequence[TickR
         mean_power_w=energy_j / span_s,
         ttft_s=_percentiles(ttft),
         tpot_s=_percentiles(tpot),
-        ttft_missed=float(np.mean(ttft > slo.ttft_p95_s)) if slo.ttft_p95_s is not None else 0.0,
+        ttft_missed=float(np.mean(ttft > slo.ttft_p95_s)) if slo.ttft_p95_s is not None and len(ttft) else 0.0,
         tpot_missed=float(np.mean(tpot > slo.tpot_p95_s)) if slo.tpot_p95_s is not None and len(tpot) else 0.0,
-        throughput_missed=sum(periods) / len(periods) if periods else 0.0,
-        over_budget_s=sum(r.over_budget_s for r in during),
+        throughput_missed=tally.throughput_missed,
+        over_budget_s=tally.over_budget_s,
     )
 
 

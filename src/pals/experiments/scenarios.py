@@ -7,7 +7,16 @@ from importlib.resources import files
 from pathlib import Path
 
 from pals.core.errors import ConfigError
+from pals.core.quantities import Slo
 from pals.engines.model_zoo import full_name
+
+TTFT_TARGET_S, TPOT_TARGET_S = 2.0, 0.1
+HEADROOM = 1.15  # throughput target over what a load asks for on average
+
+
+def slo_for(tokens_per_s: float) -> Slo:
+    """Targets for a load that asks for so many output tokens per second, where nobody gave others."""
+    return Slo(throughput_tokens_s=round(HEADROOM * tokens_per_s), ttft_p95_s=TTFT_TARGET_S, tpot_p95_s=TPOT_TARGET_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

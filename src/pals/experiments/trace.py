@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
-from importlib.resources import files
+from importlib.resources import as_file, files
 
 from pals.core.errors import ConfigError
 from pals.engines.openai_client import RequestSpec
+from pals.plant.traces import read_trace
 
 SLICE = "azure-2023-conversation-slice.csv"
 SLICE_S = 600.0
@@ -23,19 +23,12 @@ def load_slice(duration_s: float, *, start_s: float = 0.0) -> list[RequestSpec]:
         raise ConfigError(
             f"the shipped trace slice holds {SLICE_S:.0f} s; {start_s:g}..{start_s + duration_s:g} s lies outside"
         )
-    text = (files("pals.experiments") / "data" / SLICE).read_text(encoding="utf-8")
-    specs = [
-        RequestSpec(
-            at_s=float(row["arrival_s"]) - start_s,
-            prompt_tokens=int(row["input_tokens"]),
-            output_tokens=int(row["output_tokens"]),
-        )
-        for row in csv.DictReader(text.splitlines())
-        if start_s <= float(row["arrival_s"]) < start_s + duration_s
-    ]
-    if not specs:
+    with as_file(files("pals.experiments") / "data" / SLICE) as path:
+        part = read_trace(path).between(start_s, start_s + duration_s)
+    if not len(part):
         raise ConfigError(f"no request arrives between {start_s:g} and {start_s + duration_s:g} s of the trace slice")
-    return specs
+    columns = (part.arrival_s.tolist(), part.prompt_tokens.tolist(), part.output_tokens.tolist())
+    return [RequestSpec(at_s=t, prompt_tokens=p, output_tokens=o) for t, p, o in zip(*columns, strict=True)]
 
 
 def describe(specs: Sequence[RequestSpec]) -> str:

@@ -47,7 +47,7 @@ class ClockLocks:
         Raises:
             What `actuator.apply` raises, except for a lock that is not supported: that is noted, once.
         """
-        limit_only = replace(wanted, sm_clock_mhz=None)
+        limit_only = wanted if wanted.sm_clock_mhz is None else replace(wanted, sm_clock_mhz=None)
         if lost := self._lost(i, board, now_s):
             notes.append(f"board {i}: {lost}")
             actuator.apply(limit_only)  # the adapter would skip a lock it believes in

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,15 @@ def draw_runs(runs: Sequence[RunSeries], path: Path, *, title: str, subtitle: st
     figure = Figure(figsize=(max(9.0, 1.8 + 4.6 * len(runs)), 8.6), layout=below_titles, dpi=130)
     figure.text(0.01, 0.985, title, va="top", fontsize=15, fontweight="bold")
     figure.text(0.01, 0.947, subtitle, va="top", fontsize=11, color="#444444")
+    unit, unit_s = _time_unit(max(max(run.time_s) for run in runs))
+    runs = [replace(run, time_s=[t / unit_s for t in run.time_s]) for run in runs]
     grid = figure.subplots(3, len(runs), sharex=True, sharey="row", squeeze=False)
     for column, run in enumerate(runs):
         grid[0][column].set_title(run.name, fontsize=12.5, loc="left")
         _power(grid[0][column], run)
         _sequences(grid[1][column], run)
         _throughput(grid[2][column], run)
-        grid[2][column].set_xlabel("time since the first request, s")
+        grid[2][column].set_xlabel(f"time since the first request, {unit}")
     for row, label in enumerate(["power of all boards, W", "sequences", "throughput, output tokens/s"]):
         grid[row][0].set_ylabel(label)
         for axes in grid[row]:
@@ -76,6 +78,11 @@ def draw_runs(runs: Sequence[RunSeries], path: Path, *, title: str, subtitle: st
     figure.savefig(path)
 
 
+def _time_unit(span_s: float) -> tuple[str, float]:
+    """The unit of the time axis, and its seconds."""
+    return ("s", 1.0) if span_s <= 1200.0 else ("min", 60.0) if span_s <= 4 * 3600.0 else ("h", 3600.0)
+
+
 def _legend_of(row: Sequence[Any]) -> tuple[list[Any], list[str]]:
     found: dict[str, Any] = {}
     for axes in row:
@@ -87,7 +94,7 @@ def _legend_of(row: Sequence[Any]) -> tuple[list[Any], list[str]]:
 def _power(axes: Any, run: RunSeries) -> None:
     budget = [float("nan") if b is None else b for b in run.budget_w]
     axes.fill_between(run.time_s, run.power_w, color=BLUE, alpha=0.18, linewidth=0)
-    axes.plot(run.time_s, run.power_w, color=BLUE, linewidth=1.5, label="measured power")
+    axes.plot(run.time_s, run.power_w, color=BLUE, linewidth=1.5, label="power drawn")
     axes.step(run.time_s, run.limit_w, where="post", color=ORANGE, linewidth=1.8, label="power limits in force")
     if any(b is not None for b in run.budget_w):
         axes.step(run.time_s, budget, where="post", color=BLACK, linewidth=1.3, linestyle=(0, (4, 3)), label="budget")

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from typing import Protocol
 
+from rich.console import Console
 from rich.table import Table
+
+
+def wide_console() -> Console:
+    """A console that shows a table of three runs unbroken, also into a file."""
+    return Console(highlight=False, width=max(100, min(160, shutil.get_terminal_size((120, 40)).columns)))
 
 
 class OutcomeRow(Protocol):

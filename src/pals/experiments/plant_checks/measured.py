@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pals.core.errors import ConfigError
+from pals.plant.columnar import Columns, read_columns
 
-Table = dict[str, Any]  # columns by name: numpy arrays of one length
+Table = Columns
 
 
 def data_folder(given: Path | None = None) -> Path:
@@ -31,14 +31,4 @@ def read_table(path: Path, columns: Sequence[str]) -> Table:
     Raises:
         ConfigError: the file is missing or broken, or lacks a column.
     """
-    import pyarrow
-    from pyarrow import csv, parquet
-
-    try:
-        table = parquet.read_table(path) if path.suffix == ".parquet" else csv.read_csv(path)
-    except (OSError, pyarrow.ArrowException) as e:
-        raise ConfigError(f"cannot read the measured data {path}: {e}") from e
-    lacking = [c for c in columns if c not in table.column_names]
-    if lacking:
-        raise ConfigError(f"{path} lacks the columns {', '.join(lacking)}; it has {', '.join(table.column_names)}")
-    return {c: table[c].to_numpy(zero_copy_only=False) for c in columns}
+    return read_columns(path, columns, what="the measured data")

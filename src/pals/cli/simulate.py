@@ -1,0 +1,379 @@
+"""`pals simulate`: policies over hours of a trace in event time; requests and ticks as Parquet, a table and a figure."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pals.cli.emulate import add_board_options, reproducing
+from pals.cli.main import add_control_options, say
+from pals.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pals.experiments.simulated_load import LoadWish
+    from pals.experiments.simulated_policies import Report
+    from pals.experiments.simulated_run import PolicyResult, PolicyTask, Simulation
+    from pals.models.profile import Profile
+    from pals.runtime.config import Config
+
+OUT = "out/simulate"
+LAUNCH_SEQUENCES = 64  # as the demo and the profiles that come with it
+EXIT_INTERRUPTED = 130
+PACKAGES = ("numpy", "numba", "pyarrow")
+
+
+def add_simulate(commands: Any) -> None:
+    """The `simulate` command."""
+    p = commands.add_parser(
+        "simulate",
+        help="policies over hours of a trace on a simulated replica, thousands of times faster than real time",
+        description="Serve a trace on a simulated engine and simulated boards under one or more policies. The controller, its guard "
+        "and its tick are the live ones; every watt and second is simulated. A seed gives the same Parquet files. docs/simulate.md",
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "--model", required=True, metavar="MODEL", help="model name (`pals models`) or folder with a config.json"
+    )
+    add_board_options(p)
+    add_load_options(p)
+    add_control_options(p, several_policies=True)
+    p.add_argument(
+        "--max-num-seqs",
+        type=int,
+        default=LAUNCH_SEQUENCES,
+        metavar="N",
+        help=f"launch batch (default {LAUNCH_SEQUENCES})",
+    )
+    p.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of a step (default: as vLLM's server on such a board)",
+    )
+    p.add_argument(
+        "--max-model-len", type=int, metavar="N", help="longer requests are left out (default: the model's context)"
+    )
+    p.add_argument("--no-enable-prefix-caching", action="store_true", help="compute every prompt in full")
+    p.add_argument("--workers", type=int, default=1, metavar="N", help="policies at a time (default 1)")
+    p.add_argument("--journal", action="store_true", help="also write a journal for each policy, for `pals replay`")
+    p.add_argument("--out", default=OUT, metavar="FOLDER", help=f"Parquet files, table, figure (default {OUT})")
+
+
+def add_load_options(p: argparse.ArgumentParser) -> None:
+    """Which requests arrive, and when."""
+    p.add_argument(
+        "--trace", default="azure-2023-conv", metavar="NAME|FILE",
+        help="azure-2023-conv (default), azure-2023-code, mooncake-synthetic, servegen-m-large, vidur-arxiv, or a file",
+    )  # fmt: skip
+    p.add_argument("--trace-format", metavar="NAME", help="of the file (default: known from its header)")
+    p.add_argument("--lengths", metavar="NAME|FILE", help="draw prompt and output lengths from another trace")
+    p.add_argument("--arrivals", default="trace", metavar="LAW", help="trace (default), poisson, or gamma:CV")
+    p.add_argument("--rate", type=float, metavar="X", help="mean requests per second (default: the trace's)")
+    p.add_argument(
+        "--load", type=float, metavar="SHARE", help="rate as a share of what the engine can answer, e.g. 0.65"
+    )
+    p.add_argument("--scaling", default="time", metavar="HOW", help="how a rate is reached: time (default) or thin")
+    p.add_argument("--start-s", type=float, default=0.0, metavar="S", help="where in the trace to begin (default 0)")
+    p.add_argument("--hours", type=float, metavar="H", help="cut or repeat the trace to so long (default: as it is)")
+    p.add_argument("--seed", type=int, default=0, help="seed of every draw (default 0)")
+
+
+def simulate(args: argparse.Namespace) -> int:
+    """Run the policies, write the files, print the table; 130 and what there is so far on Ctrl-C."""
+    from pals.cli.agent import stopping
+    from pals.cli.extras import require
+    from pals.experiments.simulated_policies import run_policies
+
+    require("numba", "pyarrow", "matplotlib")
+    if args.workers < 1:
+        raise ConfigError(f"--workers {args.workers} must be at least 1. Nothing was started")
+    stop = threading.Event()
+    with stopping(stop):
+        sim = simulation_of(args)
+        tasks = tasks_of(args, sim)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        describe(sim, tasks)
+        with progress_of(sim, tasks) as report:
+            results = run_policies(sim, tasks, workers=args.workers, stop=stop, report=report)
+    return conclude(args, sim, tasks, results)
+
+
+def simulation_of(args: argparse.Namespace) -> Simulation:
+    """Engine, boards and requests.
+
+    Raises:
+        ConfigError: an unknown model, board or trace, or sizes that do not fit.
+    """
+    from pals.engines.model_zoo import read_config
+    from pals.experiments.simulated_load import workload_of
+    from pals.experiments.simulated_run import EMPTY, Simulation, capacity_per_s
+    from pals.plant.specs import parse_boards
+
+    spec, count = parse_boards(args.boards)
+    model, config = read_config(args.model)
+    wish = wish_of(args)
+    engine = Simulation(
+        model=model, config=config, spec=spec, boards=count, max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens or batched_tokens(spec.name, spec.memory_gb, args.max_num_seqs),
+        prefix_caching=not args.no_enable_prefix_caching, board_seed=args.seed_boards, context_tokens=1, workload=EMPTY,
+    )  # fmt: skip
+    replica = engine.replica()
+    replica.advance(1e-3)  # compiled here where it was not before, so that no run's speed counts it
+    context = min(replica.kv_tokens, args.max_model_len or engine.model_context)
+    if context < 2:
+        raise ConfigError(f"--max-model-len {context} leaves no room for a request. Nothing was started")
+    engine = replace(engine, context_tokens=context)
+    workload = workload_of(wish, lambda lengths, rng: capacity_per_s(engine, lengths, rng))
+    return replace(
+        engine, workload=workload.within_context(context), left_out=int((workload.total_tokens > context).sum())
+    )
+
+
+def batched_tokens(board: str, memory_gb: float, max_num_seqs: int) -> int:
+    """Tokens of a step where nobody says: what vLLM's server takes on such a board."""
+    usual = 16384 if memory_gb >= 160 else 8192 if memory_gb >= 75 and "a100" not in board else 2048
+    return max(usual, max_num_seqs)
+
+
+def wish_of(args: argparse.Namespace) -> LoadWish:
+    """The load asked for.
+
+    Raises:
+        ConfigError: one that makes no sense.
+    """
+    from pals.experiments.plant_checks.measured import data_folder
+    from pals.experiments.simulated_load import LoadWish
+    from pals.plant.traces import COMMITTED
+    from pals.plant.workload import SCALINGS
+
+    if args.scaling not in SCALINGS:
+        raise ConfigError(f"--scaling {args.scaling}: known are {', '.join(SCALINGS)}. Nothing was started")
+    law, _, cv = args.arrivals.partition(":")
+    if (law, bool(cv)) not in (("trace", False), ("poisson", False), ("gamma", True)) or not number(cv or "1"):
+        raise ConfigError(
+            f"--arrivals {args.arrivals}: known are trace, poisson and gamma:CV, e.g. gamma:2.5. Nothing was started"
+        )
+    committed = any(t in COMMITTED or t.startswith("servegen-") for t in (args.trace, args.lengths or ""))
+    return LoadWish(
+        trace=args.trace, folder=data_folder() / "traces" if committed else None, kind=args.trace_format,
+        lengths=args.lengths, cv=None if law == "trace" else float(cv or 1.0), rate_per_s=args.rate, load=args.load,
+        scaling=args.scaling, start_s=args.start_s, hours=args.hours, seed=args.seed,
+    )  # fmt: skip
+
+
+def number(text: str) -> bool:
+    """Whether it is a number above 0."""
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
+
+
+def tasks_of(args: argparse.Namespace, sim: Simulation) -> list[PolicyTask]:
+    """The policies asked for, each with its configuration and profile.
+
+    Raises:
+        ConfigError: one that is unknown, asked for twice, or lacks a profile.
+    """
+    from pals.experiments.simulated_run import PolicyTask
+
+    names = [name.strip() for given in args.policy or ["static"] for name in given.split(",")]
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise ConfigError(f"--policy {twice[0]} is given twice. Nothing was started")
+    folder, tasks = Path(args.out), []
+    for i, name in enumerate(names):
+        config = config_for(args, sim, name)
+        profile, path = (None, None) if name == "static" else profile_of(args, sim, name)
+        tasks.append(
+            PolicyTask(
+                name=name,
+                config=replace(config, control=replace(config.control, profile=path)),
+                profile=profile,
+                ticks=folder / f".ticks-{i}.parquet",
+                journal=folder / f"{name}.jsonl" if args.journal else None,
+                command=reproducing(args.given, name, without=("--out", "--workers")),
+            )
+        )
+    return tasks
+
+
+def config_for(args: argparse.Namespace, sim: Simulation, policy: str) -> Config:
+    """The configuration of one policy; targets that nobody gave are those of the demo.
+
+    Raises:
+        ConfigError: a bad option or file.
+    """
+    from pals.cli.agent import config_of
+    from pals.experiments.scenarios import slo_for
+
+    quiet = {"journal": None, "metrics_port": 0, "dcgm_port": 0}
+    given = config_of(argparse.Namespace(**{**vars(args), **quiet, "policy": "static"})).of(sim.engine).slo
+    usual = slo_for(sim.asked_tokens_per_s)
+    targets = {
+        "target_tokens_s": given.throughput_tokens_s or usual.throughput_tokens_s,
+        "ttft_p95_s": given.ttft_p95_s or usual.ttft_p95_s,
+        "tpot_p95_s": given.tpot_p95_s or usual.tpot_p95_s,
+    }
+    return config_of(argparse.Namespace(**{**vars(args), **quiet, **targets, "policy": policy})).of(sim.engine)
+
+
+def profile_of(args: argparse.Namespace, sim: Simulation, policy: str) -> tuple[Profile, str]:
+    """The profile given, else the committed one of this model on these boards, and its path.
+
+    Raises:
+        ConfigError: neither.
+    """
+    from pals.experiments.scenarios import SCENARIOS
+    from pals.plant.specs import parse_boards
+    from pals.runtime.agent import load_profile
+
+    if args.profile:
+        return load_profile(Path(args.profile)), args.profile
+    for s in SCENARIOS:
+        if (s.model, parse_boards(s.boards)) == (sim.model, (sim.spec, sim.boards)):
+            return load_profile(s.profile), str(s.profile)
+    raise ConfigError(
+        f"policy {policy} needs a profile, and none comes with PALS for {sim.model} on {sim.boards} × {sim.spec.name}. "
+        f"Make one: `{sim.how_to_profile}`, then give --profile profile.json. Nothing was started"
+    )
+
+
+def describe(sim: Simulation, tasks: Sequence[PolicyTask]) -> None:
+    """What will be simulated, on stderr."""
+    slo, longer = (
+        tasks[0].config.slo,
+        f"; {sim.left_out} requests above {sim.context_tokens} tokens are left out" * bool(sim.left_out),
+    )
+    say(
+        f"SIMULATED: {sim.model} on {sim.boards} × {sim.spec.nvml_name}; no GPU is used, every watt and second is simulated"
+    )
+    say(
+        f"engine: launch batch {sim.max_num_seqs}, {sim.max_num_batched_tokens} tokens a step, "
+        f"prefix caching {'on' if sim.prefix_caching else 'off'}"
+    )
+    say(f"load: {sim.workload.described()}{longer}")
+    say(
+        f"targets: {slo.throughput_tokens_s:g} tokens/s, TTFT p95 {slo.ttft_p95_s:g} s, TPOT p95 {1e3 * (slo.tpot_p95_s or 0):g} ms"
+    )
+
+
+@contextmanager
+def progress_of(sim: Simulation, tasks: Sequence[PolicyTask]) -> Iterator[Report]:
+    """A bar for each policy, on stderr; nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    total_s = float(sim.workload.arrival_s[-1])
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bars = [progress.add_task(t.name, total=total_s, told="") for t in tasks]
+        began = dict[int, float]()
+
+        def report(i: int, event_s: float) -> None:
+            spent_s = time.perf_counter() - began.setdefault(i, time.perf_counter())
+            speed = f", {event_s / spent_s:,.0f}x real time" if spent_s > 0.2 else ""
+            told = f"{hours_text(event_s)} of {hours_text(total_s)}{speed}"
+            progress.update(bars[i], completed=min(event_s, total_s), told=told)
+
+        yield report
+
+
+def hours_text(seconds: float) -> str:
+    """Event time for people."""
+    return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds:.0f} s"
+
+
+def conclude(
+    args: argparse.Namespace, sim: Simulation, tasks: Sequence[PolicyTask], results: Sequence[PolicyResult]
+) -> int:
+    """Write the files, print the table and where things are."""
+    from pals.experiments.simulated_run import validation_note
+    from pals.views.report import outcome_table, wide_console
+
+    folder, console = Path(args.out), wide_console()
+    seen = [(r, replace(r.outcome, name=title_of(r))) for r in results if r.outcome is not None]
+    figure = draw(args, sim, folder, [r for r, _ in seen])
+    write_files(args, sim, folder, results)
+    if seen:
+        title = f"SIMULATED: {sim.model} on {sim.boards} × {sim.spec.nvml_name}, {sim.workload.name}"
+        console.print(outcome_table([o for _, o in seen], title=title))
+    console.print(f"Plant: {validation_note()}", soft_wrap=True)
+    for r in results:
+        console.print(
+            f"{r.task.name}: {hours_text(r.event_s)} simulated in {r.wall_s:.1f} s, {r.event_s / r.wall_s:,.0f}x real time"
+        )
+    console.print(f"requests.parquet, ticks.parquet, outcomes.json{figure}: {folder}", soft_wrap=True)
+    done = {r.task.name for r in results if r.complete}
+    if rest := [t.name for t in tasks if t.name not in done]:
+        say(f"stopped early: what there is so far was written to {folder}; not finished: {', '.join(rest)}")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def title_of(result: PolicyResult) -> str:
+    """A policy's name over its figures."""
+    stopped = "" if result.complete else f", stopped at {hours_text(result.event_s)}"
+    return f"{result.task.name} (simulated{stopped})"
+
+
+def draw(args: argparse.Namespace, sim: Simulation, folder: Path, results: Sequence[PolicyResult]) -> str:
+    """Draw the figure, if there is anything; its name for the list of files."""
+    from pals.experiments.simulated_files import series_of_ticks
+    from pals.views.figure import draw_runs
+
+    if not results:
+        return ""
+    series = [
+        series_of_ticks(r.task.ticks, title_of(r), target_tokens_s=r.task.config.slo.throughput_tokens_s)
+        for r in results
+    ]
+    draw_runs(
+        series,
+        folder / "figure.png",
+        title=f"Simulated: {sim.model.split('/')[-1]} on {sim.boards} × {sim.spec.nvml_name}",
+        subtitle=f"SIMULATED engine and boards · {sim.workload.name}, {sim.workload.rate_per_s:.3g} requests/s",
+    )
+    return ", figure.png"
+
+
+def write_files(args: argparse.Namespace, sim: Simulation, folder: Path, results: Sequence[PolicyResult]) -> None:
+    """Requests, ticks and outcomes of every policy that was begun."""
+    from pals.experiments.simulated_files import REQUEST_COLUMNS, merge_ticks, request_rows
+    from pals.plant.columnar import ParquetWriter
+
+    metadata = metadata_of(args, sim, results)
+    requests = ParquetWriter(folder / "requests.parquet", REQUEST_COLUMNS, metadata)
+    for r in results:
+        requests.write(request_rows(r.task.name, sim.workload, r.answers, r.extra))
+    requests.close()
+    merge_ticks([r.task.ticks for r in results], folder / "ticks.parquet", metadata)
+    told = [
+        {**asdict(r.outcome), "complete": r.complete, "basis": "simulated"} for r in results if r.outcome is not None
+    ]
+    (folder / "outcomes.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+def metadata_of(args: argparse.Namespace, sim: Simulation, results: Sequence[PolicyResult]) -> Mapping[str, str]:
+    """What a file says of how it came about; equal for equal runs."""
+    from pals import __version__
+
+    policies = ",".join(r.task.name for r in results)
+    return {
+        "pals.basis": "simulated",
+        "pals.command": reproducing(args.given, policies, without=("--out", "--workers")),
+        "pals.seed": str(args.seed),
+        "pals.seed_boards": str(args.seed_boards),
+        "pals.model": sim.model,
+        "pals.boards": f"{sim.boards}x{sim.spec.name}",
+        "pals.load": sim.workload.described(),
+        "pals.complete": json.dumps(all(r.complete for r in results)),
+        "pals.versions": json.dumps({"pals": __version__, **{name: version(name) for name in PACKAGES}}),
+    }

@@ -1,0 +1,195 @@
+"""A simulated replica behind the controller's protocols: what NVML and the vLLM plugin are to the agent, this is to `tick`.
+
+Adapters only: nothing is modelled here. Readings are taken once per instant and kept until something is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from pals.core.quantities import BoardInfo, BoardWrite, EngineInfo, EngineSample, OperatingPoint, PowerSample
+from pals.plant.specs import CLOCK_STEP_MHZ, DRIVER, BoardSpec
+
+ENGINE, VERSION = "vllm", "simulated"  # the replica follows vLLM's scheduler, no release in particular
+
+
+class BoardReading(Protocol):
+    """What the sensors of one simulated board say."""
+
+    @property
+    def power_w(self) -> float: ...
+    @property
+    def energy_j(self) -> float: ...
+    @property
+    def sm_clock_mhz(self) -> int: ...
+    @property
+    def temperature_c(self) -> float: ...
+    @property
+    def enforced_limit_w(self) -> float: ...
+    @property
+    def throttled(self) -> bool: ...
+
+
+class SteeredReplica(Protocol):
+    """What is needed of `pals.plant.replica.Replica`."""
+
+    @property
+    def now_s(self) -> float: ...
+    def boards(self) -> Sequence[BoardReading]: ...
+    def limits_in_force_w(self) -> Sequence[float]: ...
+    def counters(self) -> EngineSample: ...
+    def set_limit_w(self, watts: float) -> None: ...
+    def set_clock_lock(self, mhz: int | None) -> None: ...
+    def set_active_sequences(self, n: int | None, lowering: str = "drain") -> None: ...
+
+
+class SimulatedGroup:
+    """The boards of one replica; they are set together, as their engine's agent does anyway."""
+
+    def __init__(self, replica: SteeredReplica, spec: BoardSpec) -> None:
+        self._replica, self.spec = replica, spec
+        self._readings: Sequence[BoardReading] = ()
+        self._limits_w: Sequence[float] = ()
+        self._read_at_s = self._looked_at_s = -1.0
+        self._asked: tuple[float, int | None] = (spec.default_limit_w, None)
+
+    def reading(self, i: int) -> BoardReading:
+        """Board `i` now."""
+        if self._read_at_s != self._replica.now_s:
+            self._readings, self._read_at_s = self._replica.boards(), self._replica.now_s
+        return self._readings[i]
+
+    def limit_w(self, i: int) -> float:
+        """The limit that board `i` obeys now."""
+        if self._looked_at_s != self._replica.now_s:
+            self._limits_w, self._looked_at_s = self._replica.limits_in_force_w(), self._replica.now_s
+        return self._limits_w[i]
+
+    def now_s(self) -> float:
+        """Event time."""
+        return self._replica.now_s
+
+    def write(self, limit_w: float, clock_mhz: int | None) -> None:
+        """Bring all boards to this limit and clock ceiling.
+
+        Raises:
+            ValueError: outside the boards' range; nothing was changed.
+        """
+        asked_w, asked_mhz = self._asked
+        if (limit_w, clock_mhz) == (asked_w, asked_mhz):
+            return
+        if limit_w != asked_w:
+            self._replica.set_limit_w(limit_w)
+        if clock_mhz != asked_mhz:
+            self._replica.set_clock_lock(clock_mhz)
+        self._asked, self._read_at_s, self._looked_at_s = (limit_w, clock_mhz), -1.0, -1.0
+
+
+class SimulatedBoard:
+    """One board: a `PowerMeter` and a `PowerActuator`."""
+
+    def __init__(self, group: SimulatedGroup, index: int) -> None:
+        spec = group.spec
+        clocks = tuple(range(spec.min_sm_clock_mhz, spec.max_sm_clock_mhz + 1, CLOCK_STEP_MHZ))
+        self._group, self._index = group, index
+        self._info = BoardInfo(
+            index=index,
+            uuid=f"GPU-simulated-{index}",
+            name=spec.nvml_name,
+            driver=DRIVER,
+            min_limit_w=spec.min_limit_w,
+            max_limit_w=spec.max_limit_w,
+            default_limit_w=spec.default_limit_w,
+            found_limit_w=spec.default_limit_w,
+            max_sm_clock_mhz=spec.max_sm_clock_mhz,
+            sm_clocks_mhz=clocks,
+        )
+
+    @property
+    def info(self) -> BoardInfo:
+        """What the board is and accepts."""
+        return self._info
+
+    @property
+    def refusal(self) -> str | None:
+        """None: a simulated board may be written."""
+        return None
+
+    @property
+    def other_hand_w(self) -> float | None:
+        """None: nobody else sets limits in a simulation."""
+        return None
+
+    def announce_to(self, write_ahead: Callable[[BoardWrite], None]) -> None:
+        """Nothing is announced: no limit outlives a simulation."""
+
+    def read(self) -> PowerSample:
+        """The sensors at this instant of event time."""
+        r = self._group.reading(self._index)
+        return PowerSample(
+            time_s=self._group.now_s(),
+            power_w=r.power_w,
+            energy_j=r.energy_j,
+            enforced_limit_w=r.enforced_limit_w,
+            sm_clock_mhz=r.sm_clock_mhz,
+            temperature_c=r.temperature_c,
+            throttled_by_power=r.throttled,
+        )
+
+    def apply(self, wanted: OperatingPoint) -> OperatingPoint:
+        """Set the group to `wanted`; return what this board then has in force.
+
+        Raises:
+            ValueError: outside the board's range; nothing was changed.
+        """
+        self._group.write(wanted.power_limit_w, wanted.sm_clock_mhz)
+        return OperatingPoint(power_limit_w=self._group.limit_w(self._index), sm_clock_mhz=wanted.sm_clock_mhz)
+
+    def restore(self) -> None:
+        """Back to the default limit, without a clock lock."""
+        self._group.write(self._info.found_limit_w, None)
+
+
+class SimulatedEngine:
+    """The replica's scheduler: an `EngineMeter` and an `EngineActuator`."""
+
+    def __init__(self, replica: SteeredReplica, info: EngineInfo) -> None:
+        self._replica, self._info = replica, info
+        self._set: tuple[int | None, str] = (None, "drain")
+
+    @property
+    def info(self) -> EngineInfo:
+        """The engine as a profile knows it."""
+        return self._info
+
+    def read(self) -> EngineSample:
+        """Its counters at this instant."""
+        return self._replica.counters()
+
+    def apply(self, active_sequences: int, *, lease_s: float, lowering: str = "drain") -> None:
+        """Set the limit; the lease never ends, as the agent of a simulation cannot die before its engine."""
+        self._set_to(active_sequences, lowering)
+
+    def release(self) -> None:
+        """Back to the launch limit."""
+        self._set_to(None, "drain")
+
+    def _set_to(self, sequences: int | None, lowering: str) -> None:
+        if (sequences, lowering) != self._set:
+            self._replica.set_active_sequences(sequences, lowering)
+            self._set = (sequences, lowering)
+
+
+def engine_info(model: str, *, boards: int, launch_sequences: int) -> EngineInfo:
+    """What a simulated engine says of itself; all its boards are one tensor-parallel group."""
+    return EngineInfo(
+        pid=0,
+        engine=ENGINE,
+        version=VERSION,
+        model=model,
+        parallelism=f"tp{boards} pp1 dp1 ep0",
+        boards=tuple(range(boards)),
+        launch_sequences=launch_sequences,
+        capabilities={"time-slice": True, "preempt": True},
+    )

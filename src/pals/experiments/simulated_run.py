@@ -1,0 +1,297 @@
+"""One policy on one simulated replica: the live controller's own `tick`, guard and policy, on the grid of event time.
+
+Everything a run needs is in its `Simulation` and `PolicyTask`; so it is the same in this process and in a worker, and the
+same twice. Figures that come from here are simulated.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pals.control.guard import Guard
+from pals.control.policies import build_policy
+from pals.core.errors import ConfigError, ProfileMismatchError
+from pals.core.quantities import BoardInfo, EngineInfo, fingerprint_of
+from pals.experiments.outcome import Answers, Outcome, PeriodTally, outcome_of
+from pals.experiments.simulated_files import TickFile
+from pals.experiments.simulated_node import SimulatedBoard, SimulatedEngine, SimulatedGroup, engine_info
+from pals.models.profile import Profile
+from pals.plant.llm_step import ModelShape, StepModel
+from pals.plant.replica import Replica
+from pals.plant.specs import BoardSpec
+from pals.plant.workload import LengthSource, Workload
+from pals.runtime.agent import policy_settings
+from pals.runtime.config import Config
+from pals.runtime.journal import Journal, JournalHeader
+from pals.runtime.tick import Rig, TickRecord, TickState, tick
+
+TAIL_S = 1.0  # ticks after the last token, so that they cover it
+LOOK_EVERY = 256  # ticks between two looks at whether to stop, and two reports
+VALIDATION = "docs/plant-validation.json"
+EMPTY = Workload(
+    name="nothing", arrival_s=np.zeros(0), prompt_tokens=np.zeros(0, np.int32), output_tokens=np.zeros(0, np.int32),
+    prefix_tokens=np.zeros(0, np.int32),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulation:
+    """The engine, its boards and the requests; every policy meets the same."""
+
+    model: str
+    config: Mapping[str, Any]  # the model's config.json
+    spec: BoardSpec
+    boards: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    prefix_caching: bool
+    board_seed: int
+    context_tokens: int  # prompt and output of the longest request
+    workload: Workload
+    left_out: int = 0  # requests longer than that
+
+    @property
+    def model_context(self) -> int:
+        """The longest prompt and output that the model takes, tokens."""
+        return int(self.config.get("max_position_embeddings") or self.config.get("n_positions") or 2**31 - 1)
+
+    @property
+    def asked_tokens_per_s(self) -> float:
+        """Output tokens per second that the requests ask for, on average."""
+        w = self.workload
+        return float(w.output_tokens.sum()) / max(w.period_s, 1.0)
+
+    @property
+    def engine(self) -> EngineInfo:
+        """The engine as a profile knows it."""
+        return engine_info(self.model, boards=self.boards, launch_sequences=self.max_num_seqs)
+
+    @property
+    def how_to_profile(self) -> str:
+        """The command that makes a profile for it."""
+        boards = f"{self.boards}x{self.spec.name}"
+        return (
+            f"pals emulate profile {self.model} --boards {boards} --max-num-seqs {self.max_num_seqs} --out profile.json"
+        )
+
+    def replica(self) -> Replica:
+        """A new one at time 0, without requests.
+
+        Raises:
+            ConfigError: the model does not fit the boards, or sizes do not fit one another.
+        """
+        step_model = StepModel(
+            ModelShape.from_config(self.config), self.spec, tensor_parallel=self.boards,
+            max_tokens=self.max_num_batched_tokens,
+        )  # fmt: skip
+        return Replica(
+            step_model, self.spec, boards=self.boards, max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens, prefix_caching=self.prefix_caching,
+            board_seed=self.board_seed,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyTask:
+    """One policy to run, and where its record goes."""
+
+    name: str
+    config: Config
+    profile: Profile | None
+    ticks: Path
+    journal: Path | None
+    command: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyResult:
+    """What came of it; `outcome` is None where no request was answered."""
+
+    task: PolicyTask
+    answers: Answers  # of the requests that arrived
+    extra: Mapping[str, Any]  # further columns of these
+    outcome: Outcome | None
+    event_s: float
+    wall_s: float
+    complete: bool  # False: stopped before the last token
+
+
+def run_policy(
+    sim: Simulation, task: PolicyTask, *, stop: Callable[[], bool], report: Callable[[float], None]
+) -> PolicyResult:
+    """Serve the workload under one policy; `report` is told the event time now and then.
+
+    Raises:
+        ConfigError: settings or profile that do not fit; nothing was simulated.
+    """
+    began_s = time.perf_counter()
+    replica, slo, w = sim.replica(), task.config.slo, sim.workload
+    rig = rig_of(sim, task, replica)
+    replica.submit(w)
+    tally = PeriodTally(float(w.arrival_s[0]))
+    with ExitStack() as exits:
+        ticks = exits.enter_context(closing(TickFile(task.ticks, task.name)))
+        sinks: list[Callable[[TickRecord], None]] = [ticks.take, tally.observe]
+        if task.journal is not None:
+            header = header_of(sim, task, [m.info for m in rig.meters])
+            sinks.append(exits.enter_context(closing(Journal(task.journal, header))).append)
+        event_s, complete = drive(replica, rig, task.config, sinks, stop=stop, report=report)
+    answers, extra = answers_of(replica, w)
+    try:
+        told = outcome_of(task.name, answers, tally, slo) if answers.answered.any() else None
+    except ValueError as e:
+        raise ConfigError(f"{e}: the simulated time is too short. Simulate longer") from e
+    return PolicyResult(
+        task=task, answers=answers, extra=extra, outcome=told, event_s=event_s, complete=complete,
+        wall_s=time.perf_counter() - began_s,
+    )  # fmt: skip
+
+
+def drive(
+    replica: Replica,
+    rig: Rig,
+    config: Config,
+    sinks: list[Callable[[TickRecord], None]],
+    *,
+    stop: Callable[[], bool],
+    report: Callable[[float], None],
+) -> tuple[float, bool]:
+    """Tick on the grid until `TAIL_S` after the last token, or until `stop`; event time, and whether all were answered."""
+    state, period_s, slot = TickState(controller=rig.controller.initial()), config.control.period_s, 0
+    ends_s = float("inf")
+    while True:
+        now_s = slot * period_s
+        replica.advance(now_s)
+        record, state = tick(rig, state, config.budget.at(now_s), config.slo, now_s)
+        for sink in sinks:
+            sink(record)
+        if replica.finished:
+            ends_s = min(ends_s, now_s + TAIL_S)
+            if now_s >= ends_s:
+                return now_s, True
+        if slot % LOOK_EVERY == 0:
+            report(now_s)
+            if stop():
+                return now_s, False
+        slot += 1
+
+
+def rig_of(sim: Simulation, task: PolicyTask, replica: Replica) -> Rig:
+    """The parts that `tick` steers, as live ones; the mode `advise` leaves the actuators out.
+
+    Raises:
+        ConfigError: the policy or its profile does not fit.
+    """
+    group, info, control = SimulatedGroup(replica, sim.spec), sim.engine, task.config.control
+    boards = [SimulatedBoard(group, i) for i in range(sim.boards)]
+    guard = Guard.of([b.info for b in boards], sim.max_num_seqs)
+    if task.profile is not None:
+        check_profile(task.profile, sim, [b.info for b in boards], str(control.profile))
+    acts, engine = control.mode != "advise", SimulatedEngine(replica, info)
+    return Rig(
+        meters=boards,
+        actuators=boards if acts else (),
+        engine=engine,
+        setter=engine if acts else None,
+        controller=build_policy(control.policy, policy_settings(control), task.profile, guard),
+        guard=guard,
+        period_s=control.period_s,
+        lowering=control.lowering,
+    )
+
+
+def check_profile(profile: Profile, sim: Simulation, boards: list[BoardInfo], name: str) -> None:
+    """Refuse a profile of something else; engine release and driver do not count, as a simulation has neither.
+
+    Raises:
+        ProfileMismatchError: naming every difference.
+    """
+    mine, here = profile.fingerprint, fingerprint_of(sim.engine, boards)
+    if differences := mine.differences(replace(here, engine_version=mine.engine_version, driver=mine.driver)):
+        raise ProfileMismatchError(
+            f"{name} was measured on something else; it is not used and nothing was simulated: {'; '.join(differences)}. "
+            f"Make one: `{sim.how_to_profile}`"
+        )
+
+
+def header_of(sim: Simulation, task: PolicyTask, boards: list[BoardInfo]) -> JournalHeader:
+    """The journal's header; without what differs between equal runs."""
+    control = task.config.control
+    return JournalHeader(
+        policy=control.policy,
+        policy_settings=policy_settings(control),
+        profile_json=task.profile.to_json() if task.profile else None,
+        boards=tuple(boards),
+        engine=sim.engine,
+        period_s=control.period_s,
+        emulated=True,
+        started_at=datetime.fromtimestamp(0, UTC).isoformat(timespec="seconds"),
+        command=task.command,
+        lowering=control.lowering,
+        clock="virtual",
+    )
+
+
+def answers_of(replica: Replica, workload: Workload) -> tuple[Answers, dict[str, Any]]:
+    """What came of the requests that arrived so far, and what only a simulator knows of them."""
+    times, n = replica.results(), int(replica.counters().arrived_requests)
+    done = ~np.isnan(times.last_token_s[:n])
+    asked = workload.output_tokens[:n]
+    answers = Answers(
+        sent_s=workload.arrival_s[:n],
+        first_token_s=times.first_token_s[:n],
+        last_token_s=times.last_token_s[:n],
+        output_tokens=np.where(done, asked, 0),
+        asked_tokens=asked,
+    )
+    return answers, {"scheduled_s": times.scheduled_s[:n], "preemptions": times.preemptions[:n]}
+
+
+def capacity_per_s(sim: Simulation, lengths: LengthSource, rng: np.random.Generator) -> float:
+    """Requests of these lengths that the engine answers per second at its launch settings when it never lacks work."""
+    count = 16 * sim.max_num_seqs
+    prompt, output = lengths.draw(4 * count, rng)
+    fitting = np.flatnonzero(prompt.astype(np.int64) + output <= sim.context_tokens)[:count]
+    if len(fitting) < 8:
+        raise ConfigError(f"nearly all requests are longer than {sim.context_tokens} tokens. Nothing was started")
+    count, prompt, output = len(fitting), prompt[fitting], output[fitting]
+    replica = sim.replica()
+    replica.submit(
+        Workload(
+            name="backlog",
+            arrival_s=np.zeros(count),
+            prompt_tokens=prompt,
+            output_tokens=output,
+            prefix_tokens=np.zeros(count, np.int32),
+        )  # fmt: skip
+    )
+    replica.run()
+    ended_s = np.sort(replica.results().last_token_s)
+    first, last = count // 4, 3 * count // 4  # neither filling nor running dry
+    return float((last - first) / (ended_s[last] - ended_s[first]))
+
+
+def validation_note(checkout: Path | None = None) -> str:
+    """How far the plant is from measurements, in one line: what `pals plant validate` wrote into the checkout."""
+    path = (checkout or Path(__file__).resolve().parents[3]) / VALIDATION
+    if not path.is_file():
+        return f"no figures of the plant against measurements are beside this installation ({VALIDATION}); `pals plant validate` makes them"
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        if "summary" in told:
+            return str(told["summary"])
+        rows = told["rows"]
+        reached = sum(bool(r["reached"]) for r in rows)
+        errors = "; ".join(f"{r['check']}: {r['value']:.1f} {r['unit']}" for r in rows)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        return f"the figures of the plant against measurements in {path} cannot be read ({e}); make them anew with `pals plant validate`"
+    return f"the plant against measurements, {reached} of {len(rows)} targets reached: {errors}"

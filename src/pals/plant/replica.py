@@ -1,0 +1,304 @@
+"""A simulated replica: one engine on one group of boards, stepped event by event, O(1) work a decode step.
+
+Schedules as vLLM V1 does, draws power as the emulated boards do; semantics, speed and differences: docs/models/replica.md.
+Figures that come from here are simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pals.core.errors import ConfigError
+from pals.core.quantities import LOWERINGS, EngineSample
+from pals.plant import replica_run
+from pals.plant.governor import Firmware
+from pals.plant.llm_step import StepModel, StepTables
+from pals.plant.replica_boards import BoardView, ReplicaBoards
+from pals.plant.replica_state import PIPELINE, REQUEST, new_memory
+from pals.plant.silicon import Silicon
+from pals.plant.specs import BoardSpec
+from pals.plant.workload import Workload
+
+FloatArray = NDArray[np.float64]
+Constants = TypeVar("Constants", StepTables, Silicon, Firmware)
+UTILIZATION = 0.92  # vLLM's default share of board memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestTimes:
+    """What came of each request, arrays of shape (requests,), seconds from the start; NaN where it is not so far."""
+
+    scheduled_s: FloatArray  # first planned
+    first_token_s: FloatArray
+    last_token_s: FloatArray
+    preemptions: NDArray[np.int32]
+
+
+class Replica:
+    """See the module. Time starts at 0; nothing moves but by `advance`."""
+
+    def __init__(
+        self,
+        model: StepModel,
+        spec: BoardSpec,
+        *,
+        boards: int,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 8192,
+        block_size: int = 16,
+        kv_blocks: int | None = None,
+        gpu_memory_utilization: float = UTILIZATION,
+        prefix_caching: bool = True,
+        async_scheduling: bool = True,
+        pace_when_planned: bool = False,
+        board_seed: int = 0,
+        setter_latency_s: float = 0.004,
+        compiled: bool = True,
+    ) -> None:
+        """`kv_blocks` None: what the board's memory leaves; `compiled` False runs the same code uncompiled.
+
+        `pace_when_planned` fixes a step's duration at the clock of the moment it is planned, as the emulated engine books
+        it; otherwise a step that runs slows down and speeds up with the clock.
+
+        Raises:
+            ConfigError: sizes that do not fit one another, the model does not fit the boards, or numba is missing.
+        """
+        if max_num_seqs < 1 or max_num_batched_tokens < max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs ({max_num_seqs}), and that "
+                "at least 1: every running sequence decodes one token a step. Nothing was simulated"
+            )
+        self.spec, self.model = spec, model
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self.kv_blocks = kv_blocks or kv_blocks_of(model, gpu_memory_utilization, block_size)
+        self._memory = new_memory(boards=boards, block_size=block_size, max_num_seqs=max_num_seqs)
+        self._state = self._memory.state[0]
+        s = self._state
+        s["depth"] = PIPELINE if async_scheduling else 1
+        s["queue_put"] = s["kv_blocks"] = self.kv_blocks
+        s["block"], s["batched"], s["prefix_caching"] = block_size, max_num_batched_tokens, prefix_caching
+        s["fixed_pace"] = pace_when_planned
+        s["launch"] = s["limit"] = max_num_seqs
+        s["due"] = 1
+        self._boards = ReplicaBoards(self._memory, spec, seed=board_seed, setter_latency_s=setter_latency_s)
+        self._dips_known_s = 0.0
+        self.swap_model(model)
+        self._silicon, self._firmware = numbers(spec.silicon), numbers(spec.firmware)
+        self._advance: Callable[..., bool] = _compiled() if compiled else replica_run.advance
+
+    @property
+    def now_s(self) -> float:
+        """Simulated time."""
+        return float(self._state["now_s"])
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds; a longer request never runs."""
+        return self.kv_blocks * int(self._state["block"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether every submitted request has its last token."""
+        return int(self._state["finished"]) == int(self._state["submitted"])
+
+    def submit(self, workload: Workload) -> None:
+        """Add requests; they must arrive no earlier than those submitted before, and not in the past.
+
+        Raises:
+            ConfigError: arrivals out of order, or a request that never fits the KV cache.
+        """
+        new = requests_of(workload)
+        held = int(self._state["submitted"])
+        earliest_s = max(self.now_s, float(self._memory.requests["arrival_s"][held - 1]) if held else 0.0)
+        if len(new) and (np.any(np.diff(new["arrival_s"]) < 0) or new["arrival_s"][0] < earliest_s):
+            raise ConfigError(
+                f"{workload.name}: requests must be submitted in order of arrival, none before {earliest_s:.3f} s. Nothing "
+                "was submitted"
+            )
+        block = int(self._state["block"])
+        needed = -(-(new["prompt"].astype(np.int64) + new["output"]) // block)
+        if len(new) and int(needed.max()) > self.kv_blocks:
+            raise ConfigError(
+                f"{workload.name}: request {int(needed.argmax())} needs {int(needed.max())} KV blocks of {block} tokens and "
+                f"the replica has {self.kv_blocks}: it would never run. Nothing was submitted"
+            )
+        self._memory = self._memory._replace(requests=np.concatenate([self._memory.requests[:held], new]))
+        self._state["submitted"] = held + len(new)
+
+    def advance(self, until_s: float) -> None:
+        """Go on to `until_s` of simulated time.
+
+        Raises:
+            RuntimeError: the scheduler is stuck, which is a mistake of ours.
+        """
+        while self.now_s < until_s:
+            if self.now_s >= self._dips_known_s:
+                dips, self._dips_known_s = self._boards.draw_dips(self.now_s)
+                self._memory = self._memory._replace(dips=dips)
+            stop_s = float(min(until_s, self._dips_known_s))
+            if not self._advance(self._memory, self._tables, self._silicon, self._firmware, stop_s):
+                raise RuntimeError(
+                    f"the simulated scheduler plans nothing although {int(self._state['running'])} run; stopped at "
+                    f"{self.now_s} s"
+                )
+
+    def run(self, *, chunk_s: float = 60.0) -> None:
+        """Advance until every request has its last token."""
+        while not self.finished:
+            self.advance(self.now_s + chunk_s)
+
+    def set_limit_w(self, watts: float) -> None:
+        """Power limit of each board; acts some milliseconds later.
+
+        Raises:
+            ValueError: outside the boards' range; nothing was changed.
+            DeviceLostError: a board is lost; the others were written.
+            PermissionDeniedError: a board refuses; the others were written.
+        """
+        self._boards.set_limit_w(watts)
+
+    def set_clock_lock(self, mhz: int | None) -> None:
+        """Ceiling of the SM clock of each board; None releases it. Raises as `set_limit_w`."""
+        self._boards.set_clock_lock(mhz)
+
+    def inject(self, board: int, fault: str, value: float = 1.0) -> None:
+        """Set a fault of one board; 0 removes it.
+
+        "lost", "denied" (setters), "stuck" (a sensor shows the power and energy it showed last) and "thermal" (hardware
+        slowdown) are 1 or 0; "external_limit" W; "ambient" °C of the air at the board; "slow_setter" s that each write takes
+        longer to act; "dip" s that current protection holds the clock down from now on.
+
+        Raises:
+            ValueError: unknown fault, or a value it cannot have; nothing was changed.
+        """
+        self._boards.inject(board, fault, value)
+
+    def set_active_sequences(self, n: int | None, lowering: str = "drain") -> None:
+        """Active-sequence limit from the next planned step on, never above the launch limit; None returns to that.
+
+        Raises:
+            ValueError: unknown way of lowering; nothing was changed.
+        """
+        if lowering not in LOWERINGS:
+            raise ValueError(f"unknown lowering {lowering!r}; known: {', '.join(LOWERINGS)}. The limit in force stays")
+        launch = int(self._state["launch"])
+        self._state["limit"] = launch if n is None else max(1, min(launch, n))
+        self._state["lowering"] = LOWERINGS.index(lowering)
+
+    def swap_model(self, model: StepModel) -> None:
+        """From the next step on, steps take what `model` says: another engine build, another routing of experts."""
+        if len(model.tables.memory_s) <= self._max_num_batched_tokens:
+            raise ConfigError(
+                f"the step model knows steps of up to {len(model.tables.memory_s) - 1} tokens, the engine plans "
+                f"{self._max_num_batched_tokens}: make it with max_tokens={self._max_num_batched_tokens}"
+            )
+        self.model, self._tables = model, numbers(model.tables)
+
+    def boards(self) -> tuple[BoardView, ...]:
+        """The sensors of each board now.
+
+        Raises:
+            DeviceLostError: a board is lost; `board` reads the others.
+        """
+        return tuple(self._boards.view(i) for i in range(len(self._memory.boards)))
+
+    def board(self, i: int) -> BoardView:
+        """The sensors of one board now; raises as `boards`."""
+        return self._boards.view(i)
+
+    def energy_j(self) -> float:
+        """The integral of all boards' power up to the last tick, J; for checks and totals, not for controllers."""
+        return float(self._memory.boards["energy_j"].sum())
+
+    def counters(self) -> EngineSample:
+        """What the engine says of itself now."""
+        m = self._memory
+        s = dict(zip(m.state.dtype.names or (), m.state[0].item(), strict=True))  # plain numbers, read at once
+        new = s["admitted"] < s["arrived"]
+        oldest_s = s["last_update_s"] - float(m.requests["arrival_s"][s["admitted"]]) if new else 0.0
+        return EngineSample(
+            time_s=s["last_update_s"],
+            steps=s["completed"],
+            running=s["running"],
+            waiting=s["stacked"] + s["arrived"] - s["admitted"],
+            arrived_requests=s["arrived"],
+            arrived_prompt_tokens=s["arrived_prompt_tokens"],
+            prefill_tokens=s["prefill_tokens"],
+            decode_tokens=s["decode_tokens"],
+            output_tokens=s["output_tokens"],
+            finished_requests=s["finished"],
+            aborted_requests=0,
+            preemptions=s["preemptions"],
+            kv_usage=1.0 - (s["queue_put"] - s["queue_taken"]) / self.kv_blocks,
+            busy_s=s["busy_s"],
+            last_step_s=s["last_step_s"],
+            oldest_waiting_s=max(0.0, oldest_s),
+            active_limit=s["limit"],
+            launch_limit=s["launch"],
+            ttft_counts=tuple(m.ttft_counts.tolist()),
+            tpot_counts=tuple(m.tpot_counts.tolist()),
+            scheduled=s["scheduled"],
+            lowering=LOWERINGS[s["lowering"]],
+        )
+
+    def results(self) -> RequestTimes:
+        """The times of every request submitted so far."""
+        r = self._memory.requests
+        return RequestTimes(
+            scheduled_s=r["scheduled_s"].copy(),
+            first_token_s=r["first_s"].copy(),
+            last_token_s=r["last_s"].copy(),
+            preemptions=r["preemptions"].copy(),
+        )
+
+
+def kv_blocks_of(model: StepModel, utilization: float, block_size: int) -> int:
+    """KV blocks that fit the boards' memory, less the one vLLM keeps as a null block.
+
+    Raises:
+        ConfigError: the weights do not fit.
+    """
+    shape, group = model.shape, model.group
+    token_bytes = shape.kv_bytes_per_token / min(group.tensor, shape.kv_heads) / group.pipeline
+    return int(model.kv_capacity_bytes(utilization) // (token_bytes * block_size)) - 1
+
+
+def requests_of(workload: Workload) -> NDArray[Any]:
+    """The workload as request records.
+
+    Raises:
+        ConfigError: a request without prompt or output.
+    """
+    new = np.zeros(len(workload), REQUEST)
+    new["arrival_s"] = workload.arrival_s
+    new["prompt"], new["output"] = workload.prompt_tokens, workload.output_tokens
+    new["prefix"] = workload.prefix_tokens
+    for name in ("scheduled_s", "first_s", "last_s"):
+        new[name] = np.nan
+    if len(new) and (new["prompt"].min() < 1 or new["output"].min() < 1):
+        raise ConfigError(f"{workload.name}: every request has at least one prompt and one output token")
+    return new
+
+
+def numbers(constants: Constants) -> Constants:
+    """The same constants with every number a float and every array contiguous: one compiled signature for all."""
+    hints = get_type_hints(type(constants))
+    return type(constants)(
+        *(
+            np.ascontiguousarray(v, dtype=np.float64)
+            if isinstance(v, np.ndarray)
+            else (int(v) if hints[name] is int else float(v))
+            for name, v in zip(constants._fields, constants, strict=True)
+        )
+    )
+
+
+def _compiled() -> Callable[..., bool]:
+    from pals.plant.compiled import compiled_advance
+
+    return compiled_advance()
