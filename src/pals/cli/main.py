@@ -128,7 +128,11 @@ def add_control_options(p: argparse.ArgumentParser, *, several_policies: bool = 
     p.add_argument("--mode", help=f"one of {', '.join(MODES)} (default: auto on emulated boards, advise on real ones)")
     p.add_argument("--profile", metavar="FILE", help="profile for every policy but static, from `pals profile`")
     p.add_argument(
-        "--power-limit-w", "--limit-w", type=float, metavar="W", help="static: power limit per board (default: as found)"
+        "--power-limit-w",
+        "--limit-w",
+        type=float,
+        metavar="W",
+        help="static: power limit per board (default: as found)",
     )
     p.add_argument(
         "--sm-clock-mhz", "--clock-mhz", type=int, metavar="MHZ", help="static: SM clock ceiling (default: no lock)"
@@ -136,7 +140,11 @@ def add_control_options(p: argparse.ArgumentParser, *, several_policies: bool = 
     p.add_argument("--active-sequences", type=int, metavar="N", help="static: active-sequence limit (default: launch)")
     p.add_argument("--lowering", help=f"how to get under a lowered batch: {', '.join(LOWERINGS)} (default drain)")
     p.add_argument(
-        "--target-tokens-s", "--slo-tokens-s", type=float, metavar="X", help="throughput target, output tokens per second"
+        "--target-tokens-s",
+        "--slo-tokens-s",
+        type=float,
+        metavar="X",
+        help="throughput target, output tokens per second",
     )
     p.add_argument("--ttft-p95-s", "--slo-ttft-p95-s", type=float, metavar="S", help="TTFT target")
     p.add_argument("--tpot-p95-s", "--slo-tpot-p95-s", type=float, metavar="S", help="TPOT target")

@@ -18,10 +18,13 @@ from pals.cli.main import add_control_options, say
 from pals.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pals.experiments.simulated_load import LoadWish
     from pals.experiments.simulated_policies import Report
     from pals.experiments.simulated_run import PolicyResult, PolicyTask, Simulation
     from pals.models.profile import Profile
+    from pals.plant.workload import LengthSource
     from pals.runtime.config import Config
 
 OUT = "out/simulate"
@@ -39,17 +42,28 @@ def add_simulate(commands: Any) -> None:
         "and its tick are the live ones; every watt and second is simulated. A seed gives the same Parquet files. docs/simulate.md",
         allow_abbrev=False,
     )
-    p.add_argument("--model", required=True, metavar="MODEL", help="model name (`pals models`) or folder with a config.json")
+    p.add_argument(
+        "--model", required=True, metavar="MODEL", help="model name (`pals models`) or folder with a config.json"
+    )
     add_board_options(p)
     add_load_options(p)
     add_control_options(p, several_policies=True)
     p.add_argument(
-        "--max-num-seqs", type=int, default=LAUNCH_SEQUENCES, metavar="N", help=f"launch batch (default {LAUNCH_SEQUENCES})"
+        "--max-num-seqs",
+        type=int,
+        default=LAUNCH_SEQUENCES,
+        metavar="N",
+        help=f"launch batch (default {LAUNCH_SEQUENCES})",
     )
     p.add_argument(
-        "--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step (default: as vLLM's server on such a board)"
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of a step (default: as vLLM's server on such a board)",
     )
-    p.add_argument("--max-model-len", type=int, metavar="N", help="longer requests are left out (default: the model's context)")
+    p.add_argument(
+        "--max-model-len", type=int, metavar="N", help="longer requests are left out (default: the model's context)"
+    )
     p.add_argument("--no-enable-prefix-caching", action="store_true", help="compute every prompt in full")
     p.add_argument("--workers", type=int, default=1, metavar="N", help="policies at a time (default 1)")
     p.add_argument("--journal", action="store_true", help="also write a journal for each policy, for `pals replay`")
@@ -66,7 +80,9 @@ def add_load_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--lengths", metavar="NAME|FILE", help="draw prompt and output lengths from another trace")
     p.add_argument("--arrivals", default="trace", metavar="LAW", help="trace (default), poisson, or gamma:CV")
     p.add_argument("--rate", type=float, metavar="X", help="mean requests per second (default: the trace's)")
-    p.add_argument("--load", type=float, metavar="SHARE", help="rate as a share of what the engine can answer, e.g. 0.65")
+    p.add_argument(
+        "--load", type=float, metavar="SHARE", help="rate as a share of what the engine can answer, e.g. 0.65"
+    )
     p.add_argument("--scaling", default="time", metavar="HOW", help="how a rate is reached: time (default) or thin")
     p.add_argument("--start-s", type=float, default=0.0, metavar="S", help="where in the trace to begin (default 0)")
     p.add_argument("--hours", type=float, metavar="H", help="cut or repeat the trace to so long (default: as it is)")
@@ -86,6 +102,7 @@ def simulate(args: argparse.Namespace) -> int:
     with stopping(stop):
         sim = simulation_of(args)
         tasks = tasks_of(args, sim)
+        check_tasks(sim, tasks)
         Path(args.out).mkdir(parents=True, exist_ok=True)
         describe(sim, tasks)
         with progress_of(sim, tasks) as report:
@@ -118,8 +135,17 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
     if context < 2:
         raise ConfigError(f"--max-model-len {context} leaves no room for a request. Nothing was started")
     engine = replace(engine, context_tokens=context)
-    workload = workload_of(wish, lambda lengths, rng: capacity_per_s(engine, lengths, rng))
-    return replace(engine, workload=workload.within_context(context), left_out=int((workload.total_tokens > context).sum()))
+
+    def capacity_of(lengths: LengthSource, rng: np.random.Generator) -> float:
+        answered = capacity_per_s(engine, lengths, rng)
+        say(f"capacity: {answered:.2f} requests/s at the launch settings, when work never lacks")
+        return answered
+
+    whole = workload_of(wish, capacity_of)
+    workload = whole.within_context(context)
+    if not len(workload):
+        raise ConfigError(f"every request is longer than {context} tokens, what this engine takes. Nothing was started")
+    return replace(engine, workload=workload, left_out=len(whole) - len(workload))
 
 
 def batched_tokens(board: str, memory_gb: float, max_num_seqs: int) -> int:
@@ -143,7 +169,9 @@ def wish_of(args: argparse.Namespace) -> LoadWish:
         raise ConfigError(f"--scaling {args.scaling}: known are {', '.join(SCALINGS)}. Nothing was started")
     law, _, cv = args.arrivals.partition(":")
     if (law, bool(cv)) not in (("trace", False), ("poisson", False), ("gamma", True)) or not number(cv or "1"):
-        raise ConfigError(f"--arrivals {args.arrivals}: known are trace, poisson and gamma:CV, e.g. gamma:2.5. Nothing was started")
+        raise ConfigError(
+            f"--arrivals {args.arrivals}: known are trace, poisson and gamma:CV, e.g. gamma:2.5. Nothing was started"
+        )
     committed = any(t in COMMITTED or t.startswith("servegen-") for t in (args.trace, args.lengths or ""))
     return LoadWish(
         trace=args.trace, folder=data_folder() / "traces" if committed else None, kind=args.trace_format,
@@ -186,6 +214,14 @@ def tasks_of(args: argparse.Namespace, sim: Simulation) -> list[PolicyTask]:
             )
         )
     return tasks
+
+
+def check_tasks(sim: Simulation, tasks: Sequence[PolicyTask]) -> None:
+    """Raise `ConfigError` for what the last policy would be refused for, before the first has run for long."""
+    from pals.experiments.simulated_run import rig_of
+
+    for task in tasks:
+        rig_of(sim, task, sim.replica())
 
 
 def config_for(args: argparse.Namespace, sim: Simulation, policy: str) -> Config:
@@ -231,8 +267,13 @@ def profile_of(args: argparse.Namespace, sim: Simulation, policy: str) -> tuple[
 
 def describe(sim: Simulation, tasks: Sequence[PolicyTask]) -> None:
     """What will be simulated, on stderr."""
-    slo, longer = tasks[0].config.slo, f"; {sim.left_out} requests above {sim.context_tokens} tokens are left out" * bool(sim.left_out)
-    say(f"SIMULATED: {sim.model} on {sim.boards} × {sim.spec.nvml_name}; no GPU is used, every watt and second is simulated")
+    slo, longer = (
+        tasks[0].config.slo,
+        f"; {sim.left_out} requests above {sim.context_tokens} tokens are left out" * bool(sim.left_out),
+    )
+    say(
+        f"SIMULATED: {sim.model} on {sim.boards} × {sim.spec.nvml_name}; no GPU is used, every watt and second is simulated"
+    )
     say(
         f"engine: launch batch {sim.max_num_seqs}, {sim.max_num_batched_tokens} tokens a step, "
         f"prefix caching {'on' if sim.prefix_caching else 'off'}"
@@ -310,7 +351,8 @@ def draw(args: argparse.Namespace, sim: Simulation, folder: Path, results: Seque
     if not results:
         return ""
     series = [
-        series_of_ticks(r.task.ticks, title_of(r), target_tokens_s=r.task.config.slo.throughput_tokens_s) for r in results
+        series_of_ticks(r.task.ticks, title_of(r), target_tokens_s=r.task.config.slo.throughput_tokens_s)
+        for r in results
     ]
     draw_runs(
         series,
@@ -332,7 +374,9 @@ def write_files(args: argparse.Namespace, sim: Simulation, folder: Path, results
         requests.write(request_rows(r.task.name, sim.workload, r.answers, r.extra))
     requests.close()
     merge_ticks([r.task.ticks for r in results], folder / "ticks.parquet", metadata)
-    told = [{**asdict(r.outcome), "complete": r.complete, "basis": "simulated"} for r in results if r.outcome is not None]
+    told = [
+        {**asdict(r.outcome), "complete": r.complete, "basis": "simulated"} for r in results if r.outcome is not None
+    ]
     (folder / "outcomes.json").write_text(json.dumps(told, indent=1) + "\n")
 
 

@@ -65,7 +65,11 @@ def _in_workers(
 
 
 def _take(
-    messages: Any, running: dict[int, Any], results: dict[int, PolicyResult], tasks: Sequence[PolicyTask], report: Report
+    messages: Any,
+    running: dict[int, Any],
+    results: dict[int, PolicyResult],
+    tasks: Sequence[PolicyTask],
+    report: Report,
 ) -> None:
     """Wait a moment for what a worker has to say; raise what made it fail."""
     dead = [i for i, p in running.items() if not p.is_alive()]  # before the queue: the last message is there by then

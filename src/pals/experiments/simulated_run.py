@@ -79,7 +79,9 @@ class Simulation:
     def how_to_profile(self) -> str:
         """The command that makes a profile for it."""
         boards = f"{self.boards}x{self.spec.name}"
-        return f"pals emulate profile {self.model} --boards {boards} --max-num-seqs {self.max_num_seqs} --out profile.json"
+        return (
+            f"pals emulate profile {self.model} --boards {boards} --max-num-seqs {self.max_num_seqs} --out profile.json"
+        )
 
     def replica(self) -> Replica:
         """A new one at time 0, without requests.
@@ -262,13 +264,12 @@ def capacity_per_s(sim: Simulation, lengths: LengthSource, rng: np.random.Genera
     if len(fitting) < 8:
         raise ConfigError(f"nearly all requests are longer than {sim.context_tokens} tokens. Nothing was started")
     count, prompt, output = len(fitting), prompt[fitting], output[fitting]
+    backlog = Workload(
+        name="backlog", arrival_s=np.zeros(count), prompt_tokens=prompt, output_tokens=output,
+        prefix_tokens=np.zeros(count, np.int32),
+    )  # fmt: skip
     replica = sim.replica()
-    replica.submit(
-        Workload(
-            name="backlog", arrival_s=np.zeros(count), prompt_tokens=prompt, output_tokens=output,
-            prefix_tokens=np.zeros(count, np.int32),
-        )  # fmt: skip
-    )
+    replica.submit(backlog)
     replica.run()
     ended_s = np.sort(replica.results().last_token_s)
     first, last = count // 4, 3 * count // 4  # neither filling nor running dry

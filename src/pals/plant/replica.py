@@ -205,7 +205,9 @@ class Replica:
         newest = int(self._state["ticks"])
         mean_w = self._memory.ring[:, (newest - np.arange(window)) % RING].mean(axis=1)
         names = self._memory.boards.dtype.names or ()
-        rows = [dict(zip(names, row, strict=True)) for row in self._memory.boards.tolist()]  # plain numbers, read at once
+        rows = [
+            dict(zip(names, row, strict=True)) for row in self._memory.boards.tolist()
+        ]  # plain numbers, read at once
         return tuple(
             BoardView(
                 power_w=w,

@@ -10,7 +10,6 @@ from pathlib import Path
 from pals.core.errors import ConfigError
 from pals.core.quantities import Budget
 
-
 Step = tuple[float, float | None]  # from so many seconds on, so many watts (None: no budget)
 
 
