@@ -173,7 +173,7 @@ def test_a_limit_set_by_another_hand_since_our_last_write_is_left_and_said(
         world.bank.set_limit(0, 250.0, world.now)
         nvml.boards[0].restore()
         assert nvml.boards[0].read().enforced_limit_w == 250.0
-        world.bank.book([0], world.now, world.now + 30.0, Load(compute=0.1, memory=0.2), world.now)
+        world.bank.book([0], world.now, world.now + 30.0, Load(compute=0.1, memory=0.2, busy=0.3), world.now)
         world.now += 1.0
         assert nvml.boards[0].read().sm_clock_mhz > 1200  # our lock is released all the same
 

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from pals.core.quantities import Checked, Slo
 from pals.engines.openai_client import RequestResult
+from pals.plant.fleet import NODE_OFFSET_W, NODE_SLOPE
 from pals.runtime.tick import TickRecord
 
 FloatArray = NDArray[np.float64]
 TokenArray = NDArray[np.int64] | NDArray[np.int32]
-NODE_SLOPE, NODE_OFFSET_W = 1.05, 345.0  # node power on the paper's 4×A100 nodes, arXiv:2605.21427
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

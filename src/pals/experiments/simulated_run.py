@@ -25,7 +25,8 @@ from pals.experiments.outcome import Answers, Outcome, PeriodTally, outcome_of
 from pals.experiments.simulated_files import TickFile
 from pals.experiments.simulated_node import SimulatedBoard, SimulatedEngine, SimulatedGroup, engine_info
 from pals.models.profile import Profile
-from pals.plant.llm_step import ModelShape, StepModel
+from pals.plant.architecture import ModelShape
+from pals.plant.llm_step import StepModel
 from pals.plant.replica import Replica
 from pals.plant.specs import BoardSpec
 from pals.plant.workload import LengthSource, Workload

@@ -61,7 +61,7 @@ PROCESS = np.dtype([("pid", "i8"), ("boards", "u8"), ("memory_bytes", "i8"), ("o
 SEGMENT = np.dtype(
     [("start_s", "f8"), ("end_s", "f8"), ("compute", "f8"), ("memory", "f8"), ("kernels", "f8"), ("boards", "u8")]
 )
-CLOCKWORK = np.dtype([("time_s", "f8"), ("published_s", "f8"), ("busy_until_s", "f8"), ("ticks", "i8"), ("next", "i8")])
+CLOCKWORK = np.dtype([("time_s", "f8"), ("busy_until_s", "f8"), ("ticks", "i8"), ("next", "i8")])
 _SAME_IN_SPEC = (
     "nvml_name", "min_limit_w", "default_limit_w", "max_limit_w", "min_sm_clock_mhz", "max_sm_clock_mhz", "memory_clock_mhz",
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Emulated boards in one mapped file that several processes share (each opens it; a bank must not cross a fork); physics is integrated lazily, in 10 ms ticks.
 
 Every public call takes `now_s` (CLOCK_MONOTONIC, or a test's own time), locks the file, integrates up to now, then
-reads or writes. The energy counter is the integral of power over every tick, published each 50 ms as boards do. Where a
+reads or writes. The energy counter is the integral of power over every tick, published on a grid of some 50 ms as boards do. Where a
 simulator has set the bank's virtual time, that is the boards' clock, whatever `now_s` says.
 """
 
@@ -131,7 +131,6 @@ class BoardBank:
         b["temperature_c"] = AMBIENT_C + THERMAL_K_PER_W * b["power_w"]
         b["throttle"] = THROTTLE_IDLE
         bank._clockwork["time_s"] = -1.0 if now_s is None else now_s
-        bank._clockwork["published_s"] = 0.0 if now_s is None else now_s
         return bank
 
     @staticmethod
@@ -314,21 +313,20 @@ class BoardBank:
         clockwork = self._clockwork[0]
         time_s = float(clockwork["time_s"])
         if time_s < 0:
-            clockwork["time_s"] = clockwork["published_s"] = time_s = now_s
+            clockwork["time_s"] = time_s = now_s
         asleep_s = max(time_s, float(clockwork["busy_until_s"]) + AWAKE_S + 2 * RING * TICK_S)
         ticks = int((min(now_s, asleep_s) - time_s) / TICK_S + 1e-9)
         for first in range(0, ticks, 1000):
             self._run_ticks(time_s + first * TICK_S, min(1000, ticks - first))
         time_s += max(0, ticks) * TICK_S
         if now_s - time_s > 2 * TICK_S:  # nothing changes any more: one long step
-            idle_s = int((now_s - time_s) / TICK_S) * TICK_S
-            self._boards["energy_j"] += self._boards["power_w"] * idle_s
-            time_s += idle_s
+            idle_ticks = int((now_s - time_s) / TICK_S)
+            self._boards["energy_j"] += self._boards["power_w"] * (idle_ticks * TICK_S)
+            self._boards["published_j"] = self._boards["energy_j"]
+            clockwork["ticks"] += idle_ticks
+            time_s += idle_ticks * TICK_S
         moved = time_s > float(clockwork["time_s"])
         clockwork["time_s"] = time_s
-        if time_s - float(clockwork["published_s"]) >= PUBLISH_S:
-            clockwork["published_s"] = time_s
-            self._boards["published_j"] = self._boards["energy_j"]
         if moved or math.isnan(self._sections.head["refreshed_s"][0]):
             self._show()
         self._sections.head["refreshed_s"] = now_s
@@ -369,6 +367,7 @@ class BoardBank:
         newest = int(clockwork["ticks"])
         warm = 1.0 - np.exp(-TICK_S / THERMAL_TAU_S)
         newer = 1.0 - np.exp(-TICK_S / UTILISATION_S)
+        refresh = max(1, round(spec.energy_refresh_s / TICK_S))
         for k in range(ticks):
             awake = start_s + k * TICK_S < awake_until_s
             warm_w = static_power_w(silicon, b["temperature_c"])
@@ -389,6 +388,8 @@ class BoardBank:
             b["throttle"] = np.where(limited & awake, THROTTLE_POWER_CAP, np.where(awake, 0, THROTTLE_IDLE))
             newest += 1
             b["ring_w"][:, newest % RING] = power_w
+            if newest % refresh == 0:  # on the boards' own grid, whoever looks and when
+                b["published_j"] = b["energy_j"]
         clockwork["ticks"] = newest
 
     def _loads(self, start_s: float, ticks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

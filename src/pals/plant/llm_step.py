@@ -1,130 +1,28 @@
-"""How long one engine step takes and what it asks of its boards: a roofline with the bytes of distinct experts.
+"""How long one engine step takes and what it asks of its boards: op classes in a row, each a p-norm of memory and core time.
 
-t = [t_mem⁴ + t_issue⁴]^¼ + t_flops·f_max/f + t_host + t_comm. HBM is saturated only while the SM domain issues fast
-enough (t_issue); tensor work adds on top, as measured prefill mixes do. Sources: docs/plant.md.
+t = Σ ‖t_mem, t_core·f_max/f‖ₚ + core-bound rest·f_max/f + t_comm + t_host, where host launches can outlast the device. Memory, links and
+host do not follow the SM clock. Derivation, constants and errors: docs/models.md, "Step time".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pals.core.errors import ConfigError
+from pals.plant.architecture import FORMAT_BYTES, ModelShape
+from pals.plant.expert_ranks import BLOCKS, rank_load
 from pals.plant.silicon import Load
 from pals.plant.specs import BoardSpec
+from pals.plant.step_constants import StepConstants, step_constants
 
 FloatArray = NDArray[np.float64]
 
-OVERLAP_P = 4.0
-ISSUE_SHARE = 0.68  # at the top clock, issuing a memory-bound kernel takes this share of its memory time
-TENSOR_EFFICIENCY = 0.5  # of the dense peak, serving shapes
-HOST_S = 0.0010  # scheduler and launches per step, clock-free
-HOST_PER_SEQUENCE_S = 4e-6
-ALLREDUCE_LATENCY_S = 8e-6
-EXPERT_CV = 0.3  # popularity of experts, coefficient of variation
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShape:
-    """Sizes of a model that decide step time and KV use; parameters are counts."""
-
-    layers: int
-    hidden: int
-    attention_width: int  # query heads × head dimension
-    dense_params: float  # read on every step whatever the routing
-    embedding_params: float  # stored, not read
-    expert_params: float  # one routed expert in one layer
-    moe_layers: int
-    experts: int
-    top_k: int
-    kv_bytes_per_token: float
-    weight_bytes: float  # per parameter
-
-    @property
-    def total_params(self) -> float:
-        """All parameters."""
-        return self.dense_params + self.embedding_params + self.moe_layers * self.experts * self.expert_params
-
-    @property
-    def active_params(self) -> float:
-        """Parameters that work on one token."""
-        return self.dense_params + self.moe_layers * self.top_k * self.expert_params
-
-    @staticmethod
-    def from_config(config: Mapping[str, Any]) -> ModelShape:
-        """Read a Hugging Face config.json.
-
-        Raises:
-            ConfigError: a size is missing.
-        """
-        try:
-            return _shape({k: v for k, v in config.items() if v is not None})
-        except KeyError as e:
-            raise ConfigError(f"config.json lacks {e}; the emulated accelerator cannot size this model") from e
-
-
-def _shape(c: Mapping[str, Any]) -> ModelShape:
-    layers = int(c.get("num_hidden_layers", c.get("n_layer", 0))) or int(c["num_hidden_layers"])
-    hidden = int(c.get("hidden_size", c.get("n_embd", 0))) or int(c["hidden_size"])
-    heads = int(c.get("num_attention_heads", c.get("n_head", 0))) or int(c["num_attention_heads"])
-    vocab = int(c["vocab_size"])
-    attention, width, kv_bytes = _attention(c, hidden, heads)
-    gated = 2 if c.get("model_type") == "gpt2" else 3
-    experts = int(c.get("num_local_experts", c.get("num_experts", c.get("n_routed_experts", 0))))
-    expert_inter = int(c.get("moe_intermediate_size", c.get("intermediate_size", 4 * hidden)))
-    dense_inter = int(c.get("intermediate_size", c.get("n_inner", 4 * hidden)))
-    moe_layers = layers - int(c.get("first_k_dense_replace", 0)) if experts else 0
-    shared_inter = int(c.get("shared_expert_intermediate_size", int(c.get("n_shared_experts", 0)) * expert_inter))
-    dense = layers * attention + (layers - moe_layers) * gated * hidden * dense_inter
-    dense += moe_layers * (3 * hidden * shared_inter + hidden * experts)
-    tied = bool(c.get("tie_word_embeddings", c.get("model_type") == "gpt2"))
-    quantised = c.get("quantization_config", {}).get("quant_method") == "fp8"
-    return ModelShape(
-        layers=layers,
-        hidden=hidden,
-        attention_width=width,
-        dense_params=float(dense + vocab * hidden),
-        embedding_params=0.0 if tied else float(vocab * hidden),
-        expert_params=float(3 * hidden * expert_inter) if experts else 0.0,
-        moe_layers=moe_layers,
-        experts=experts,
-        top_k=int(c.get("num_experts_per_tok", 0)) if experts else 0,
-        kv_bytes_per_token=float(layers * kv_bytes),
-        weight_bytes=1.0 if quantised else 2.0,
-    )
-
-
-def _attention(c: Mapping[str, Any], hidden: int, heads: int) -> tuple[int, int, int]:
-    """Parameters of one attention layer, query width, and KV bytes per token of that layer."""
-    if "kv_lora_rank" in c:
-        nope, rope, v = int(c["qk_nope_head_dim"]), int(c["qk_rope_head_dim"]), int(c["v_head_dim"])
-        rank, q_rank = int(c["kv_lora_rank"]), int(c.get("q_lora_rank", 0))
-        query = hidden * q_rank + q_rank * heads * (nope + rope) if q_rank else hidden * heads * (nope + rope)
-        params = query + hidden * (rank + rope) + rank * heads * (nope + v) + heads * v * hidden
-        return params, heads * (nope + rope), (rank + rope) * 2
-    head_dim = int(c.get("head_dim", hidden // heads))
-    kv_heads = int(c.get("num_key_value_heads", heads))
-    return hidden * head_dim * (2 * heads + 2 * kv_heads), heads * head_dim, 2 * kv_heads * head_dim * 2
-
-
-@lru_cache(maxsize=64)
-def _popularity(experts: int, top_k: int, cv: float) -> tuple[float, ...]:
-    """Probability that a token uses each expert; gamma weights of a fixed seed, inclusion capped at 1."""
-    if cv <= 0:
-        return (top_k / experts,) * experts
-    weights = np.random.default_rng(0).gamma(1 / cv**2, cv**2, experts)
-    return tuple(np.minimum(1.0, top_k * weights / weights.sum()))
-
-
-def distinct_experts(experts: int, top_k: int, tokens: int | NDArray[np.int64], cv: float = EXPERT_CV) -> FloatArray:
-    """Expected number of experts that `tokens` independent tokens touch in one layer: Σ(1 − (1 − p_e)^B)."""
-    p = np.array(_popularity(experts, top_k, cv))
-    return np.asarray(np.sum(1.0 - np.power.outer(1.0 - p, tokens), axis=0))
+ACTIVATION_BYTES = 2.0
+RESERVED_BYTES = 2e9  # activations, CUDA graphs, context: what vLLM keeps of a board besides weights and KV cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,20 +49,45 @@ class StepCost:
     load: Load
 
 
+class ParallelGroup(NamedTuple):
+    """How a model lies on its boards; vLLM's own parameters."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1  # ranks of one MoE model in lock-step; independent replicas where experts are not shared
+    expert: bool = False  # whole experts are divided among tensor × data ranks, instead of each expert's matrices
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks the experts are divided among."""
+        return self.tensor * self.data if self.expert else 1
+
+
 class StepTables(NamedTuple):
     """All that `step_cost` needs of one model on one group of boards; arrays by number of tokens, shape (tokens + 1,)."""
 
-    memory_s: FloatArray  # weights read at the achievable bandwidth
-    tensor_s: FloatArray  # matrix products at the top clock
+    memory_s: FloatArray  # dense weights and activations through HBM
+    tensor_s: FloatArray  # their matrix products, at the top clock
+    expert_memory_s: FloatArray  # routed experts of the hottest rank
+    expert_tensor_s: FloatArray
+    expert_even: FloatArray  # work of the mean rank relative to the hottest, which the others wait for
+    rest_s: FloatArray  # kernels that follow the clock alone
     comm_s: FloatArray  # between the boards, clock-free
+    launch_s: FloatArray  # host time to launch what no CUDA graph holds; hidden behind the device while shorter
     context_s: float  # reading one KV token
-    pair_s: float  # one query × key pair at the top clock
-    host_s: float  # scheduler and launches, clock-free
+    context_tensor_s: float  # working on it, at the top clock
+    window_s: float  # reading one KV token in the sliding-window layers
+    window: float  # tokens those look back
+    pair_s: float  # one query × key pair of prefill, at the top clock
+    logits_s: float  # output matrix for one sampled token, at the top clock
+    host_s: float  # scheduler, input and output, clock-free
     host_per_sequence_s: float
     issue_share: float  # at the top clock, issuing a memory-bound kernel takes this share of its memory time
     overlap_p: float
     top_clock_mhz: float
     stages: float  # of the pipeline: while one works the others idle
+    expert_activity: float  # power of the cores while `expert_tensor_s` passes, relative to saturated dense products
+    pair_activity: float  # the same of attention
 
 
 def step_cost(
@@ -176,38 +99,85 @@ def step_cost(
     Plain scalar arithmetic: the emulated engine calls it as it is, the simulator compiled.
     """
     tokens = prefill_tokens + decode_sequences
-    memory_s = t.memory_s[tokens] + t.context_s * context_tokens
+    sequences = prefill_sequences + decode_sequences
     slower = t.top_clock_mhz / clock_mhz
-    tensor_s = (t.tensor_s[tokens] + t.pair_s * (attention_pairs + context_tokens)) * slower
-    p = t.overlap_p
-    kernel_s = memory_s * (1.0 + (t.issue_share * slower) ** p) ** (1.0 / p)
-    device_s = kernel_s + tensor_s + t.comm_s[tokens]
-    seconds = device_s + t.host_s + t.host_per_sequence_s * decode_sequences
+    p, issue = t.overlap_p, t.issue_share
+    dense_s, expert_s = t.memory_s[tokens], t.expert_memory_s[tokens]
+    kv_s = t.context_s * context_tokens + t.window_s * np.minimum(context_tokens, t.window * sequences)
+    tensor_s = t.tensor_s[tokens] + t.logits_s * sequences
+    expert_tensor_s, pair_s = t.expert_tensor_s[tokens], t.pair_s * attention_pairs
+    kv_tensor_s = t.context_tensor_s * context_tokens
+    experts_s = (expert_s**p + ((expert_tensor_s + issue * expert_s) * slower) ** p) ** (1.0 / p)
+    device_s = (
+        (dense_s**p + ((tensor_s + issue * dense_s) * slower) ** p) ** (1.0 / p)
+        + experts_s
+        + (kv_s**p + ((kv_tensor_s + issue * kv_s) * slower) ** p) ** (1.0 / p)
+        + (t.rest_s[tokens] + pair_s) * slower
+        + t.comm_s[tokens]
+    )
+    launch_s = t.launch_s[tokens]
+    seconds = np.maximum(device_s, launch_s) + t.host_s + t.host_per_sequence_s * sequences
+    even = t.expert_even[tokens]
+    share = 1.0 / (seconds * t.stages)
+    compute = tensor_s + t.expert_activity * even * expert_tensor_s + t.pair_activity * (pair_s + kv_tensor_s)
+    memory = dense_s + even * expert_s + kv_s
     return (
         seconds,
-        min(1.0, tensor_s / seconds / t.stages),
-        min(1.0, memory_s / seconds / t.stages),
-        min(1.0, device_s / seconds / t.stages),
+        np.minimum(1.0, compute * slower * share),
+        np.minimum(1.0, memory * share),
+        np.minimum(1.0, (device_s - (1.0 - even) * experts_s - t.comm_s[tokens]) * share),
     )
 
 
 class StepModel:
-    """Step times of one model on one tensor/pipeline-parallel group of boards."""
+    """Step times of one model on one group of boards; see `ParallelGroup`."""
 
     def __init__(
         self,
         shape: ModelShape,
         spec: BoardSpec,
         *,
-        tensor_parallel: int,
+        tensor_parallel: int = 1,
         pipeline_parallel: int = 1,
-        expert_share: float = 1.0,
+        data_parallel: int = 1,
+        expert_parallel: bool = False,
+        cuda_graphs: bool = True,
+        constants: StepConstants | None = None,
         max_tokens: int = 16384,
     ) -> None:
-        """`expert_share`: part of the experts this group holds (1/data-parallel size under expert parallelism)."""
-        self.shape, self.spec = shape, spec
-        self._tp, self._pp, self._share = tensor_parallel, pipeline_parallel, expert_share
+        """A step is one data-parallel rank's; its `tokens` are that rank's, and the other ranks are taken to have as many.
+
+        Args:
+            shape: the model.
+            spec: the type of every board of the group.
+            tensor_parallel: boards that divide each matrix.
+            pipeline_parallel: stages, one after the other.
+            data_parallel: ranks in lock-step.
+            expert_parallel: as vLLM's option: whole experts lie on tensor × data ranks.
+            cuda_graphs: False is vLLM's `--enforce-eager`: the host launches every kernel.
+            constants: None takes the board's own; see `StepConstants`.
+            max_tokens: of a step; more makes larger tables on the way.
+        """
+        self.shape, self.spec, self.cuda_graphs = shape, spec, cuda_graphs
+        self.group = ParallelGroup(
+            tensor_parallel, pipeline_parallel, data_parallel, expert_parallel and shape.experts > 0
+        )
+        self.constants = constants or step_constants(spec)
         self.tables = self._tables(max_tokens)
+
+    def changed(self, constants: StepConstants) -> StepModel:
+        """The same model on the same boards with other constants: another build of the engine, routing that drifted."""
+        return StepModel(
+            self.shape,
+            self.spec,
+            tensor_parallel=self.group.tensor,
+            pipeline_parallel=self.group.pipeline,
+            data_parallel=self.group.data,
+            expert_parallel=self.group.expert,
+            cuda_graphs=self.cuda_graphs,
+            constants=constants,
+            max_tokens=len(self.tables.memory_s) - 1,
+        )
 
     def step(self, batch: StepBatch, sm_clock_mhz: float) -> StepCost:
         """Duration and load of a step at this clock; an empty batch costs the host's time alone."""
@@ -222,27 +192,7 @@ class StepModel:
         )
 
     def _tables(self, max_tokens: int) -> StepTables:
-        s, spec = self.shape, self.spec
-        tokens = np.arange(max_tokens + 1)
-        touched = distinct_experts(s.experts, s.top_k, tokens) if s.experts else np.zeros(len(tokens))
-        weights = (s.dense_params + s.moe_layers * touched * self._share * s.expert_params) * s.weight_bytes
-        speed = 2.0 if s.weight_bytes < 2 and spec.capability >= (9, 0) else 1.0
-        flops_s = spec.peak_flops_bf16 * TENSOR_EFFICIENCY * speed * self._tp
-        moved = 2.0 * tokens * s.hidden * 2 * (self._tp - 1) / self._tp
-        hops = 2 * s.layers * (self._tp > 1)
-        return StepTables(
-            memory_s=np.where(tokens > 0, weights / self._tp / spec.hbm_bytes_s, 0.0),
-            tensor_s=2.0 * tokens * s.active_params / flops_s,
-            comm_s=np.where(tokens > 0, hops * (ALLREDUCE_LATENCY_S + moved / spec.nvlink_bytes_s), 0.0),
-            context_s=s.kv_bytes_per_token / self._tp / spec.hbm_bytes_s,
-            pair_s=4.0 * s.layers * s.attention_width / flops_s,
-            host_s=HOST_S,
-            host_per_sequence_s=HOST_PER_SEQUENCE_S,
-            issue_share=ISSUE_SHARE,
-            overlap_p=OVERLAP_P,
-            top_clock_mhz=float(spec.max_sm_clock_mhz),
-            stages=float(self._pp),
-        )
+        return step_tables(self.shape, self.spec, self.group, self.constants, max_tokens, self.cuda_graphs)
 
     def kv_capacity_bytes(self, utilization: float) -> float:
         """KV-cache bytes of one board.
@@ -250,13 +200,138 @@ class StepModel:
         Raises:
             ConfigError: the weights do not fit.
         """
-        expert_bytes = self.shape.moe_layers * self.shape.experts * self.shape.expert_params * self.shape.weight_bytes
-        other_bytes = self.shape.total_params * self.shape.weight_bytes - expert_bytes
-        weights = (other_bytes + expert_bytes * self._share) / (self._tp * self._pp)
-        usable = self.spec.memory_gb * 1e9 * utilization - 2e9  # activations, graphs, context
+        expert_bytes = self.shape.moe_layers * self.shape.experts * self.shape.expert_bytes
+        other_bytes = self.shape.weight_bytes - expert_bytes
+        ranks = self.group.expert_ranks if self.group.expert else self.group.tensor
+        weights = (other_bytes / self.group.tensor + expert_bytes / ranks) / self.group.pipeline
+        usable = self.spec.memory_gb * 1e9 * utilization - RESERVED_BYTES
         if weights >= usable:
             raise ConfigError(
                 f"weights need {weights / 1e9:.1f} GB per board, {self.spec.nvml_name} leaves {usable / 1e9:.1f} GB of "
                 f"{self.spec.memory_gb:.0f} GB; emulate more boards (--emulate Nx{self.spec.name})"
             )
         return usable - weights
+
+
+def step_tables(
+    shape: ModelShape,
+    spec: BoardSpec,
+    group: ParallelGroup,
+    k: StepConstants,
+    max_tokens: int,
+    cuda_graphs: bool = True,
+) -> StepTables:
+    """Tables of `step_cost`, computed on a grid of token counts and interpolated between."""
+    tokens = np.arange(max_tokens + 1)
+    grid = _grid(max_tokens)
+
+    def table(values: FloatArray) -> FloatArray:
+        return np.interp(tokens, grid, values)
+
+    tp, hbm, peak = group.tensor, spec.hbm_bytes_s, spec.peak_flops_bf16
+    some = grid > 0
+    activations = grid * shape.layers * shape.hidden * k.token_layer_s / 4096.0 / tp
+    memory_s = some * _dense_bytes(shape, k) / tp / (hbm * k.dense_bandwidth) + activations
+    dense_flops = _dense_flops(shape, spec, k) / tp
+    expert_memory_s, expert_tensor_s, even = _experts(shape, spec, group, k, grid)
+    moe, plain = shape.moe_layers, shape.layers - shape.moe_layers
+    launch = plain * k.launch_layer_s + moe * k.launch_moe_layer_s
+    attention_flops_s = peak * k.attention_tensor * tp
+    kv_s = shape.kv_bytes_per_token / min(tp, shape.kv_heads) / (hbm * k.kv_bandwidth)
+    windowed = shape.window_layers / shape.layers
+    eager = 0.0 if cuda_graphs else 1.0
+    return StepTables(
+        memory_s=table(memory_s),
+        tensor_s=table(grid * dense_flops),
+        expert_memory_s=table(expert_memory_s),
+        expert_tensor_s=table(expert_tensor_s),
+        expert_even=table(even),
+        rest_s=table(some * _rest(shape, k)),
+        comm_s=table(some * _comm(shape, spec, group, k, grid)),
+        launch_s=np.where((tokens > k.capture_tokens) | (eager * tokens > 0), launch, 0.0),
+        context_s=kv_s * (1.0 - windowed),
+        context_tensor_s=4.0 * shape.layers * shape.decode_width / attention_flops_s * (1.0 - windowed),
+        window_s=kv_s * windowed,
+        window=float(shape.window),
+        pair_s=4.0 * shape.layers * shape.attention_width / attention_flops_s,
+        logits_s=2.0 * shape.head_params / (peak * k.dense_tensor * tp),
+        host_s=k.host_s,
+        host_per_sequence_s=k.host_per_sequence_s,
+        issue_share=k.issue_share,
+        overlap_p=k.overlap_p,
+        top_clock_mhz=float(spec.max_sm_clock_mhz),
+        stages=float(group.pipeline),
+        expert_activity=k.expert_activity,
+        pair_activity=k.attention_tensor / k.dense_tensor,
+    )
+
+
+def _grid(max_tokens: int) -> NDArray[np.int64]:
+    """Token counts: all up to 64, then about 4 % apart."""
+    wide = np.geomspace(64, max(65, max_tokens), 160).round()
+    return np.unique(np.concatenate([np.arange(65), wide])).astype(np.int64)
+
+
+def _speed(weights: str, spec: BoardSpec, fp8: float) -> float:
+    """Of matrix products relative to 16-bit ones: fp8 where the board has it; 4-bit weights are widened first."""
+    return fp8 if weights == "fp8" and spec.capability >= (8, 9) else 1.0
+
+
+def _dense_bytes(shape: ModelShape, k: StepConstants) -> float:
+    """Bytes of the weights read on every step, as many as would take as long in 16-bit matrix products."""
+    attention = shape.layers * shape.attention_params * _cost_bytes(shape.attention_format, k.narrow_dense_bandwidth)
+    ffn = shape.ffn_total * _cost_bytes(shape.ffn_format, k.narrow_dense_bandwidth)
+    return attention + ffn + (shape.moe_layers * shape.router_params + shape.head_params) * FORMAT_BYTES["bf16"]
+
+
+def _rest(shape: ModelShape, k: StepConstants) -> float:
+    """Seconds of kernels that follow the clock alone, all layers."""
+    seconds = shape.layers * k.layer_s + shape.moe_layers * k.moe_layer_s
+    if shape.ffn_format != "bf16":
+        seconds += shape.layers * k.narrow_layer_s
+    if shape.expert_format != "bf16":
+        seconds += shape.moe_layers * k.narrow_moe_layer_s
+    return seconds
+
+
+def _cost_bytes(weights: str, narrow: float) -> float:
+    return FORMAT_BYTES[weights] / (1.0 if weights == "bf16" else narrow)
+
+
+def _dense_flops(shape: ModelShape, spec: BoardSpec, k: StepConstants) -> float:
+    """Seconds of one token's dense matrix products on one board, without the output matrix."""
+    rate = spec.peak_flops_bf16 * k.dense_tensor
+    attention = shape.layers * shape.attention_params / _speed(shape.attention_format, spec, k.fp8_dense)
+    ffn = shape.ffn_total / _speed(shape.ffn_format, spec, k.fp8_dense)
+    return 2.0 * (attention + ffn + shape.moe_layers * shape.router_params) / rate
+
+
+def _experts(
+    shape: ModelShape, spec: BoardSpec, group: ParallelGroup, k: StepConstants, grid: NDArray[np.int64]
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Memory and tensor seconds of the routed experts, all layers, on the hottest rank; and the mean rank's share of that."""
+    if not shape.experts:
+        return np.zeros(len(grid)), np.zeros(len(grid)), np.ones(len(grid))
+    tokens = grid * (group.data if group.expert else 1)
+    load = rank_load(shape.experts, shape.top_k, tuple(tokens), group.expert_ranks, k.popularity_cv)
+    sliced = 1 if group.expert else group.tensor
+    memory_s = shape.moe_layers * load.touched * shape.expert_bytes / sliced / (spec.hbm_bytes_s * k.expert_bandwidth)
+    slots = np.array([np.interp(k.expert_block, BLOCKS, row) for row in load.slots])
+    rate = spec.peak_flops_bf16 * k.expert_tensor * _speed(shape.expert_format, spec, k.fp8_expert)
+    return memory_s, shape.moe_layers * slots * 2.0 * shape.expert_params / sliced / rate, load.even
+
+
+def _comm(
+    shape: ModelShape, spec: BoardSpec, group: ParallelGroup, k: StepConstants, grid: NDArray[np.int64]
+) -> FloatArray:
+    """Two all-reduces a layer among tensor ranks, two all-to-alls a MoE layer among data ranks, one hop between stages."""
+    link_s = spec.nvlink_bytes_s * k.link_bandwidth
+    row = grid * shape.hidden * ACTIVATION_BYTES
+    total = np.zeros(len(grid))
+    if group.tensor > 1:
+        once = k.link_latency_s * np.log2(group.tensor) + 2.0 * row * (group.tensor - 1) / group.tensor / link_s
+        total += 2 * shape.layers * once
+    if group.expert and group.data > 1:
+        once = k.link_latency_s * np.log2(group.data) + row * (group.data - 1) / link_s
+        total += 2 * shape.moe_layers * once
+    return total + (group.pipeline - 1) * (k.link_latency_s + row / link_s)

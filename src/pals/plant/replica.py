@@ -88,7 +88,7 @@ class Replica:
             )
         self.spec, self.model = spec, model
         self._max_num_batched_tokens = max_num_batched_tokens
-        self.kv_blocks = kv_blocks or kv_blocks_of(model, boards, gpu_memory_utilization, block_size)
+        self.kv_blocks = kv_blocks or kv_blocks_of(model, gpu_memory_utilization, block_size)
         self._memory = new_memory(boards=boards, block_size=block_size, max_num_seqs=max_num_seqs)
         self._state = self._memory.state[0]
         s = self._state
@@ -126,7 +126,7 @@ class Replica:
         """
         new = requests_of(workload)
         held = int(self._state["submitted"])
-        earliest_s = self._memory.requests["arrival_s"][held - 1] if held else 0.0
+        earliest_s = max(self.now_s, float(self._memory.requests["arrival_s"][held - 1]) if held else 0.0)
         if len(new) and (np.any(np.diff(new["arrival_s"]) < 0) or new["arrival_s"][0] < earliest_s):
             raise ConfigError(
                 f"{workload.name}: requests must be submitted in order of arrival, none before {earliest_s:.3f} s. Nothing "
@@ -185,10 +185,11 @@ class Replica:
         Raises:
             ValueError: unknown way of lowering; nothing was changed.
         """
-        code = LOWERINGS.index(lowering)
+        if lowering not in LOWERINGS:
+            raise ValueError(f"unknown lowering {lowering!r}; known: {', '.join(LOWERINGS)}. The limit in force stays")
         launch = int(self._state["launch"])
         self._state["limit"] = launch if n is None else max(1, min(launch, n))
-        self._state["lowering"] = code
+        self._state["lowering"] = LOWERINGS.index(lowering)
 
     def swap_model(self, model: StepModel) -> None:
         """From the next step on, steps take what `model` says: another engine build, another routing of experts."""
@@ -273,13 +274,14 @@ class Replica:
         )
 
 
-def kv_blocks_of(model: StepModel, boards: int, utilization: float, block_size: int) -> int:
+def kv_blocks_of(model: StepModel, utilization: float, block_size: int) -> int:
     """KV blocks that fit the boards' memory, less the one vLLM keeps as a null block.
 
     Raises:
         ConfigError: the weights do not fit.
     """
-    token_bytes = model.shape.kv_bytes_per_token / boards
+    shape, group = model.shape, model.group
+    token_bytes = shape.kv_bytes_per_token / min(group.tensor, shape.kv_heads) / group.pipeline
     return int(model.kv_capacity_bytes(utilization) // (token_bytes * block_size)) - 1
 
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from pals.plant.governor import TICK_S
 from pals.plant.llm_step import StepTables, step_cost
-from pals.plant.replica_batch import blocks_of, drop_slot, forget_last, remove_running
+from pals.plant.replica_batch import blocks_of, drop_slot, forget_last, leave_batch, remove_running
 from pals.plant.replica_plan import plan_step
 from pals.plant.replica_power import booked_pace_mhz, pace_mhz, settled, sleep_through, tick, wake
-from pals.plant.replica_state import GONE, NOBODY, WHEEL, Memory
+from pals.plant.replica_state import DECODE, GONE, NOBODY, WHEEL, Memory
 from pals.plant.silicon import Silicon
 
 STUCK_PLANS = 1000  # plans in a row that compute nothing although somebody waits
@@ -180,6 +180,8 @@ def end_request(m: Memory, i: int) -> None:
     s = m.state[0]
     q = m.slots[i]
     request = m.requests[q["request"]]
+    if q["kind"] == DECODE:  # without a step planned ahead nobody has retired it
+        leave_batch(m, i, q["last"] + 1)
     request["last_s"] = s["now_s"]
     if request["output"] > 1:
         tpot_s = (request["last_s"] - request["first_s"]) / (request["output"] - 1)

@@ -20,6 +20,7 @@ import numpy as np
 from pals.core.errors import ConfigError
 from pals.core.quantities import Checked
 from pals.engines.emulated_world import emulating
+from pals.engines.model_zoo import full_name, local_folder, shipped_config
 from pals.engines.openai_client import RequestSpec
 from pals.experiments.trace import load_slice
 from pals.plant.llm_step import ModelShape, StepModel
@@ -122,10 +123,8 @@ def workload_of(specs: Sequence[RequestSpec], name: str) -> Workload:
 
 def step_model(case: Case) -> tuple[StepModel, BoardSpec, int]:
     """The case's step model, board type and number of boards."""
-    from pals.engines.model_zoo import shipped_config
-
     spec, count = parse_boards(case.boards)
-    shape = ModelShape.from_config(shipped_config(case.model))
+    shape = ModelShape.from_config(shipped_config(full_name(case.model)))
     return StepModel(shape, spec, tensor_parallel=count), spec, count
 
 
@@ -140,7 +139,6 @@ def digest(case: Case) -> str:
 
 def emulate(case: Case, say: Callable[[str], None]) -> Figures:
     """Serve the case with real vLLM in virtual time."""
-    from pals.engines.model_zoo import full_name, local_folder
     from pals.engines.virtual_engine import VirtualTrace
     from pals.experiments.virtual_run import BANK_FILE, VirtualNode, running
 

@@ -1,0 +1,160 @@
+"""How fast the discrete-event simulator is: one replica-day at 65 % load, with and without a controller, and against others.
+
+Command: `python -m benchmarks.simulator` (`--days 0.1` for a quick look, `--fleet` for a week of eight replicas, `--vidur PYTHON`
+for the comparison with Vidur, installed in an environment of its own).
+Pass: at least 10,000 times real time at a fixed point and 2,000 with a call every 500 ms, in processor time of one core.
+Compiling is counted apart. Everything here is simulated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from pals.engines.model_zoo import shipped_config
+from pals.plant.fleet import FleetSpec, simulate
+from pals.plant.llm_step import ModelShape, StepModel
+from pals.plant.replica import Replica
+from pals.plant.specs import board_specs
+from pals.plant.traces import read_trace
+from pals.plant.workload import Workload, at_rate, tiled
+
+DAY_S, PERIOD_S = 86400.0, 0.5
+MODEL, BOARDS, COUNT, SEQUENCES = "mistralai/Mixtral-8x7B-v0.1", "a100-sxm4-80gb", 4, 256
+LOAD = 0.65  # of the rate the replica sustains with a full queue
+STATIC_PASS, CONTROLLED_PASS = 10_000.0, 2_000.0
+PLAIN_S = 60.0  # of the plain run
+
+
+def make(compiled: bool = True) -> Replica:
+    """The replica of every measurement."""
+    spec = board_specs()[BOARDS]
+    model = StepModel(ModelShape.from_config(shipped_config(MODEL)), spec, tensor_parallel=COUNT)
+    return Replica(model, spec, boards=COUNT, max_num_seqs=SEQUENCES, compiled=compiled)
+
+
+def trace(folder: Path) -> Workload:
+    """One hour of conversations."""
+    return read_trace(folder / "traces" / "azure_2023_conv.csv.gz")
+
+
+def capacity_per_s(hour: Workload) -> float:
+    """Requests a second of a replica that always has some waiting."""
+    replica, rng = make(), np.random.default_rng(1)
+    replica.submit(at_rate(hour, 200.0, how="time", rng=rng))
+    replica.advance(60.0)
+    before = replica.counters().finished_requests
+    replica.advance(360.0)
+    return (replica.counters().finished_requests - before) / 300.0
+
+
+def timed(replica: Replica, work: Workload, until_s: float, call: Callable[[Replica], None] | None = None) -> float:
+    """Processor seconds to simulate up to `until_s`, `call` every 500 ms."""
+    replica.submit(work)
+    began_s = time.process_time()
+    if call is None:
+        replica.advance(until_s)
+    else:
+        for k in range(1, round(until_s / PERIOD_S) + 1):
+            replica.advance(k * PERIOD_S)
+            call(replica)
+    return time.process_time() - began_s
+
+
+def look(replica: Replica) -> None:
+    """What a controller does: read boards and engine, set a limit."""
+    boards, engine = replica.boards(), replica.counters()
+    replica.set_limit_w(400.0 if engine.waiting or boards[0].throttled else 390.0)
+
+
+def report(name: str, replica: Replica, cpu_s: float, until_s: float) -> float:
+    """Print one line; return times real time."""
+    engine = replica.counters()
+    events = engine.steps + engine.arrived_requests + engine.finished_requests + int(until_s / 0.01)
+    speed = until_s / cpu_s
+    print(
+        f"{name:34} {cpu_s:8.2f} s  {speed:10,.0f}x real time  {engine.steps / cpu_s:12,.0f} steps/s  {events / cpu_s:12,.0f} events/s"
+        f"  ({engine.steps:,} steps, {engine.finished_requests:,} requests, {engine.preemptions} preemptions)"
+    )
+    return speed
+
+
+def against_plain(work: Workload) -> float:
+    """How many times the compiled run is faster than the same functions uncompiled; both must agree in every bit."""
+    plain, quick = make(compiled=False), make()
+    short = work.between(0.0, PLAIN_S)
+    plain_s, quick_s = timed(plain, short, PLAIN_S), timed(quick, short, PLAIN_S)
+    same = (
+        all(a.tobytes() == b.tobytes() for a, b in zip(as_arrays(plain), as_arrays(quick), strict=True))
+        and plain.energy_j() == quick.energy_j()
+    )
+    report("plain Python, same functions", plain, plain_s, PLAIN_S)
+    report("compiled, same minute", quick, quick_s, PLAIN_S)
+    print(f"compiled is {plain_s / quick_s:,.0f} times faster; results bit-identical: {'yes' if same else 'NO'}")
+    return plain_s / quick_s if same else 0.0
+
+
+def as_arrays(replica: Replica) -> tuple[np.ndarray, ...]:
+    """Times of every request."""
+    r = replica.results()
+    return r.scheduled_s, r.first_token_s, r.last_token_s, r.preemptions
+
+
+def week(hour: Workload, rate_per_s: float, workers: int) -> None:
+    """Eight replicas for seven days."""
+    spec = board_specs()[BOARDS]
+    model = StepModel(ModelShape.from_config(shipped_config(MODEL)), spec, tensor_parallel=COUNT)
+    fleet = FleetSpec(model=model, spec=spec, replicas=8, boards=COUNT, engine={"max_num_seqs": SEQUENCES})
+    rng = np.random.default_rng(2)
+    work = tiled(at_rate(hour, 8 * rate_per_s, how="thin", rng=rng), 7 * DAY_S, rng=rng)
+    began_s = time.perf_counter()
+    result = simulate(fleet, work, router="least-outstanding", until_s=7 * DAY_S, workers=workers)
+    wall_s = time.perf_counter() - began_s
+    print(
+        f"week of 8 replicas, {workers} processes: {wall_s:.0f} s, {len(work):,} requests, "
+        f"{7 * DAY_S * 8 / wall_s:,.0f}x real time, mean node power {result.node_power_w.mean() / fleet.nodes:.0f} W a node"
+    )
+
+
+def main() -> int:
+    """Print the table; 1 where a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--days", type=float, default=1.0, help="simulated days of the static run (default 1)")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the traces (default data)")
+    parser.add_argument("--fleet", action="store_true", help="a week of eight replicas too")
+    parser.add_argument("--workers", type=int, default=2, help="processes of the fleet (default 2)")
+    args = parser.parse_args()
+
+    began_s = time.perf_counter()
+    warm = make()
+    warm.advance(1e-3)
+    print(f"compiling or reading the cache: {time.perf_counter() - began_s:.1f} s")
+    hour = trace(args.data)
+    sustained = capacity_per_s(hour)
+    rng = np.random.default_rng(0)
+    until_s = args.days * DAY_S
+    work = tiled(at_rate(hour, LOAD * sustained, how="thin", rng=rng), until_s, rng=rng)
+    print(
+        f"SIMULATED: {MODEL} on {COUNT} x {BOARDS}; sustains {sustained:.1f} requests/s, load {LOAD:.0%}: {work.described()}"
+    )
+
+    static, wall_s = make(), time.perf_counter()
+    static_speed = report("fixed point", static, timed(static, work, until_s), until_s)
+    print(f"{'':34} {time.perf_counter() - wall_s:8.2f} s of wall-clock time")
+    ttft_s = static.results().first_token_s - work.arrival_s
+    print(f"{'':34} TTFT p50 {np.nanmedian(ttft_s):.3f} s, p99 {np.nanpercentile(ttft_s, 99):.3f} s")
+    controlled, part_s = make(), until_s / 4
+    controlled_speed = report("a call every 500 ms", controlled, timed(controlled, work, part_s, look), part_s)
+    ratio = against_plain(work)
+    if args.fleet:
+        week(hour, LOAD * sustained, args.workers)
+    return 0 if static_speed >= STATIC_PASS and controlled_speed >= CONTROLLED_PASS and ratio > 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

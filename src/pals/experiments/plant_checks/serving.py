@@ -1,0 +1,217 @@
+"""The LLM step against ML.ENERGY's serving sweep: time per output token and power against batch, held out by model name.
+
+A row is one engine in steady state at a known mean batch. A step computes `batch` sequences, of which a Poisson number are
+new (batch / output length a step); so the mean step time is batch / throughput, prefill included. Assumptions, split, constants
+and errors: docs/models.md, "Step time".
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pals.experiments.plant_checks.measured import read_table
+from pals.plant.architecture import ModelShape, format_name, row_for
+from pals.plant.llm_step import ParallelGroup, step_cost, step_tables
+from pals.plant.silicon import Silicon, board_power_w
+from pals.plant.specs import BoardSpec
+from pals.plant.step_constants import StepConstants
+
+FloatArray = NDArray[np.float64]
+
+BOARDS = {"H100": "h100-sxm5-80gb", "B200": "b200-sxm-180gb"}
+TASKS = ("lm-arena-chat", "gpqa", "sourcegraph-fim")
+MAX_STATES = 80
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One row of the sweep, and what of the model and the task decides it."""
+
+    model: str
+    base: str  # row of models.csv
+    task: str
+    board: str  # H100 | B200
+    shape: ModelShape
+    group: ParallelGroup
+    boards: int
+    batch: float
+    output: float  # mean tokens
+    spread: float  # coefficient of variation of the output length
+    tpot_s: float  # batch / throughput
+    median_itl_s: float
+    power_w: float  # of one board
+
+    @property
+    def key(self) -> tuple[str, str, ParallelGroup, str]:
+        return (self.model, self.board, self.group, self.task)
+
+
+COLUMNS = [
+    "task",
+    "gpu_model",
+    "num_gpus",
+    "model_id",
+    "weight_precision",
+    "tensor_parallel",
+    "expert_parallel",
+    "data_parallel",
+    "max_num_seqs",
+    "avg_batch_size",
+    "avg_power_watts",
+    "output_throughput_tokens_per_sec",
+    "median_itl_ms",
+    "avg_output_len",
+]
+SHAPE_COLUMNS = [
+    "model",
+    "layers",
+    "hidden",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "dense_inter",
+    "moe_layers",
+    "experts",
+    "top_k",
+    "expert_inter",
+    "shared_inter",
+    "vocab",
+    "params_total_B",
+    "params_read_dense_B",
+    "kv_bytes_per_token_bf16",
+    "native_dtype",
+]
+
+
+def load(folder: Path) -> tuple[list[Case], Counter[str]]:
+    """Cases of the text tasks, and how many rows of what kind were left out."""
+    shapes = _rows(read_table(folder / "model-architectures" / "models.csv", SHAPE_COLUMNS))
+    by_name = {str(row["model"]): row for row in shapes}
+    spreads = _spreads(folder / "mlenergy-v3" / "output_length_histograms.json")
+    cases, left = [], Counter[str]()
+    for row in _rows(read_table(folder / "mlenergy-v3" / "serving_batch_sweep.csv", COLUMNS)):
+        base = row_for(row["model_id"], by_name)
+        if row["task"] not in TASKS or row["gpu_model"] not in BOARDS:
+            continue
+        if base is None:
+            left[f"{row['model_id']}: no row in models.csv"] += 1
+        elif row["gpu_model"] == "B200" and row["task"] == "gpqa" and row["max_num_seqs"] <= 8:
+            left[f"{row['model_id']}, B200, thinking at batch 8: called odd by the data's README"] += 1
+        else:
+            cases.append(_case(row, by_name[base], spreads))
+    return cases, left
+
+
+def _rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    names = list(table)
+    return [dict(zip(names, values, strict=True)) for values in zip(*table.values(), strict=True)]
+
+
+def _case(row: Mapping[str, Any], architecture: Mapping[str, Any], spreads: Mapping[str, float]) -> Case:
+    shape, model = ModelShape.from_row(architecture), str(row["model_id"])
+    if shape.expert_format != "mxfp4":
+        meta = model.startswith("meta-llama/")  # its 8-bit releases keep attention at 16 bits
+        shape = shape.stored_as(format_name(row["weight_precision"]), attention="bf16" if meta else None)
+    boards, data = int(row["num_gpus"]), int(row["data_parallel"])
+    group = ParallelGroup(boards // data, 1, data, row["expert_parallel"] > 1)
+    return Case(
+        model=model,
+        base=str(architecture["model"]),
+        task=str(row["task"]),
+        board=str(row["gpu_model"]),
+        shape=shape,
+        group=group,
+        boards=boards,
+        batch=float(row["avg_batch_size"]),
+        output=float(row["avg_output_len"]),
+        spread=spreads.get(f"{model}|{row['task']}", spreads[str(row["task"])]),
+        tpot_s=float(row["avg_batch_size"] / row["output_throughput_tokens_per_sec"]),
+        median_itl_s=float(row["median_itl_ms"]) / 1000,
+        power_w=float(row["avg_power_watts"]) / boards,
+    )
+
+
+def _spreads(path: Path) -> dict[str, float]:
+    """Coefficient of variation of output lengths by "model|task", and the mean over models by task."""
+    spreads: dict[str, float] = {}
+    for key, histogram in json.loads(path.read_text()).items():
+        edges, counts = np.array(histogram["bins"]), np.array(histogram["counts"])
+        middles = (edges[1:] + edges[:-1]) / 2
+        mean = np.average(middles, weights=counts)
+        spreads[key] = float(np.sqrt(np.average((middles - mean) ** 2, weights=counts)) / mean)
+    for task in TASKS:
+        of_task = [v for k, v in spreads.items() if k.endswith(f"|{task}")]
+        spreads[task] = float(np.mean(of_task)) if of_task else 1.0
+    return spreads
+
+
+class Steps(NamedTuple):
+    """States of all cases of one engine: how many new requests a step holds, and how often; arrays of shape (cases, states)."""
+
+    often: FloatArray
+    new: FloatArray
+    decode: FloatArray
+    context: FloatArray  # KV tokens of one sequence, shape (cases, 1)
+
+
+def steps_of(cases: Sequence[Case], prompt: float) -> Steps:
+    """Steady state: new requests of a step are Poisson; data-parallel ranks wait for the one with the most."""
+    ranks = cases[0].group.data
+    batch = np.array([[c.batch / ranks] for c in cases])
+    output = np.array([[c.output] for c in cases])
+    residual = output * (1 + np.array([[c.spread] for c in cases]) ** 2) / 2
+    rate = batch / output
+    new = np.arange(MAX_STATES, dtype=np.float64)[None, :] * np.ones_like(rate)
+    log_often = new * np.log(rate) - rate - np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, MAX_STATES)))])
+    below = np.cumsum(np.exp(log_often), axis=1)
+    often = np.diff(np.minimum(1.0, below) ** ranks, axis=1, prepend=0.0)
+    return Steps(often / often.sum(axis=1, keepdims=True), new, np.maximum(0.0, batch - new), prompt + residual)
+
+
+class Prediction(NamedTuple):
+    """What the plant says of cases; arrays of shape (cases,)."""
+
+    tpot_s: FloatArray
+    median_itl_s: FloatArray
+    power_w: FloatArray
+    clock_mhz: FloatArray
+
+
+def predict(cases: Sequence[Case], spec: BoardSpec, k: StepConstants, silicon: Silicon, prompt: float) -> Prediction:
+    """Steps of one engine (all `cases` share model and boards) at the highest clock that keeps mean power under the limit."""
+    first, states = cases[0], steps_of(cases, prompt)
+    most = int(np.ceil(max(c.batch for c in cases) + MAX_STATES * prompt)) + 2
+    tables = step_tables(first.shape, spec, first.group, k, most)
+    prefill = np.round(states.new * prompt).astype(np.int64)
+    decode = np.round(states.decode).astype(np.int64)
+
+    def at(clock: FloatArray) -> tuple[FloatArray, FloatArray]:
+        seconds, compute, memory, busy = step_cost(
+            tables, prefill, states.new, decode, decode * states.context, states.new * prompt**2 / 2, clock[:, None]
+        )
+        watts = board_power_w(silicon, compute, memory, busy, clock[:, None], silicon.leak_reference_c)
+        return seconds, np.sum(states.often * seconds * watts, axis=1) / np.sum(states.often * seconds, axis=1)
+
+    clock = _clock_under(at, spec, len(cases))
+    seconds, power = at(clock)
+    middle = np.argmax(np.cumsum(states.often, axis=1) >= 0.5, axis=1)
+    return Prediction(np.sum(states.often * seconds, axis=1), seconds[np.arange(len(cases)), middle], power, clock)
+
+
+def _clock_under(at: Any, spec: BoardSpec, cases: int) -> FloatArray:
+    """Highest clock at which mean power stays under the default limit, by bisection."""
+    low, high = np.full(cases, float(spec.min_sm_clock_mhz)), np.full(cases, float(spec.max_sm_clock_mhz))
+    low = np.where(at(high)[1] <= spec.default_limit_w, high, low)
+    for _ in range(10):
+        middle = (low + high) / 2
+        fits = at(middle)[1] <= spec.default_limit_w
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    return low

@@ -1,0 +1,230 @@
+"""Board power against SM clock: constants fitted to the published sweeps, and what they say of the same rows.
+
+P = static + A·f·v(f)² + HBM. Each sweep has one A; the voltage curve is shared. What idle or awake boards read fixes the
+static part, since a sweep alone cannot tell it from the voltage (docs/models.md, "Board power").
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pals.core.errors import ConfigError
+from pals.experiments.plant_checks.measured import Table, read_table
+from pals.experiments.plant_checks.row import CheckRow, Residual, error_row
+from pals.plant.silicon import Silicon, board_power_w, voltage
+from pals.plant.specs import board_specs
+
+FOLDER = "gpu-physics-constants"
+A100, H100, H200 = "A100-PCIe-80GB", "H100-SXM5-80GB", "H200-SXM5-141GB"
+B200, B300 = "B200-SXM-180GB", "B300-SXM6"
+B200_MEMORY_MHZ = 1597  # where memory-bound kernels of B200 are parked
+HBM_J_PER_BYTE = 25e-12  # memory rail of H200 in Triad above that in DGEMM, over the bytes moved
+GEMM_MEMORY = 0.2  # memory share of a large matrix product
+B300_KNEE_GHZ = 0.9  # stated as at most 0.93; the sweep begins there
+FLAT = Silicon(**dict.fromkeys(Silicon._fields, 0.0))
+
+
+def physics_constants(folder: Path) -> dict[str, Any]:
+    """What was derived from public measurements, by board.
+
+    Raises:
+        ConfigError: the file is missing or broken.
+    """
+    path = folder / FOLDER / "constants.json"
+    try:
+        return dict(json.loads(path.read_text())["gpus"])
+    except (OSError, ValueError, KeyError) as e:
+        raise ConfigError(f"cannot read the measured constants {path}: {e!r}") from e
+
+
+def h100_rails(folder: Path) -> Table:
+    """SM clock, core rail and memory rail of an H100 under six limits."""
+    return read_table(folder / FOLDER / "h100_rails.csv", ("limit_w", "sm_mhz", "core_rail_w", "memory_rail_w"))
+
+
+def by_clock(curve: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Clocks in GHz and values of a curve stored by MHz."""
+    return np.array([float(c) for c in curve]) / 1000.0, np.array(list(curve.values()), dtype=np.float64)
+
+
+def relative_fit(
+    power: Callable[[np.ndarray], np.ndarray], measured: np.ndarray, start: Sequence[float], low: Sequence[float],
+    high: Sequence[float],
+) -> np.ndarray:  # fmt: skip
+    """Constants that minimise the squared relative error of `power`."""
+    from scipy.optimize import least_squares
+
+    found = least_squares(lambda x: power(x) / measured - 1.0, start, bounds=(low, high))
+    return np.asarray(found.x)
+
+
+def core_factor(ghz: np.ndarray, knee: float, k1: float, k2: float) -> np.ndarray:
+    """f·v(f)², GHz."""
+    k = FLAT._replace(knee_ghz=knee, voltage_per_ghz=k1, voltage_per_ghz2=k2)
+    return np.asarray(ghz * voltage(k, ghz) ** 2)
+
+
+def factor_at(mhz: float, curve: Mapping[str, float]) -> float:
+    """f·v(f)² at one clock, GHz."""
+    return float(
+        core_factor(np.array(mhz / 1000.0), curve["knee_ghz"], curve["voltage_per_ghz"], curve["voltage_per_ghz2"])
+    )
+
+
+def fit(folder: Path) -> dict[str, Any]:
+    """The fitted groups of `plant/board_specs.json`, by board and group."""
+    constants = physics_constants(folder)
+    h100, b300 = fit_h100(h100_rails(folder), constants[H100]), fit_b300(constants[B300])
+    h200 = fit_h200(constants[H200], h100)
+    return {
+        "a100-pcie-80gb": fit_a100(constants[A100]),
+        "h100-sxm5-80gb": h100,
+        "h200-sxm5-141gb": h200,
+        "b200-sxm-180gb": fit_b200(constants[B200], b300, h200),
+        "b300-sxm-288gb": b300,
+    }
+
+
+def fit_a100(c: Mapping[str, Any]) -> dict[str, Any]:
+    """Compute and STREAM kernels at five clocks; idle fixes the static part."""
+    ghz, compute_w = by_clock(c["compute_uncapped_w"])
+    stream_ghz, stream_w = by_clock(c["stream_uncapped_w"])
+    static_w = float(np.mean(c["idle_w"]))
+
+    def power(x: np.ndarray) -> np.ndarray:
+        knee, k1, k2, compute, stream, hbm_w = x
+        return np.concatenate([
+            static_w + compute * core_factor(ghz, knee, k1, k2),
+            static_w + hbm_w + stream * core_factor(stream_ghz, knee, k1, k2),
+        ])  # fmt: skip
+
+    measured = np.concatenate([compute_w, stream_w])
+    x = relative_fit(power, measured, [1.0, 0.4, 1.6, 85, 45, 50], [0.9, 0, 0, 20, 10, 0], [1.2, 3, 8, 200, 100, 100])
+    return {
+        "voltage": dict(zip(("knee_ghz", "voltage_per_ghz", "voltage_per_ghz2"), map(float, x[:3]), strict=True)),
+        "static": {"static_w": static_w},
+        "sweeps": {"compute_w_per_ghz": float(x[3]), "stream_w_per_ghz": float(x[4]), "hbm_w": float(x[5])},
+    }
+
+
+def fit_h100(rails: Table, c: Mapping[str, Any]) -> dict[str, Any]:
+    """Core and memory rail of one job at six clocks; an awake board without work fixes the clock tree."""
+    ghz = rails["sm_mhz"] / 1000.0
+    x = relative_fit(
+        lambda x: x[0] + x[1] * core_factor(ghz, x[2], 0.0, x[3]), rails["core_rail_w"],
+        [35, 150, 1.2, 0.3], [0, 50, 0.9, 0], [80, 250, 1.7, 5],
+    )  # fmt: skip
+    slope, rest_w = np.polyfit(ghz, rails["memory_rail_w"], 1)
+    static_w = float(x[0] + rest_w)
+    curve = {"knee_ghz": float(x[2]), "voltage_per_ghz": 0.0, "voltage_per_ghz2": float(x[3])}
+    tree = (np.mean(c["loaded_idle_w"]) - static_w) / factor_at(c["sm_mhz"]["max"], curve)
+    return {
+        "voltage": curve,
+        "static": {"static_w": static_w, "tree_w_per_ghz": float(tree)},
+        "sweeps": {"core_w_per_ghz": float(x[1]), "memory_rail_w_per_ghz": float(slope)},
+    }
+
+
+def fit_h200(c: Mapping[str, Any], h100: Mapping[str, Any]) -> dict[str, Any]:
+    """The die of the H100: its voltage and clock tree; activities from the regression on hardware counters."""
+    curve, tree = h100["voltage"], h100["static"]["tree_w_per_ghz"]
+    top = factor_at(c["sm_mhz"]["max"], curve)
+    counters, achieved = c["activity_model_w"], min(c["hbm_bw_achieved_tb_s"])
+    awake_w = (counters["base"] + c["active_base_w"]["value"]) / 2.0
+    static_w, busy = awake_w - tree * top, counters["sm_active"] / top
+    hbm_w = HBM_J_PER_BYTE * achieved * 1e12
+    dram_w = counters["dram_active"] * achieved / c["hbm_bw_tb_s"]
+    gemm = c["gemm_bf16"]
+    core_w = gemm["power_w"] - static_w - GEMM_MEMORY * hbm_w
+    return {
+        "static": {"static_w": static_w, "tree_w_per_ghz": tree},
+        "activity": {
+            "busy_w_per_ghz": busy,
+            "memory_w_per_ghz": (dram_w - hbm_w) / top,
+            "tensor_w_per_ghz": core_w / factor_at(gemm["sm_mhz"], curve) - tree - busy,
+            "hbm_w": hbm_w,
+        },
+    }
+
+
+def fit_b200(c: Mapping[str, Any], b300: Mapping[str, Any], h200: Mapping[str, Any]) -> dict[str, Any]:
+    """The voltage curve of B300 and the busy term of H200; levels from idle, awake, memory-bound kernels and GEMM."""
+    curve, busy = b300["voltage"], h200["activity"]["busy_w_per_ghz"]
+    top = factor_at(c["sm_mhz"]["max"], curve)
+    static_w = float(np.mean(c["idle_w"]))
+    tree = (c["active_base_w"]["value"] - static_w) / top
+    hbm_w = HBM_J_PER_BYTE * float(np.mean(c["hbm_bw_achieved_tb_s"])) * 1e12
+    gemm = c["gemm_bf16"]
+    core_w = gemm["power_w"] - static_w - GEMM_MEMORY * hbm_w
+    memory = (max(c["memory_bound_w"]) - static_w - hbm_w) / factor_at(B200_MEMORY_MHZ, curve) - tree - busy
+    return {
+        "static": {"static_w": static_w, "tree_w_per_ghz": tree},
+        "activity": {
+            "busy_w_per_ghz": busy,
+            "memory_w_per_ghz": max(0.0, memory),
+            "tensor_w_per_ghz": core_w / factor_at(float(np.mean(gemm["sm_mhz"])), curve) - tree - busy,
+            "hbm_w": hbm_w,
+        },
+    }
+
+
+def fit_b300(c: Mapping[str, Any]) -> dict[str, Any]:
+    """Matrix products under four binding limits (the highest did not bind); idle fixes the static part."""
+    watts = np.array([float(w) for w in c["cap_to_sm_mhz_gemm_bf16"]])[:-1]
+    ghz = np.array(list(c["cap_to_sm_mhz_gemm_bf16"].values()))[:-1] / 1000.0
+    static_w = float(np.mean(c["idle_w"]))
+    x = relative_fit(
+        lambda x: static_w + x[0] * core_factor(ghz, B300_KNEE_GHZ, x[1], 0.0), watts, [290, 0.2], [100, 0], [500, 1]
+    )
+    return {
+        "voltage": {"knee_ghz": B300_KNEE_GHZ, "voltage_per_ghz": float(x[1]), "voltage_per_ghz2": 0.0},
+        "static": {"static_w": static_w},
+        "sweeps": {"gemm_w_per_ghz": float(x[0])},
+    }
+
+
+def check(folder: Path) -> list[CheckRow]:
+    """Board power against clock: the plant's own constants on the rows of the sweeps, one number per job given."""
+    constants, rails = physics_constants(folder), h100_rails(folder)
+    a100, b300 = constants[A100], constants[B300]["cap_to_sm_mhz_gemm_bf16"]
+    jobs = [
+        _job("A100 PCIe compute", "a100-pcie-80gb", *by_clock(a100["compute_uncapped_w"]), memory=0.0),
+        _job("A100 PCIe STREAM", "a100-pcie-80gb", *by_clock(a100["stream_uncapped_w"]), memory=1.0),
+        _job("B300 BF16 GEMM", "b300-sxm-288gb", *by_clock({c: float(w) for w, c in b300.items() if w != max(b300, key=float)})),
+        _h100_job(rails),
+    ]  # fmt: skip
+    return [
+        error_row(
+            "board power against SM clock", f"{FOLDER}; voltage curves fitted on these rows", [r for job in jobs for r in job],
+            at_most=4.0, x_axis="SM clock, MHz", note="in sample; each job's compute share is its own best, as no source states it",
+        )
+    ]  # fmt: skip
+
+
+def _h100_job(rails: Table) -> list[Residual]:
+    k = board_specs()["h100-sxm5-80gb"].silicon
+    ghz = rails["sm_mhz"] / 1000.0
+    memory = np.polyfit(ghz, rails["memory_rail_w"], 1)[0] * ghz / k.hbm_w
+    return _job("H100 ViT, both rails", "h100-sxm5-80gb", ghz, rails["core_rail_w"] + rails["memory_rail_w"], memory)
+
+
+def _job(
+    name: str, board: str, ghz: np.ndarray, watts: np.ndarray, memory: float | np.ndarray = GEMM_MEMORY
+) -> list[Residual]:
+    """Residuals of a kernel that runs all the time, with the compute share that fits it best."""
+    k = board_specs()[board].silicon
+    mhz = ghz * 1000.0
+    rest_w = board_power_w(k, 0.0, memory, 1.0, mhz, k.leak_reference_c)
+    per_share_w = board_power_w(k, 1.0, memory, 1.0, mhz, k.leak_reference_c) - rest_w
+    weight = 1.0 / watts**2
+    share = float(np.sum(weight * per_share_w * (watts - rest_w)) / np.sum(weight * per_share_w**2))
+    said_w = rest_w + share * per_share_w
+    return [
+        Residual(group=name, x=float(x), measured=float(w), predicted=float(p))
+        for x, w, p in zip(mhz, watts, said_w, strict=True)
+    ]
