@@ -18,10 +18,13 @@ from pals.cli.main import add_control_options, say
 from pals.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pals.experiments.simulated_load import LoadWish
     from pals.experiments.simulated_policies import Report
     from pals.experiments.simulated_run import PolicyResult, PolicyTask, Simulation
     from pals.models.profile import Profile
+    from pals.plant.workload import LengthSource
     from pals.runtime.config import Config
 
 OUT = "out/simulate"
@@ -99,6 +102,7 @@ def simulate(args: argparse.Namespace) -> int:
     with stopping(stop):
         sim = simulation_of(args)
         tasks = tasks_of(args, sim)
+        check_tasks(sim, tasks)
         Path(args.out).mkdir(parents=True, exist_ok=True)
         describe(sim, tasks)
         with progress_of(sim, tasks) as report:
@@ -131,10 +135,17 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
     if context < 2:
         raise ConfigError(f"--max-model-len {context} leaves no room for a request. Nothing was started")
     engine = replace(engine, context_tokens=context)
-    workload = workload_of(wish, lambda lengths, rng: capacity_per_s(engine, lengths, rng))
-    return replace(
-        engine, workload=workload.within_context(context), left_out=int((workload.total_tokens > context).sum())
-    )
+
+    def capacity_of(lengths: LengthSource, rng: np.random.Generator) -> float:
+        answered = capacity_per_s(engine, lengths, rng)
+        say(f"capacity: {answered:.2f} requests/s at the launch settings, when work never lacks")
+        return answered
+
+    whole = workload_of(wish, capacity_of)
+    workload = whole.within_context(context)
+    if not len(workload):
+        raise ConfigError(f"every request is longer than {context} tokens, what this engine takes. Nothing was started")
+    return replace(engine, workload=workload, left_out=len(whole) - len(workload))
 
 
 def batched_tokens(board: str, memory_gb: float, max_num_seqs: int) -> int:
@@ -203,6 +214,14 @@ def tasks_of(args: argparse.Namespace, sim: Simulation) -> list[PolicyTask]:
             )
         )
     return tasks
+
+
+def check_tasks(sim: Simulation, tasks: Sequence[PolicyTask]) -> None:
+    """Raise `ConfigError` for what the last policy would be refused for, before the first has run for long."""
+    from pals.experiments.simulated_run import rig_of
+
+    for task in tasks:
+        rig_of(sim, task, sim.replica())
 
 
 def config_for(args: argparse.Namespace, sim: Simulation, policy: str) -> Config:

@@ -20,7 +20,8 @@ def _values_of(kind: type) -> Callable[[object], tuple[object, ...]]:
 
 def refuse_nan(owner: object) -> None:
     """Raise `ValueError` if any float field of the dataclass `owner` is NaN or infinite."""
-    for value in _values_of(type(owner))(owner):
+    kind: type = type(owner)
+    for value in _values_of(kind)(owner):
         if isinstance(value, float) and not isfinite(value):
             bad = next(f.name for f in fields(owner) if getattr(owner, f.name) is value)  # type: ignore[arg-type]
             raise ValueError(f"{type(owner).__name__}.{bad} is {value}; unknown values are None, never NaN")

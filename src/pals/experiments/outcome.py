@@ -67,7 +67,8 @@ class Answers:
     def tpot_s(self) -> FloatArray:
         """Time per output token after the first, shape (requests,); NaN for fewer than two tokens."""
         gaps = np.where(self.output_tokens > 1, self.output_tokens - 1.0, np.nan)
-        return (self.last_token_s - self.first_token_s) / gaps
+        tpot_s: FloatArray = (self.last_token_s - self.first_token_s) / gaps
+        return tpot_s
 
     @staticmethod
     def of(results: Sequence[RequestResult]) -> Answers:

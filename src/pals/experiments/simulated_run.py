@@ -25,7 +25,8 @@ from pals.experiments.outcome import Answers, Outcome, PeriodTally, outcome_of
 from pals.experiments.simulated_files import TickFile
 from pals.experiments.simulated_node import SimulatedBoard, SimulatedEngine, SimulatedGroup, engine_info
 from pals.models.profile import Profile
-from pals.plant.llm_step import ModelShape, StepModel
+from pals.plant.architecture import ModelShape
+from pals.plant.llm_step import StepModel
 from pals.plant.replica import Replica
 from pals.plant.specs import BoardSpec
 from pals.plant.workload import LengthSource, Workload
@@ -264,16 +265,12 @@ def capacity_per_s(sim: Simulation, lengths: LengthSource, rng: np.random.Genera
     if len(fitting) < 8:
         raise ConfigError(f"nearly all requests are longer than {sim.context_tokens} tokens. Nothing was started")
     count, prompt, output = len(fitting), prompt[fitting], output[fitting]
+    backlog = Workload(
+        name="backlog", arrival_s=np.zeros(count), prompt_tokens=prompt, output_tokens=output,
+        prefix_tokens=np.zeros(count, np.int32),
+    )  # fmt: skip
     replica = sim.replica()
-    replica.submit(
-        Workload(
-            name="backlog",
-            arrival_s=np.zeros(count),
-            prompt_tokens=prompt,
-            output_tokens=output,
-            prefix_tokens=np.zeros(count, np.int32),
-        )  # fmt: skip
-    )
+    replica.submit(backlog)
     replica.run()
     ended_s = np.sort(replica.results().last_token_s)
     first, last = count // 4, 3 * count // 4  # neither filling nor running dry
