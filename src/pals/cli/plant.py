@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def validate(args: argparse.Namespace) -> int:
         write_summary,
     )  # fmt: skip
 
-    folder, console = data_folder(args.data), Console()
+    folder = data_folder(args.data)
+    console = Console() if sys.stdout.isatty() else Console(width=150)
     console.print(f"the plant against {folder}; mean absolute errors on what was not fitted\n", highlight=False)
     results = {}
     for name, rows in run_checks(args.parts, folder):

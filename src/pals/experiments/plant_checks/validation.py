@@ -25,6 +25,7 @@ CHECKS: dict[str, str] = {
 }
 #: Modules with `fit(folder)`, and the file of constants under `pals/plant` that it makes.
 FITS: dict[str, str] = {
+    "caps": "steady_constants.json",
     "kernels": "kernel_constants.json",
     "serving": "step_constants.json",
 }
@@ -63,28 +64,23 @@ def _module(name: str, known: dict[str, str]) -> Any:
 
 
 def print_rows(console: Console, title: str, rows: Sequence[CheckRow]) -> None:
-    """One check as a table, its notes beneath."""
+    """One check as a table; beneath it which data and split, and what there is to say of a row."""
     table = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
-    table.add_column("check", overflow="fold", ratio=5)
-    table.add_column("data and split", overflow="fold", ratio=4)
+    table.add_column("check", overflow="fold")
     for heading in ("cases", "error", "worst", "target"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
+    table.add_column("data", justify="right", no_wrap=True)
+    notes = list(dict.fromkeys(note for row in rows for note in (row.data, row.note) if note))
     for row in rows:
         verdict = "reached" if row.reached else "[red]MISSED[/red]"
+        marks = " ".join(f"({notes.index(note) + 1})" for note in (row.data, row.note) if note)
         table.add_row(
-            row.check,
-            row.data,
-            str(row.cases),
-            told(row.value, row.unit),
-            told(row.worst, row.unit),
-            wanted(row),
-            verdict,
+            row.check, str(row.cases), told(row.value, row.unit), told(row.worst, row.unit), wanted(row), verdict, marks
         )
     console.print(table)
-    for row in rows:
-        if row.note:
-            console.print(f"  {row.check}: {row.note}", style="dim", highlight=False)
+    for i, note in enumerate(notes, 1):
+        console.print(f"({i}) {note}", style="dim", highlight=False, markup=False)
     console.print()
 
 
