@@ -18,6 +18,7 @@ from pals.experiments.plant_checks.validation import (
     refit,
     run_checks,
     validation_note,
+    write_page,
     write_summary,
 )
 
@@ -58,11 +59,15 @@ def test_the_table_shows_what_is_missed_and_the_note() -> None:
 
 
 def test_residuals_are_drawn_and_the_summary_is_quoted(tmp_path: Path) -> None:
-    path = draw(tmp_path, "power", [row(7)])
+    drawn = draw(tmp_path / "power.png", [row(7)])
+    write_page(tmp_path / "page.md", {"caps": [row(7), row(5)]})
     write_summary(tmp_path / "summary.json", {"power": [row(7)]})
 
-    assert path is not None
-    assert path.read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "page.md").read_text()
+    assert drawn
+    assert (tmp_path / "power.png").read_bytes().startswith(b"\x89PNG")
+    assert "| watts | folder, b held out | 2 | 6.0 % | 10.0 % | ≤ 5 % | **missed** |" in page
+    assert page.count("odd rows left out: 3") == 1
     assert json.loads((tmp_path / "summary.json").read_text())["rows"][0]["value"] == 6.0
     assert "power 6.0 %" in validation_note(tmp_path / "summary.json")
 

@@ -25,7 +25,11 @@ def add_plant(commands: Any) -> None:
     )
     v.add_argument("--data", type=Path, metavar="DIR", help="the measured data (default: data/ of the checkout)")
     v.add_argument(
-        "--out", type=Path, default=Path("out/plant"), metavar="DIR", help="plots, summary.json (default out/plant)"
+        "--out",
+        type=Path,
+        default=Path("out/plant"),
+        metavar="DIR",
+        help="page, plots, summary.json (default out/plant)",
     )
     v.add_argument(
         "--record", action="store_true", help="also keep the figures as what the demo and `pals simulate` quote"
@@ -62,6 +66,7 @@ def validate(args: argparse.Namespace) -> int:
         draw,
         print_rows,
         run_checks,
+        write_page,
         write_summary,
     )  # fmt: skip
 
@@ -72,15 +77,16 @@ def validate(args: argparse.Namespace) -> int:
     for name, rows in run_checks(args.parts, folder):
         results[name] = rows
         print_rows(console, CHECKS[name], rows)
-        draw(args.out, name, rows)
+        draw(args.out / f"validation-{name}.png", rows)
     write_summary(args.out / "summary.json", results)
+    write_page(args.out / "validation.md", results)
     if args.record:
         write_summary(RECORDED, results)
     found = [row for rows in results.values() for row in rows]
     missed = sum(not row.reached for row in found)
     console.print(f"{SILICON_NOTE}", highlight=False)
     console.print(
-        f"{len(found) - missed} of {len(found)} targets reached; plots of the residuals and summary.json are in {args.out}",
+        f"{len(found) - missed} of {len(found)} targets reached; validation.md with plots of the residuals, and summary.json, are in {args.out}",
         highlight=False,
     )
     return 1 if missed else 0

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,14 +52,8 @@ class Case:
     power_w: float  # of one board
 
 
-COLUMNS = (
-    "task gpu_model num_gpus model_id weight_precision tensor_parallel expert_parallel data_parallel max_num_seqs "
-    "avg_batch_size avg_power_watts output_throughput_tokens_per_sec median_itl_ms avg_output_len"
-).split()
-SHAPE_COLUMNS = (
-    "model layers hidden heads kv_heads head_dim dense_inter moe_layers experts top_k expert_inter shared_inter vocab "
-    "params_total_B params_read_dense_B kv_bytes_per_token_bf16 native_dtype"
-).split()
+COLUMNS = ["task", "gpu_model", "num_gpus", "model_id", "weight_precision", "tensor_parallel", "expert_parallel", "data_parallel", "max_num_seqs", "avg_batch_size", "avg_power_watts", "output_throughput_tokens_per_sec", "median_itl_ms", "avg_output_len"]
+SHAPE_COLUMNS = ["model", "layers", "hidden", "heads", "kv_heads", "head_dim", "dense_inter", "moe_layers", "experts", "top_k", "expert_inter", "shared_inter", "vocab", "params_total_B", "params_read_dense_B", "kv_bytes_per_token_bf16", "native_dtype"]
 
 
 def load(folder: Path) -> tuple[list[Case], Counter[str]]:

@@ -111,6 +111,32 @@ def write_summary(path: Path, results: dict[str, list[CheckRow]]) -> None:
     path.write_text(json.dumps({**head, "rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def write_page(path: Path, results: dict[str, list[CheckRow]]) -> None:
+    """The table as a page of the documentation, with the plots that lie beside it."""
+    lines = [
+        "# The plant against measurements",
+        "",
+        "Written by `pals plant validate --record`. Errors are mean absolute errors, in %, on cases that were not fitted, unless a "
+        f"row says otherwise. {SILICON_NOTE[0].upper()}{SILICON_NOTE[1:]}.",
+    ]
+    for name, rows in results.items():
+        lines += ["", f"## {CHECKS[name].capitalize()} (`pals plant validate {name}`)", ""]
+        lines += [
+            "| check | data and split | cases | error | worst | target | |",
+            "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+        ]
+        for r in rows:
+            verdict = "reached" if r.reached else "**missed**"
+            cells = (r.check, r.data, str(r.cases), told(r.value, r.unit), told(r.worst, r.unit), wanted(r), verdict)
+            lines.append(f"| {' | '.join(cells)} |")
+        notes = dict.fromkeys(r.note for r in rows if r.note)
+        if notes:
+            lines += ["", *(f"- {', '.join(r.check for r in rows if r.note == note)}: {note}" for note in notes)]
+        if any(r.residuals for r in rows):
+            lines += ["", f"![residuals of {name}](validation-{name}.png)"]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def validation_note(recorded: Path = RECORDED) -> str:
     """One line to print beside a figure that rests on the plant: how far it is from what was measured.
 
@@ -127,8 +153,8 @@ def validation_note(recorded: Path = RECORDED) -> str:
     return f"the boards are simulated; the plant's mean error on measurements it was not fitted to: {', '.join(errors)}"
 
 
-def draw(folder: Path, name: str, rows: Sequence[CheckRow]) -> Path | None:
-    """Predicted against measured, and the error along the axis, of each row that has points; None: there are none.
+def draw(path: Path, rows: Sequence[CheckRow]) -> bool:
+    """Predicted against measured, and the error along the axis, of each row that has points; False: there are none.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -148,8 +174,7 @@ def draw(folder: Path, name: str, rows: Sequence[CheckRow]) -> Path | None:
         if row.residuals
     ]
     if not scatters:
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.png"
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
     draw_scatters(scatters, path)
-    return path
+    return True
