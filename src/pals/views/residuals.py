@@ -12,6 +12,7 @@ from pals.core.errors import INSTALL, ConfigError
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#777777")  # Okabe and Ito
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 NAMED_GROUPS = 14  # more would not fit a legend
+DRAWN_POINTS = 1500  # of one check, at regular distances; more would only be ink
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,7 @@ def draw_scatters(scatters: Sequence[Scatter], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ConfigError(f"matplotlib is not installed; {INSTALL}") from e
-    figure = Figure(figsize=(13.0, 3.6 * len(scatters)), layout="constrained", dpi=90)
+    figure = Figure(figsize=(12.0, 2.9 * len(scatters)), layout="constrained", dpi=80)
     grid = figure.subplots(len(scatters), 2, squeeze=False)
     for (left, right), scatter in zip(grid, scatters, strict=True):
         _pair(left, right, scatter)
@@ -41,11 +42,13 @@ def draw_scatters(scatters: Sequence[Scatter], path: Path) -> None:
 
 
 def _pair(left: Any, right: Any, scatter: Scatter) -> None:
-    spread = [m for points in scatter.points.values() for _, m, _ in points]
-    axis = [x for points in scatter.points.values() for x, _, _ in points]
-    few = sum(len(points) for points in scatter.points.values()) < 2000
-    style = {"markersize": 4.5 if few else 2.0, "linestyle": "none", "alpha": 0.8 if few else 0.35}
-    for i, (group, points) in enumerate(scatter.points.items()):
+    every = -(-sum(len(points) for points in scatter.points.values()) // DRAWN_POINTS)
+    drawn = {group: points[::every] for group, points in scatter.points.items()}
+    spread = [m for points in drawn.values() for _, m, _ in points]
+    axis = [x for points in drawn.values() for x, _, _ in points]
+    few = len(axis) < 300
+    style = {"markersize": 4.5 if few else 2.0, "linestyle": "none", "alpha": 0.8 if few else 0.4}
+    for i, (group, points) in enumerate(drawn.items()):
         x, measured, predicted = zip(*points, strict=True)
         look = {**style, "color": COLOURS[i % len(COLOURS)], "marker": MARKS[i // len(COLOURS) % len(MARKS)]}
         left.plot(measured, predicted, label=group, **look)
@@ -57,7 +60,8 @@ def _pair(left: Any, right: Any, scatter: Scatter) -> None:
         left.set(xscale="log", yscale="log")
     if min(axis) > 0 and max(axis) > 20 * min(axis):
         right.set(xscale="log")
-    left.set_title(scatter.title, fontsize=10, loc="left")
+    shown = f"{scatter.title}{f' (every {every}th case drawn)' if every > 1 else ''}"
+    left.set_title(shown, fontsize=10, loc="left")
     left.set(xlabel="measured", ylabel="predicted")
     right.set(xlabel=scatter.x_axis, ylabel="error, %")
     for axes in (left, right):
