@@ -65,6 +65,13 @@ def add_simulate(commands: Any) -> None:
         "--max-model-len", type=int, metavar="N", help="longer requests are left out (default: the model's context)"
     )
     p.add_argument("--no-enable-prefix-caching", action="store_true", help="compute every prompt in full")
+    p.add_argument(
+        "--faults", metavar="FILE", help="JSON or CSV of faults: time_s, kind, board, value (docs/simulate.md)"
+    )
+    p.add_argument("--perturb-seed", type=int, metavar="N", help="move the plant's constants at random, by this seed")
+    p.add_argument(
+        "--spread", type=float, metavar="S", help="how far: standard deviation of the factors (default 0.15)"
+    )
     p.add_argument("--workers", type=int, default=1, metavar="N", help="policies at a time (default 1)")
     p.add_argument("--journal", action="store_true", help="also write a journal for each policy, for `pals replay`")
     p.add_argument("--out", default=OUT, metavar="FOLDER", help=f"Parquet files, table, figure (default {OUT})")
@@ -117,8 +124,10 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
         ConfigError: an unknown model, board or trace, or sizes that do not fit.
     """
     from pals.engines.model_zoo import read_config
+    from pals.experiments.simulated_faults import read_faults
     from pals.experiments.simulated_load import workload_of
     from pals.experiments.simulated_run import EMPTY, Simulation, capacity_per_s
+    from pals.plant.faults import FaultSchedule
     from pals.plant.specs import parse_boards
 
     spec, count = parse_boards(args.boards)
@@ -128,6 +137,8 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
         model=model, config=config, spec=spec, boards=count, max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens or batched_tokens(spec.name, spec.memory_gb, args.max_num_seqs),
         prefix_caching=not args.no_enable_prefix_caching, board_seed=args.seed_boards, context_tokens=1, workload=EMPTY,
+        perturb_seed=args.perturb_seed, spread=spread_of(args),
+        faults=read_faults(Path(args.faults), boards=count) if args.faults else FaultSchedule(),
     )  # fmt: skip
     replica = engine.replica()
     replica.advance(1e-3)  # compiled here where it was not before, so that no run's speed counts it
@@ -146,6 +157,23 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
     if not len(workload):
         raise ConfigError(f"every request is longer than {context} tokens, what this engine takes. Nothing was started")
     return replace(engine, workload=workload, left_out=len(whole) - len(workload))
+
+
+def spread_of(args: argparse.Namespace) -> float:
+    """How far the plant's constants are moved.
+
+    Raises:
+        ConfigError: without a seed, or outside 0..0.5.
+    """
+    from pals.plant.perturb import SPREAD
+
+    if args.spread is None:
+        return SPREAD
+    if args.perturb_seed is None:
+        raise ConfigError("--spread needs --perturb-seed: without it nothing is moved. Nothing was started")
+    if not 0 <= args.spread <= 0.5:
+        raise ConfigError(f"--spread {args.spread:g} must lie in 0..0.5. Nothing was started")
+    return float(args.spread)
 
 
 def batched_tokens(board: str, memory_gb: float, max_num_seqs: int) -> int:
@@ -218,10 +246,12 @@ def tasks_of(args: argparse.Namespace, sim: Simulation) -> list[PolicyTask]:
 
 def check_tasks(sim: Simulation, tasks: Sequence[PolicyTask]) -> None:
     """Raise `ConfigError` for what the last policy would be refused for, before the first has run for long."""
+    from pals.experiments.simulated_node import SimulatedGroup
     from pals.experiments.simulated_run import rig_of
 
     for task in tasks:
-        rig_of(sim, task, sim.replica())
+        replica = sim.replica()
+        rig_of(sim, task, replica, SimulatedGroup(replica, sim.spec, sim.boards))
 
 
 def config_for(args: argparse.Namespace, sim: Simulation, policy: str) -> Config:
@@ -278,6 +308,10 @@ def describe(sim: Simulation, tasks: Sequence[PolicyTask]) -> None:
         f"engine: launch batch {sim.max_num_seqs}, {sim.max_num_batched_tokens} tokens a step, "
         f"prefix caching {'on' if sim.prefix_caching else 'off'}"
     )
+    if sim.perturb_seed is not None:
+        say(f"plant: constants moved by seed {sim.perturb_seed}, spread {sim.spread:g}")
+    if events := sim.faults.events:
+        say(f"faults: {', '.join(f'{e.kind} at {e.time_s:g} s' for e in events)}")
     say(f"load: {sim.workload.described()}{longer}")
     say(
         f"targets: {slo.throughput_tokens_s:g} tokens/s, TTFT p95 {slo.ttft_p95_s:g} s, TPOT p95 {1e3 * (slo.tpot_p95_s or 0):g} ms"
@@ -329,6 +363,11 @@ def conclude(
         console.print(
             f"{r.task.name}: {hours_text(r.event_s)} simulated in {r.wall_s:.1f} s, {r.event_s / r.wall_s:,.0f}x real time"
         )
+        if r.first_note is not None:
+            console.print(
+                f"{r.task.name}: {r.noted} ticks carry notes (column `notes`), the first at {r.first_note}",
+                soft_wrap=True,
+            )
     console.print(f"requests.parquet, ticks.parquet, outcomes.json{figure}: {folder}", soft_wrap=True)
     done = {r.task.name for r in results if r.complete}
     if rest := [t.name for t in tasks if t.name not in done]:
@@ -390,6 +429,8 @@ def metadata_of(args: argparse.Namespace, sim: Simulation, results: Sequence[Pol
         "pals.command": reproducing(args.given, policies, without=("--out", "--workers")),
         "pals.seed": str(args.seed),
         "pals.seed_boards": str(args.seed_boards),
+        "pals.perturb": json.dumps(None if sim.perturb_seed is None else [sim.perturb_seed, sim.spread]),
+        "pals.faults": json.dumps([asdict(e) for e in sim.faults.events]),
         "pals.model": sim.model,
         "pals.boards": f"{sim.boards}x{sim.spec.name}",
         "pals.load": sim.workload.described(),

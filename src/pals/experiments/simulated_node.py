@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from pals.core.errors import DeviceLostError, NotSupportedError, PermissionDeniedError
 from pals.core.quantities import BoardInfo, BoardWrite, EngineInfo, EngineSample, OperatingPoint, PowerSample
 from pals.plant.specs import CLOCK_STEP_MHZ, DRIVER, BoardSpec
 
@@ -39,23 +40,48 @@ class SteeredReplica(Protocol):
     def boards(self) -> Sequence[BoardReading]: ...
     def limits_in_force_w(self) -> Sequence[float]: ...
     def counters(self) -> EngineSample: ...
-    def set_limit_w(self, watts: float) -> None: ...
-    def set_clock_lock(self, mhz: int | None) -> None: ...
+    def set_limit_w(self, watts: float, board: int | None = None) -> None: ...
+    def set_external_limit_w(self, board: int, watts: float | None) -> None: ...
+    def set_clock_lock(self, mhz: int | None, board: int | None = None) -> None: ...
     def set_active_sequences(self, n: int | None, lowering: str = "drain") -> None: ...
 
 
 class SimulatedGroup:
-    """The boards of one replica; they are set together, as their engine's agent does anyway."""
+    """The boards of one replica as a driver would show them, with what is broken about it."""
 
-    def __init__(self, replica: SteeredReplica, spec: BoardSpec) -> None:
-        self._replica, self.spec = replica, spec
+    def __init__(self, replica: SteeredReplica, spec: BoardSpec, count: int) -> None:
+        self._replica, self.spec, self.count = replica, spec, count
         self._readings: Sequence[BoardReading] = ()
         self._limits_w: Sequence[float] = ()
         self._read_at_s = self._looked_at_s = -1.0
-        self._asked: tuple[float, int | None] = (spec.default_limit_w, None)
+        self._asked: list[tuple[float, int | None]] = [(spec.default_limit_w, None)] * count
+        self._broken: dict[
+            tuple[int, str], BoardReading | None
+        ] = {}  # by board and fault; of a stuck meter what it shows
+
+    def inject(self, i: int, fault: str, value: float) -> None:
+        """Begin a fault of board `i`; the value 0 ends it. An external limit's value is in W."""
+        if fault == "external_limit":
+            self._replica.set_external_limit_w(i, value or None)
+            self._looked_at_s = -1.0
+        elif value == 0.0:
+            self._broken.pop((i, fault), None)
+        else:
+            self._broken[i, fault] = self._now(i) if fault == "stuck_meter" else None
 
     def reading(self, i: int) -> BoardReading:
-        """Board `i` now."""
+        """Board `i` now.
+
+        Raises:
+            DeviceLostError: it is lost.
+        """
+        if self._broken:
+            self._refuse_lost(i)
+            if stuck := self._broken.get((i, "stuck_meter")):
+                return stuck
+        return self._now(i)
+
+    def _now(self, i: int) -> BoardReading:
         if self._read_at_s != self._replica.now_s:
             self._readings, self._read_at_s = self._replica.boards(), self._replica.now_s
         return self._readings[i]
@@ -70,20 +96,38 @@ class SimulatedGroup:
         """Event time."""
         return self._replica.now_s
 
-    def write(self, limit_w: float, clock_mhz: int | None) -> None:
-        """Bring all boards to this limit and clock ceiling.
+    def write(self, i: int, limit_w: float, clock_mhz: int | None) -> None:
+        """Bring board `i` to this limit and clock ceiling.
 
         Raises:
-            ValueError: outside the boards' range; nothing was changed.
+            ValueError: outside the board's range; nothing was changed.
+            DeviceLostError, PermissionDeniedError, NotSupportedError: it is broken that way; nothing was changed.
         """
-        asked_w, asked_mhz = self._asked
-        if (limit_w, clock_mhz) == (asked_w, asked_mhz):
-            return
+        if self._broken:
+            self._refuse(i)
+        asked_w, asked_mhz = self._asked[i]
         if limit_w != asked_w:
-            self._replica.set_limit_w(limit_w)
+            self._replica.set_limit_w(limit_w, i)
         if clock_mhz != asked_mhz:
-            self._replica.set_clock_lock(clock_mhz)
-        self._asked, self._read_at_s, self._looked_at_s = (limit_w, clock_mhz), -1.0, -1.0
+            self._replica.set_clock_lock(clock_mhz, i)
+        if (limit_w, clock_mhz) != (asked_w, asked_mhz):
+            self._asked[i] = (limit_w, clock_mhz)
+            self._read_at_s = self._looked_at_s = -1.0
+
+    def _refuse(self, i: int) -> None:
+        self._refuse_lost(i)
+        if (i, "denied") in self._broken:
+            raise PermissionDeniedError(
+                f"simulated board {i}: no permission to write; {self.limit_w(i):.0f} W is still in force."
+            )
+        if (i, "not_supported") in self._broken:
+            raise NotSupportedError(
+                f"simulated board {i}: writing is not supported; {self.limit_w(i):.0f} W is still in force."
+            )
+
+    def _refuse_lost(self, i: int) -> None:
+        if (i, "lost") in self._broken:
+            raise DeviceLostError(f"simulated board {i}: the board is lost. Its limit is unknown")
 
 
 class SimulatedBoard:
@@ -125,7 +169,11 @@ class SimulatedBoard:
         """Nothing is announced: no limit outlives a simulation."""
 
     def read(self) -> PowerSample:
-        """The sensors at this instant of event time."""
+        """The sensors at this instant of event time.
+
+        Raises:
+            DeviceLostError: the board is lost.
+        """
         r = self._group.reading(self._index)
         return PowerSample(
             time_s=self._group.now_s(),
@@ -138,17 +186,18 @@ class SimulatedBoard:
         )
 
     def apply(self, wanted: OperatingPoint) -> OperatingPoint:
-        """Set the group to `wanted`; return what this board then has in force.
+        """Set the board to `wanted`; return what it then has in force.
 
         Raises:
             ValueError: outside the board's range; nothing was changed.
+            DeviceLostError, PermissionDeniedError, NotSupportedError: a fault of the schedule; nothing was changed.
         """
-        self._group.write(wanted.power_limit_w, wanted.sm_clock_mhz)
+        self._group.write(self._index, wanted.power_limit_w, wanted.sm_clock_mhz)
         return OperatingPoint(power_limit_w=self._group.limit_w(self._index), sm_clock_mhz=wanted.sm_clock_mhz)
 
     def restore(self) -> None:
         """Back to the default limit, without a clock lock."""
-        self._group.write(self._info.found_limit_w, None)
+        self._group.write(self._index, self._info.found_limit_w, None)
 
 
 class SimulatedEngine:

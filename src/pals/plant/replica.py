@@ -160,8 +160,8 @@ class Replica:
         while not self.finished:
             self.advance(self.now_s + chunk_s)
 
-    def set_limit_w(self, watts: float) -> None:
-        """Power limit of each board, from the next tick on.
+    def set_limit_w(self, watts: float, board: int | None = None) -> None:
+        """Power limit of one board, None: of each, from the next tick on.
 
         Raises:
             ValueError: outside the boards' range; nothing was changed.
@@ -169,15 +169,20 @@ class Replica:
         if not self.spec.min_limit_w <= watts <= self.spec.max_limit_w:
             raise ValueError(
                 f"{watts} W lies outside {self.spec.min_limit_w}..{self.spec.max_limit_w} W of {self.spec.nvml_name}; "
-                f"{float(self._memory.boards['limit_w'][0])} W stays in force"
+                f"{float(self._memory.boards['limit_w'][board or 0])} W stays in force"
             )
-        self._memory.boards["limit_w"] = watts
+        self._memory.boards["limit_w"][slice(None) if board is None else board] = watts
 
-    def set_clock_lock(self, mhz: int | None) -> None:
-        """Ceiling of the SM clock of each board; None releases it."""
+    def set_external_limit_w(self, board: int, watts: float | None) -> None:
+        """What another hand (a BMC, another agent) allows a board; the lower of both limits is in force. None: no more."""
+        self._memory.boards["external_w"][board] = NO_LIMIT_W if watts is None else watts
+
+    def set_clock_lock(self, mhz: int | None, board: int | None = None) -> None:
+        """Ceiling of the SM clock of one board, None: of each; `mhz` None releases it."""
         wanted = self.spec.max_sm_clock_mhz if mhz is None else mhz
         stepped = wanted // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ
-        self._memory.boards["ceiling_mhz"] = min(max(stepped, self.spec.min_sm_clock_mhz), self.spec.max_sm_clock_mhz)
+        ceiling_mhz = min(max(stepped, self.spec.min_sm_clock_mhz), self.spec.max_sm_clock_mhz)
+        self._memory.boards["ceiling_mhz"][slice(None) if board is None else board] = ceiling_mhz
 
     def set_active_sequences(self, n: int | None, lowering: str = "drain") -> None:
         """Active-sequence limit from the next planned step on, never above the launch limit; None returns to that.
