@@ -253,9 +253,7 @@ def _from_row(r: Mapping[str, Any]) -> ModelShape:
     kv = float(r["kv_bytes_per_token_bf16"])
     if str(r["kv_heads"]) == "MLA":
         nope, rope = (int(part) for part in str(r["head_dim"]).split("+"))
-        others = (layers - moe_layers) * parts["ffn_params"] + moe_layers * (
-            parts["shared_params"] + parts["router_params"]
-        )
+        others = (layers - moe_layers) * parts["ffn_params"] + moe_layers * (parts["shared_params"] + parts["router_params"])
         params = (float(r["params_read_dense_B"]) * 1e9 - others - int(r["vocab"]) * hidden) / layers
         attention = _mla(params, layers, heads, nope, rope, nope, round(kv / layers / KV_BYTES) - rope)
     else:
