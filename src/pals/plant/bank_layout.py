@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from pals.core.errors import ConfigError
+from pals.plant.governor import Firmware
+from pals.plant.silicon import Silicon
 from pals.plant.specs import CLOCK_STEP_MHZ, DRIVER, BoardSpec
 
 MAGIC = b"PALSBANK"
@@ -36,6 +38,8 @@ HEAD = np.dtype(
         *((name, "f8") for name in ("min_limit_w", "default_limit_w", "max_limit_w")),
         *((name, "f8") for name in ("setter_latency_s", "setter_tail_sigma", "setter_longest_s")),
         ("seed", "u8"),
+        ("silicon", "f8", (len(Silicon._fields),)),  # the physics of this bank, which may be a perturbed type's
+        ("firmware", "f8", (len(Firmware._fields),)),
         ("refreshed_s", "f8"),  # when the readings were last brought up to date; NaN: never
         ("virtual_s", "f8"),  # the boards' clock where a simulator drives it; NaN: CLOCK_MONOTONIC
         ("keeper_pid", "i8"),  # who drives virtual time
@@ -143,6 +147,8 @@ def make_head(spec: BoardSpec, count: int, *, seed: int, writable: bool, setter_
         "setter_tail_sigma": spec.setter.tail_sigma,
         "setter_longest_s": spec.setter.longest_s,
         "seed": seed,
+        "silicon": spec.silicon,
+        "firmware": spec.firmware,
         "capability_major": spec.capability[0],
         "capability_minor": spec.capability[1],
         "memory_bytes": round(spec.memory_gb * GIB),

@@ -70,7 +70,7 @@ class BankPhysics:
         last_s = max(float(self._all.clockwork["busy_until_s"][0]), float(b["dip_until_s"].max()))
         acts_s = b["acts_at_s"][np.isfinite(b["acts_at_s"])]
         awake_s = last_s + self._spec.firmware.awake_s
-        return max([awake_s, *acts_s.tolist()]) + 2 * RING * TICK_S
+        return float(max([awake_s, *acts_s.tolist()])) + 2 * RING * TICK_S
 
     def _sleep(self, ticks: int) -> None:
         """Many ticks at once in which boards do nothing but cool."""
@@ -114,7 +114,9 @@ class BankPhysics:
         refresh = max(1, round(self._spec.energy_refresh_s / TICK_S))
         core_factor, idle_factor = b["core_factor"].copy(), b["idle_factor"].copy()
         waiting, limit_w, rest_mhz, top_mhz = True, *self.in_force()
-        asleep = (b["throttle"] & IDLE) != 0
+        asleep, dipping = (b["throttle"] & IDLE) != 0, np.zeros(self._count, dtype=bool)
+        ring_w, power_w = b["ring_w"], b["power_w"].copy()
+        may_dip = g.dip_interval_s > 0.0 or bool((b["dip_until_s"] > start_s).any())
         for n in range(ticks):
             time_s = start_s + n * TICK_S
             if waiting:
@@ -122,9 +124,13 @@ class BankPhysics:
                 limit_w, rest_mhz, top_mhz = self.in_force()
                 waiting = bool(np.isfinite(b["acts_at_s"]).any())
             awake = time_s < awake_until_s
-            dipping = self._dips(time_s, awake, limit_w)
-            ceiling_mhz = np.where(awake, top_mhz * (1.0 - g.dip_share * dipping), rest_mhz)
-            clock_mhz = np.where(awake & asleep, np.maximum(state["clock_mhz"], ceiling_mhz), state["clock_mhz"])
+            ceiling_mhz = np.where(awake, top_mhz, rest_mhz)
+            if may_dip:
+                dipping = self._dips(time_s, awake, power_w, limit_w)
+                ceiling_mhz = ceiling_mhz * (1.0 - g.dip_share * dipping)
+            clock_mhz = state["clock_mhz"]
+            if (awake & asleep).any():
+                clock_mhz = np.where(awake & asleep, np.maximum(clock_mhz, ceiling_mhz), clock_mhz)
             power_w, state["clock_mhz"], state["filtered_w"], state["debt_j"], state["temperature_c"], limited = tick(
                 k, g, compute[n], memory[n], kernels[n], awake * 1.0, limit_w, floor_mhz, ceiling_mhz, core_factor,
                 idle_factor, ambient_c, clock_mhz, state["filtered_w"], state["debt_j"], state["temperature_c"],
@@ -134,9 +140,10 @@ class BankPhysics:
             state["busy"] += (steps[n] - state["busy"]) * newer
             state["memory_busy"] += (memory[n] - state["memory_busy"]) * newer
             newest += 1
-            b["ring_w"][:, newest % RING] = b["power_w"] = power_w
+            ring_w[:, newest % RING] = power_w
             if newest % refresh == 0:  # on the boards' own grid
                 b["published_j"] = state["energy_j"] * b["counter_factor"]
+        b["power_w"] = power_w
         for name in _STATE:
             b[name] = state[name]
         b["throttle"] = self._reasons(awake, limited | dipping)
@@ -160,13 +167,13 @@ class BankPhysics:
         bits = bits + (HARDWARE_SLOWDOWN | HARDWARE_THERMAL) * hardware
         return np.where(awake, bits, IDLE)
 
-    def _dips(self, time_s: float, awake: np.ndarray, limit_w: np.ndarray) -> np.ndarray:
+    def _dips(self, time_s: float, awake: np.ndarray, power_w: np.ndarray, limit_w: np.ndarray) -> np.ndarray:
         """Which boards' current protection holds the clock down; begins those that are due."""
         b, g = self._all.boards, self._spec.firmware
         if g.dip_interval_s > 0.0:
             due = b["next_dip_s"] <= time_s
             for i in np.flatnonzero(due | np.isnan(b["next_dip_s"])):
-                if due[i] and awake[i] and b["power_w"][i] > g.dip_power_share * limit_w[i]:
+                if due[i] and awake[i] and power_w[i] > g.dip_power_share * limit_w[i]:
                     b["dip_until_s"][i] = time_s + g.dip_s
                 b["dips"][i] += 1
                 rng = np.random.default_rng([self._seed, int(i), int(b["dips"][i]), 1])

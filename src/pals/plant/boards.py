@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,9 @@ from pals.plant.bank_layout import (
     read_head,
 )
 from pals.plant.bank_physics import IDLE, BankPhysics
+from pals.plant.governor import Firmware
 from pals.plant.setter_time import setter_time_s
-from pals.plant.silicon import Load
+from pals.plant.silicon import Load, Silicon
 from pals.plant.specs import CLOCK_STEP_MHZ, BoardSpec, board_specs
 
 NO_LIMIT_W = 1e9
@@ -86,7 +87,10 @@ class BoardBank:
     def _map(self) -> None:
         head = read_head(os.pread(self._file.fileno(), HEAD.itemsize, 0), str(self.path))
         self._mapped = mmap.mmap(self._file.fileno(), 0)
-        self.spec: BoardSpec = board_specs()[head["spec"].decode()]
+        kind = board_specs()[head["spec"].decode()]
+        self.spec: BoardSpec = replace(
+            kind, silicon=Silicon(*head["silicon"].tolist()), firmware=Firmware(*head["firmware"].tolist())
+        )
         self.count = int(head["count"])
         self.writable = bool(head["writable"])
         self.memory_bytes = int(head["memory_bytes"])
@@ -178,10 +182,10 @@ class BoardBank:
         """Clock of the slowest of `boards`: the rank that sets a tensor-parallel group's pace."""
         with self._locked(now_s) as now_s:
             used = list(boards)
-            idle = now_s > float(self._boards["busy_until_s"][used].max())
+            asleep = now_s > self._boards["busy_until_s"][used] + self.spec.firmware.awake_s
             clocks = self._boards["clock_mhz"][used]
-            if idle:  # the first step after idling runs at what the boards rise to within a few ticks
-                clocks = np.maximum(clocks, self._physics.in_force()[2][used])
+            # the first step after sleep runs at what the boards rise to at once
+            clocks = np.where(asleep, np.maximum(clocks, self._physics.in_force()[2][used]), clocks)
             return float(clocks.min())
 
     def reading(self, i: int, now_s: float) -> BoardReading:
