@@ -205,7 +205,7 @@ class Replica:
         Raises:
             DeviceLostError: a board is lost; `board` reads the others.
         """
-        return tuple(self._boards.view(i) for i in range(len(self._memory.boards)))
+        return self._boards.views(range(len(self._memory.boards)))
 
     def board(self, i: int) -> BoardView:
         """The sensors of one board now; raises as `boards`."""
