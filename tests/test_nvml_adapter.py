@@ -78,7 +78,8 @@ def test_energy_differences_give_the_power_that_the_mean_shows_late(world: World
     assert after.energy_j is not None
     power_w = (after.energy_j - before.energy_j) / (after.time_s - before.time_s)
     assert power_w == pytest.approx(after.power_w, rel=0.02)
-    assert after.sm_clock_mhz == 1980
+    assert after.sm_clock_mhz is not None
+    assert 1980 - 45 <= after.sm_clock_mhz <= 1980  # specimens differ by up to three steps
 
 
 def test_a_limit_is_set_read_back_and_restored_as_found(world: World) -> None:
@@ -87,7 +88,8 @@ def test_a_limit_is_set_read_back_and_restored_as_found(world: World) -> None:
         board = nvml.boards[0]
         assert board.apply(point(400.0)).power_limit_w == 400.0
         assert board.read().enforced_limit_w == 400.0
-        assert world.slept == [world.bank.setter_latency_s]
+        assert len(world.slept) == 1
+        assert world.bank.setter_latency_s <= world.slept[0] <= world.bank.spec.setter.longest_s
         board.apply(point(400.0))
         assert len(world.slept) == 1  # already there: nothing is written
         board.restore()
@@ -117,7 +119,7 @@ def test_a_clock_lock_holds_and_is_released(world: World) -> None:
         assert nvml.boards[0].read().sm_clock_mhz == 1200
         nvml.boards[0].restore()
         world.now += 1.0
-        assert nvml.boards[0].read().sm_clock_mhz == 1980
+        assert (nvml.boards[0].read().sm_clock_mhz or 0) >= 1980 - 45
 
 
 def test_without_permission_nothing_changes_and_the_error_says_what_is_in_force(tmp_path: Path) -> None:

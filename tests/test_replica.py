@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pals.core.errors import ConfigError
+from pals.core.errors import ConfigError, DeviceLostError, PermissionDeniedError
 from pals.core.quantities import LATENCY_BOUNDS_S
 from pals.engines.model_zoo import shipped_config
 from pals.plant.fleet import ROUTERS, FleetSpec, route, simulate
@@ -182,7 +182,7 @@ def test_energy_is_the_integral_of_power_and_a_limit_holds_the_mean() -> None:
     start_j, watts = replica.energy_j(), []
     for k in range(1, 301):
         replica.advance(2.005 + 0.01 * k)
-        watts.append(sum(b.power_instant_w for b in replica.boards()))
+        watts.append(float(replica._memory.boards["power_w"].sum()))
     spent_j = replica.energy_j() - start_j
 
     assert not replica.finished
@@ -329,6 +329,68 @@ def test_requests_can_be_added_while_others_run() -> None:
     whole.run()
     parts.run()
     np.testing.assert_allclose(whole.results().last_token_s, parts.results().last_token_s, rtol=1e-12)
+
+
+def test_faults_do_what_they_say_and_end_when_removed() -> None:
+    replica = make(boards=2, max_num_seqs=64)
+    replica.submit(load(np.zeros(64), 100, 4000))
+    replica.advance(2.0)
+    free_mhz = replica.board(0).sm_clock_mhz
+
+    replica.inject(0, "external_limit", 150.0)
+    replica.advance(4.0)
+    held = replica.board(0)
+    assert (held.enforced_limit_w, held.requested_limit_w, held.throttled) == (150.0, 400.0, True)
+    assert held.power_instant_w == pytest.approx(150.0, abs=5.0)
+    replica.inject(0, "external_limit", 0.0)
+
+    replica.inject(1, "thermal")
+    replica.advance(5.0)
+    assert replica.board(1).sm_clock_mhz <= free_mhz / 2 + 15
+    replica.inject(1, "thermal", 0.0)
+
+    replica.advance(6.0)
+    replica.inject(1, "dip", 0.5)
+    replica.advance(6.2)
+    assert replica.board(1).sm_clock_mhz < 0.8 * free_mhz
+    assert replica.board(1).throttled
+    replica.advance(8.0)
+    assert replica.board(1).sm_clock_mhz > 0.95 * free_mhz
+
+    replica.inject(0, "stuck")
+    frozen = replica.board(0)
+    replica.advance(9.0)
+    assert replica.board(0).energy_j == frozen.energy_j
+    assert replica.board(1).energy_j > frozen.energy_j
+    replica.inject(0, "stuck", 0.0)
+    assert replica.board(0).energy_j > frozen.energy_j
+
+    replica.inject(0, "slow_setter", 2.0)
+    replica.set_limit_w(120.0)
+    replica.advance(10.5)
+    assert not replica.board(0).throttled
+    assert replica.board(1).throttled
+    replica.advance(12.0)
+    assert replica.board(0).throttled
+
+
+def test_a_lost_board_has_no_readings_and_the_others_are_still_set() -> None:
+    replica = make(boards=2)
+    replica.inject(1, "lost")
+    with pytest.raises(DeviceLostError, match="board 1 is lost"):
+        replica.boards()
+    with pytest.raises(DeviceLostError, match="the others of its replica were written"):
+        replica.set_limit_w(200.0)
+    assert replica.board(0).requested_limit_w == 200.0
+    replica.inject(1, "lost", 0.0)
+    replica.inject(0, "denied")
+    with pytest.raises(PermissionDeniedError, match="board 0: the driver refused"):
+        replica.set_clock_lock(900)
+    assert replica.boards()[0].requested_limit_w == 200.0
+    with pytest.raises(ValueError, match="unknown fault 'gremlin'; known: lost"):
+        replica.inject(0, "gremlin")
+    with pytest.raises(ValueError, match="not a number of at least 0"):
+        replica.inject(0, "ambient", float("nan"))
 
 
 def fleet_of(replicas: int, **more: Any) -> FleetSpec:

@@ -206,8 +206,8 @@ def test_a_killed_worker_is_an_error_not_a_hang(tmp_path: Path) -> None:
 
 def refusals(folder: Path) -> Sequence[tuple[list[str], str]]:
     static = Path("src/pals/experiments/data/profile-qwen3-30b-a3b-h100-sxm5-80gb.json").resolve()
-    hot, far = folder / "hot.csv", folder / "far.csv"
-    hot.write_text("time_s,kind\n1,hot_air\n")
+    wrong, far = folder / "wrong.csv", folder / "far.csv"
+    wrong.write_text("time_s,kind\n1,hot_water\n")
     far.write_text("time_s,kind,board\n1,lost,9\n")
     return [
         (["--policy", "static"], "--policy static is given twice"),
@@ -239,7 +239,7 @@ def refusals(folder: Path) -> Sequence[tuple[list[str], str]]:
         (["--spread", "0.1"], "--spread needs --perturb-seed"),
         (["--perturb-seed", "1", "--spread", "0.9"], "must lie in 0..0.5"),
         (["--faults", str(folder / "none.csv")], "cannot read the faults"),
-        (["--faults", str(hot)], "hot_air at 1 s is not simulated"),
+        (["--faults", str(wrong)], "row 2: unknown kind 'hot_water'; did you mean 'hot_air'?"),
         (["--faults", str(far)], "names board 9; there are 4"),
     ]
 
@@ -341,7 +341,7 @@ def test_faults_begin_and_end_when_they_say(tmp_path: Path, capsys: pytest.Captu
 
     assert set(during(21, 60, "limit_w")) == {480.0}  # all boards go to what the other hand left one of them
     assert min(during(61, 70, "limit_w")) > 480.0
-    assert all("board 2: the board is lost" in n for n in during(70, 80, "notes"))
+    assert all("board 2 is lost" in n for n in during(70, 80, "notes"))
     assert np.all(np.isnan(during(70.5, 80, "power_w")))
     assert not any(n and "lost" in n for n in during(81, 90, "notes"))
     assert "no permission" in during(119.9, 121, "notes")[0]

@@ -83,6 +83,7 @@ def add_load_options(p: argparse.ArgumentParser) -> None:
         "--trace", default="azure-2023-conv", metavar="NAME|FILE",
         help="azure-2023-conv (default), azure-2023-code, mooncake-synthetic, servegen-m-large, vidur-arxiv, or a file",
     )  # fmt: skip
+    p.add_argument("--data", metavar="DIR", help="where the committed traces are (default: data/ of the checkout)")
     p.add_argument("--trace-format", metavar="NAME", help="of the file (default: known from its header)")
     p.add_argument("--lengths", metavar="NAME|FILE", help="draw prompt and output lengths from another trace")
     p.add_argument("--arrivals", default="trace", metavar="LAW", help="trace (default), poisson, or gamma:CV")
@@ -202,7 +203,7 @@ def wish_of(args: argparse.Namespace) -> LoadWish:
         )
     committed = any(t in COMMITTED or t.startswith("servegen-") for t in (args.trace, args.lengths or ""))
     return LoadWish(
-        trace=args.trace, folder=data_folder() / "traces" if committed else None, kind=args.trace_format,
+        trace=args.trace, folder=data_folder(Path(args.data) if args.data else None) / "traces" if committed else None, kind=args.trace_format,
         lengths=args.lengths, cv=None if law == "trace" else float(cv or 1.0), rate_per_s=args.rate, load=args.load,
         scaling=args.scaling, start_s=args.start_s, hours=args.hours, seed=args.seed,
     )  # fmt: skip

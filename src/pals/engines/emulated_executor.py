@@ -120,7 +120,8 @@ class EmulatedExecutor(Executor):
             bank.spec,
             tensor_parallel=parallel.tensor_parallel_size,
             pipeline_parallel=parallel.pipeline_parallel_size,
-            expert_share=1.0 / parallel.data_parallel_size if expert_parallel else 1.0,
+            data_parallel=parallel.data_parallel_size,
+            expert_parallel=expert_parallel,
         )
         canned = folder / CANNED_FILE
         eos = config.model_config.hf_text_config.eos_token_id

@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pals.core.errors import ConfigError
 from pals.experiments.simulated_node import SimulatedGroup
-from pals.plant.faults import FaultEvent, FaultSchedule, load_faults
+from pals.plant.faults import BOARD_KINDS, FaultEvent, FaultSchedule, load_faults
 from pals.plant.llm_step import StepModel
 from pals.plant.replica import Replica
-
-#: Kinds a simulation knows; the others need what only the emulated boards have.
-SIMULATED_KINDS = (
-    "lost", "not_supported", "denied", "stuck_meter", "external_limit", "routing_drift", "engine_build"
-)  # fmt: skip
 
 #: A step model with this popularity of experts (coefficient of variation; None: the board's) and factor on host time.
 ModelOf = Callable[[float | None, float], StepModel]
@@ -24,15 +18,10 @@ def read_faults(path: Path, *, boards: int) -> FaultSchedule:
     """A schedule for `boards` boards.
 
     Raises:
-        ConfigError: unreadable, a board that is not there, or a kind that a simulation does not know.
+        ConfigError: unreadable, or a board that is not there.
     """
     schedule = load_faults(path)
     schedule.check_boards(boards)
-    for e in schedule.events:
-        if e.kind not in SIMULATED_KINDS:
-            raise ConfigError(
-                f"{path}: {e.kind} at {e.time_s:g} s is not simulated; known here: {', '.join(SIMULATED_KINDS)}. Nothing was started"
-            )
     return schedule
 
 
@@ -61,6 +50,6 @@ class TimedFaults:
             self._host_factor = e.value
         else:
             for i in range(self._group.count) if e.board is None else (e.board,):
-                self._group.inject(i, e.kind, e.value)
+                self._group.inject(i, BOARD_KINDS[e.kind], e.value)
             return
         self._replica.swap_model(self._model_of(self._popularity_cv, self._host_factor))

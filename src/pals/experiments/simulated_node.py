@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from pals.core.errors import DeviceLostError, NotSupportedError, PermissionDeniedError
+from pals.core.errors import NotSupportedError
 from pals.core.quantities import BoardInfo, BoardWrite, EngineInfo, EngineSample, OperatingPoint, PowerSample
 from pals.plant.specs import CLOCK_STEP_MHZ, DRIVER, BoardSpec
 
@@ -38,36 +38,33 @@ class SteeredReplica(Protocol):
     @property
     def now_s(self) -> float: ...
     def boards(self) -> Sequence[BoardReading]: ...
-    def limits_in_force_w(self) -> Sequence[float]: ...
+    def board(self, i: int) -> BoardReading: ...
+    def limit_w(self, board: int) -> float: ...
     def counters(self) -> EngineSample: ...
+    def inject(self, board: int, fault: str, value: float = 1.0) -> None: ...
     def set_limit_w(self, watts: float, board: int | None = None) -> None: ...
-    def set_external_limit_w(self, board: int, watts: float | None) -> None: ...
     def set_clock_lock(self, mhz: int | None, board: int | None = None) -> None: ...
     def set_active_sequences(self, n: int | None, lowering: str = "drain") -> None: ...
 
 
 class SimulatedGroup:
-    """The boards of one replica as a driver would show them, with what is broken about it."""
+    """The boards of one replica as a driver would show them; all are read at once, unless one is lost."""
 
     def __init__(self, replica: SteeredReplica, spec: BoardSpec, count: int) -> None:
         self._replica, self.spec, self.count = replica, spec, count
         self._readings: Sequence[BoardReading] = ()
-        self._limits_w: Sequence[float] = ()
-        self._read_at_s = self._looked_at_s = -1.0
+        self._read_at_s = -1.0
         self._asked: list[tuple[float, int | None]] = [(spec.default_limit_w, None)] * count
-        self._broken: dict[
-            tuple[int, str], BoardReading | None
-        ] = {}  # by board and fault; of a stuck meter what it shows
+        self._lost, self._without_setters = set[int](), set[int]()
 
     def inject(self, i: int, fault: str, value: float) -> None:
-        """Begin a fault of board `i`; the value 0 ends it. An external limit's value is in W."""
-        if fault == "external_limit":
-            self._replica.set_external_limit_w(i, value or None)
-            self._looked_at_s = -1.0
-        elif value == 0.0:
-            self._broken.pop((i, fault), None)
-        else:
-            self._broken[i, fault] = self._now(i) if fault == "stuck_meter" else None
+        """Begin a fault of board `i`, by the name the plant has for it; the value 0 ends it."""
+        concerned = {"lost": self._lost, "not_supported": self._without_setters}.get(fault)
+        if concerned is not None:
+            (concerned.add if value else concerned.discard)(i)
+        if fault != "not_supported":
+            self._replica.inject(i, fault, value)
+        self._read_at_s = -1.0
 
     def reading(self, i: int) -> BoardReading:
         """Board `i` now.
@@ -75,59 +72,40 @@ class SimulatedGroup:
         Raises:
             DeviceLostError: it is lost.
         """
-        if self._broken:
-            self._refuse_lost(i)
-            if stuck := self._broken.get((i, "stuck_meter")):
-                return stuck
-        return self._now(i)
-
-    def _now(self, i: int) -> BoardReading:
+        if self._lost:
+            return self._replica.board(i)
         if self._read_at_s != self._replica.now_s:
             self._readings, self._read_at_s = self._replica.boards(), self._replica.now_s
         return self._readings[i]
 
     def limit_w(self, i: int) -> float:
         """The limit that board `i` obeys now."""
-        if self._looked_at_s != self._replica.now_s:
-            self._limits_w, self._looked_at_s = self._replica.limits_in_force_w(), self._replica.now_s
-        return self._limits_w[i]
+        return self._replica.limit_w(i)
 
     def now_s(self) -> float:
         """Event time."""
         return self._replica.now_s
 
     def write(self, i: int, limit_w: float, clock_mhz: int | None) -> None:
-        """Bring board `i` to this limit and clock ceiling.
+        """Bring board `i` to this limit and clock ceiling; the driver is not asked for what it was told last.
 
         Raises:
             ValueError: outside the board's range; nothing was changed.
-            DeviceLostError, PermissionDeniedError, NotSupportedError: it is broken that way; nothing was changed.
+            DeviceLostError, PermissionDeniedError, NotSupportedError: a fault of the board; nothing was changed.
         """
-        if self._broken:
-            self._refuse(i)
         asked_w, asked_mhz = self._asked[i]
-        if limit_w != asked_w:
-            self._replica.set_limit_w(limit_w, i)
-        if clock_mhz != asked_mhz:
-            self._replica.set_clock_lock(clock_mhz, i)
-        if (limit_w, clock_mhz) != (asked_w, asked_mhz):
-            self._asked[i] = (limit_w, clock_mhz)
-            self._read_at_s = self._looked_at_s = -1.0
-
-    def _refuse(self, i: int) -> None:
-        self._refuse_lost(i)
-        if (i, "denied") in self._broken:
-            raise PermissionDeniedError(
-                f"simulated board {i}: no permission to write; {self.limit_w(i):.0f} W is still in force."
-            )
-        if (i, "not_supported") in self._broken:
+        if (limit_w, clock_mhz) == (asked_w, asked_mhz) and i not in self._lost:
+            return
+        if i in self._without_setters:
             raise NotSupportedError(
                 f"simulated board {i}: writing is not supported; {self.limit_w(i):.0f} W is still in force."
             )
-
-    def _refuse_lost(self, i: int) -> None:
-        if (i, "lost") in self._broken:
-            raise DeviceLostError(f"simulated board {i}: the board is lost. Its limit is unknown")
+        if limit_w != asked_w or i in self._lost:
+            self._replica.set_limit_w(limit_w, i)
+        if clock_mhz != asked_mhz:
+            self._replica.set_clock_lock(clock_mhz, i)
+        self._asked[i] = (limit_w, clock_mhz)
+        self._read_at_s = -1.0
 
 
 class SimulatedBoard:

@@ -230,7 +230,7 @@ class EmulatedNvml:
         if not valid:
             return INVALID_ARGUMENT
         if self._bank.virtual_time_s() is None:  # in virtual time only the simulator waits
-            self._sleep(self._bank.setter_latency_s)
+            self._sleep(self._bank.setter_time_s(i))
         write(i)
         return SUCCESS
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from pals.core.errors import ConfigError
 
-# Bytes a stored parameter takes, scales included: blocks of 128 × 128 (fp8), groups of 128 with 16-bit scales (int4), of 32 with one byte (mxfp4).
-FORMAT_BYTES = {"bf16": 2.0, "fp8": 1.0 + 4 / 128**2, "int4": 0.5 + 2.5 / 128, "mxfp4": 0.5 + 1 / 32}
+# Bytes a stored parameter takes, scales included: a row (fp8), blocks of 128 × 128 (fp8_block), groups of 128 (int4) and of 32 (mxfp4).
+FORMAT_BYTES = {"bf16": 2.0, "fp8": 1.0, "fp8_block": 1.0 + 4 / 128**2, "int4": 0.5 + 2.5 / 128, "mxfp4": 0.5 + 1 / 32}
 KV_BYTES = 2.0  # of one number in the KV cache
 SPELLINGS = {"bfloat16": "bf16", "float16": "bf16", "half": "bf16", "float8": "fp8", "fp8_e4m3": "fp8", "awq": "int4", "gptq": "int4"}  # fmt: skip
 
@@ -28,7 +28,10 @@ class ModelShape:
     heads: int  # query heads
     kv_heads: int  # what tensor parallelism can divide the KV cache by; 1 for a latent cache (MLA)
     attention_width: int  # query heads × head dimension: work of one query × key pair in prefill
-    decode_width: float  # the same where one token is decoded; larger for MLA, which works in the latent space
+    output_width: float  # what attention hands to its output projection
+    decode_width: (
+        float  # as attention_width, where one token is decoded; larger for MLA, which works in the latent space
+    )
     attention_params: float
     ffn_params: float  # dense feed-forward of a layer that has no experts
     shared_params: float  # shared experts of a MoE layer
@@ -195,6 +198,7 @@ def _mla(params: float, layers: int, heads: int, nope: int, rope: int, v: int, r
     return {
         "kv_heads": 1,
         "attention_width": heads * (nope + rope + v) // 2,
+        "output_width": float(heads * v),
         "decode_width": heads * (2 * rank + rope) / 2,
         "attention_params": float(params),
         "kv_bytes_per_token": layers * (rank + rope) * KV_BYTES,
@@ -205,6 +209,7 @@ def _gqa(layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int) -> 
     return {
         "kv_heads": kv_heads,
         "attention_width": heads * head_dim,
+        "output_width": float(heads * head_dim),
         "decode_width": float(heads * head_dim),
         "attention_params": float(hidden * head_dim * (2 * heads + 2 * kv_heads)),
         "kv_bytes_per_token": layers * 2 * kv_heads * head_dim * KV_BYTES,
@@ -228,7 +233,7 @@ def _format_of(quantization: Mapping[str, Any]) -> tuple[str, str | None]:
     skipped = [*quantization.get("modules_to_not_convert", ()), *quantization.get("ignore", ())]
     attention = "bf16" if any("self_attn" in str(name) for name in skipped) else None
     if method in ("fp8", "fbgemm_fp8", "modelopt"):
-        return "fp8", attention
+        return ("fp8_block" if quantization.get("weight_block_size") else "fp8"), attention
     if method == "compressed-tensors":
         groups = quantization.get("config_groups", {})
         bits = [int(g["weights"]["num_bits"]) for g in groups.values() if g.get("weights")] or [8]
@@ -271,7 +276,8 @@ def _from_row(r: Mapping[str, Any]) -> ModelShape:
         **_family_window(str(r["model"]), layers),
     )
     shape = replace(shape, tied=total < shape.total_params - shape.head_params / 2)
-    return shape.stored_as(str(r["native_dtype"]))
+    native = format_name(str(r["native_dtype"]))
+    return shape.stored_as("fp8_block" if native == "fp8" else native)  # releases in 8 bits scale blocks
 
 
 def _family_window(model: str, layers: int) -> dict[str, int]:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from pals.core.errors import ConfigError
+from pals.plant.governor import Firmware
+from pals.plant.silicon import Silicon
 from pals.plant.specs import CLOCK_STEP_MHZ, DRIVER, BoardSpec
 
 MAGIC = b"PALSBANK"
@@ -22,7 +24,8 @@ RING = 100  # ticks kept for the windowed mean
 SEGMENTS = 256
 PROCESSES = 64
 GIB = 2**30  # boards are named in GB and hold about that many GiB
-FAULTS = ("lost", "not_supported", "denied", "limit_denied", "no_clock_lock", "stuck")  # 1 or 0 each
+FAULTS = ("lost", "not_supported", "denied", "limit_denied", "no_clock_lock", "stuck", "thermal")  # 1 or 0 each
+REGISTERS = ("limit_w", "lock_lo_mhz", "lock_hi_mhz")  # what setters write; each acts a while later
 STALE_S = 2.0  # readings that nobody refreshed for so long are not shown as truth
 
 HEAD = np.dtype(
@@ -32,7 +35,11 @@ HEAD = np.dtype(
         *((name, "S96") for name in ("spec", "nvml_name", "driver")),
         *((name, "i8") for name in ("count", "writable", "capability_major", "capability_minor", "memory_bytes")),
         *((name, "i8") for name in ("min_sm_clock_mhz", "max_sm_clock_mhz", "memory_clock_mhz", "clock_step_mhz")),
-        *((name, "f8") for name in ("min_limit_w", "default_limit_w", "max_limit_w", "setter_latency_s")),
+        *((name, "f8") for name in ("min_limit_w", "default_limit_w", "max_limit_w")),
+        *((name, "f8") for name in ("setter_latency_s", "setter_tail_sigma", "setter_longest_s")),
+        ("seed", "u8"),
+        ("silicon", "f8", (len(Silicon._fields),)),  # the physics of this bank, which may be a perturbed type's
+        ("firmware", "f8", (len(Firmware._fields),)),
         ("refreshed_s", "f8"),  # when the readings were last brought up to date; NaN: never
         ("virtual_s", "f8"),  # the boards' clock where a simulator drives it; NaN: CLOCK_MONOTONIC
         ("keeper_pid", "i8"),  # who drives virtual time
@@ -42,10 +49,18 @@ HEAD = np.dtype(
 BOARD = np.dtype(
     [
         ("uuid", "S96"),
-        *((name, "f8") for name in ("limit_w", "external_w", "lock_lo_mhz", "lock_hi_mhz")),
+        *((name, "f8") for name in REGISTERS),
+        ("writes", "i8"),  # how often one of them was written
+        *((f"seen_{name}", "f8") for name in REGISTERS),
+        *((f"acting_{name}", "f8") for name in REGISTERS),
+        ("acts_at_s", "f8"),  # when what was seen begins to act
+        *((name, "f8") for name in ("external_w", "setter_extra_s", "ambient_c")),  # injected
         *((name, "i8") for name in FAULTS),
-        *((name, "f8") for name in ("clock_mhz", "filtered_w", "power_w", "energy_j", "published_j", "temperature_c")),
-        *((name, "f8") for name in ("busy", "memory_busy", "core_factor", "idle_factor", "busy_until_s")),
+        *((name, "f8") for name in ("clock_mhz", "filtered_w", "debt_j", "temperature_c", "power_w", "energy_j")),
+        *((name, "f8") for name in ("published_j", "busy", "memory_busy", "busy_until_s")),
+        *((name, "f8") for name in ("core_factor", "idle_factor", "counter_factor", "top_mhz")),  # of this specimen
+        *((name, "f8") for name in ("next_dip_s", "dip_until_s")),
+        ("dips", "i8"),
         ("throttle", "i8"),
         ("ring_w", "f8", (RING,)),
     ]
@@ -118,7 +133,7 @@ def board_uuid(spec_name: str, i: int) -> str:
     return f"GPU-00000000-{digits[:4]}-{digits[4:8]}-{digits[8:12]}-{digits[12:]}"
 
 
-def make_head(spec: BoardSpec, count: int, *, writable: bool, setter_latency_s: float) -> np.ndarray:
+def make_head(spec: BoardSpec, count: int, *, seed: int, writable: bool, setter_latency_s: float) -> np.ndarray:
     """What a bank says of itself, shape (1,)."""
     head = np.zeros((1,), HEAD)
     values = {
@@ -129,6 +144,11 @@ def make_head(spec: BoardSpec, count: int, *, writable: bool, setter_latency_s: 
         "count": count,
         "writable": writable,
         "setter_latency_s": setter_latency_s,
+        "setter_tail_sigma": spec.setter.tail_sigma,
+        "setter_longest_s": spec.setter.longest_s,
+        "seed": seed,
+        "silicon": spec.silicon,
+        "firmware": spec.firmware,
         "capability_major": spec.capability[0],
         "capability_minor": spec.capability[1],
         "memory_bytes": round(spec.memory_gb * GIB),

@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from pals.core.errors import ConfigError
 from pals.plant.bank_layout import (
     FAULTS,
     HEAD,
-    RING,
+    REGISTERS,
     SEGMENTS,
     bank_size,
     board_uuid,
@@ -31,17 +31,17 @@ from pals.plant.bank_layout import (
     map_sections,
     read_head,
 )
-from pals.plant.governor import TICK_S, govern
-from pals.plant.silicon import Load, core_power_w, static_power_w
+from pals.plant.bank_physics import IDLE, BankPhysics
+from pals.plant.governor import Firmware
+from pals.plant.setter_time import setter_time_s
+from pals.plant.silicon import Load, Silicon
 from pals.plant.specs import CLOCK_STEP_MHZ, BoardSpec, board_specs
 
-THROTTLE_IDLE, THROTTLE_POWER_CAP = 0x1, 0x4
-AWAKE_S = 3.0  # clocks stay up this long after the last kernel
-PUBLISH_S = 0.05  # refresh of the energy counter
-UTILISATION_S = 0.25  # time constant of the utilisation readings
-THERMAL_K_PER_W, THERMAL_TAU_S, AMBIENT_C = 0.055, 40.0, 30.0
 NO_LIMIT_W = 1e9
-_METERS = ("power_avg_w", "power_instant_w", "energy_j")  # what a stuck sensor no longer moves
+VALUE_FAULTS = {
+    "slow_setter": "setter_extra_s",
+    "ambient": "ambient_c",
+}  # faults with a value of their own, and its register
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,10 @@ class BoardBank:
     def _map(self) -> None:
         head = read_head(os.pread(self._file.fileno(), HEAD.itemsize, 0), str(self.path))
         self._mapped = mmap.mmap(self._file.fileno(), 0)
-        self.spec: BoardSpec = board_specs()[head["spec"].decode()]
+        kind = board_specs()[head["spec"].decode()]
+        self.spec: BoardSpec = replace(
+            kind, silicon=Silicon(*head["silicon"].tolist()), firmware=Firmware(*head["firmware"].tolist())
+        )
         self.count = int(head["count"])
         self.writable = bool(head["writable"])
         self.memory_bytes = int(head["memory_bytes"])
@@ -95,6 +98,7 @@ class BoardBank:
         self._sections = map_sections(self._mapped, self.count)
         self._boards, self._segments = self._sections.boards, self._sections.segments
         self._clockwork = self._sections.clockwork
+        self._physics = BankPhysics(self.spec, self._sections)
 
     @staticmethod
     def create(
@@ -114,22 +118,11 @@ class BoardBank:
         fresh = path.with_suffix(".new")
         fresh.unlink(missing_ok=True)
         with fresh.open("xb") as f:  # never into what somebody else put there, nor through a link
-            f.write(make_head(spec, count, writable=writable, setter_latency_s=setter_latency_s).tobytes())
+            f.write(make_head(spec, count, seed=seed, writable=writable, setter_latency_s=setter_latency_s).tobytes())
             f.truncate(bank_size(count))
         fresh.replace(path)
         bank = BoardBank(path)
-        rng = np.random.default_rng(seed)
-        b = bank._boards
-        b["uuid"] = [board_uuid(spec.name, i) for i in range(count)]
-        b["limit_w"], b["external_w"] = spec.default_limit_w, NO_LIMIT_W
-        b["lock_lo_mhz"], b["lock_hi_mhz"] = 0.0, spec.max_sm_clock_mhz
-        b["clock_mhz"] = spec.min_sm_clock_mhz
-        b["core_factor"] = np.clip(rng.normal(1.0, 0.03, count), 0.9, 1.1)
-        b["idle_factor"] = np.clip(rng.normal(1.0, 0.04, count), 0.85, 1.15)
-        b["power_w"] = b["filtered_w"] = spec.silicon.idle_w * b["idle_factor"]
-        b["ring_w"] = b["power_w"][:, None]
-        b["temperature_c"] = AMBIENT_C + THERMAL_K_PER_W * b["power_w"]
-        b["throttle"] = THROTTLE_IDLE
+        draw_specimens(bank._boards, spec, seed)
         bank._clockwork["time_s"] = -1.0 if now_s is None else now_s
         return bank
 
@@ -140,7 +133,7 @@ class BoardBank:
 
     def close(self) -> None:
         """Unmap; the file stays."""
-        del self._boards, self._segments, self._clockwork, self._sections
+        del self._boards, self._segments, self._clockwork, self._sections, self._physics
         self._mapped.close()
         self._file.close()
 
@@ -172,7 +165,7 @@ class BoardBank:
                     f"virtual time {now_s} s lies before the boards' {float(self._clockwork['time_s'][0])} s"
                 )
             head["virtual_s"], head["keeper_pid"] = now_s, os.getpid()
-            self._integrate(now_s)
+            self._physics.integrate(now_s)
 
     def book(self, boards: Sequence[int], start_s: float, end_s: float, load: Load, now_s: float) -> None:
         """Keep `boards` busy with `load` from `start_s` to `end_s`; of the past, only what is not yet integrated counts."""
@@ -189,10 +182,10 @@ class BoardBank:
         """Clock of the slowest of `boards`: the rank that sets a tensor-parallel group's pace."""
         with self._locked(now_s) as now_s:
             used = list(boards)
-            idle = now_s > float(self._boards["busy_until_s"][used].max())
+            asleep = now_s > self._boards["busy_until_s"][used] + self.spec.firmware.awake_s
             clocks = self._boards["clock_mhz"][used]
-            if idle:  # the first step after idling runs at what the boards rise to within a few ticks
-                clocks = np.maximum(clocks, self._clock_range_mhz()[1][used])
+            # the first step after sleep runs at what the boards rise to at once
+            clocks = np.where(asleep, np.maximum(clocks, self._physics.in_force()[2][used]), clocks)
             return float(clocks.min())
 
     def reading(self, i: int, now_s: float) -> BoardReading:
@@ -256,36 +249,55 @@ class BoardBank:
         return bool(self._boards["limit_denied"][i])
 
     def set_limit(self, i: int, watts: float, now_s: float) -> None:
-        """Change the limit that NVML set; the range was checked by the caller."""
-        with self._locked(now_s):
-            self._boards["limit_w"][i] = watts
+        """Change the limit that NVML set, to the milliwatt; the range was checked by the caller."""
+        self._write(i, now_s, limit_w=round(watts * 1000.0) / 1000.0)
 
     def set_clock_lock(self, i: int, low_mhz: float, high_mhz: float, now_s: float) -> None:
         """Lock the SM clock; it runs at the nearest clocks at or below, within the board's range."""
-        with self._locked(now_s):
-            self._boards["lock_lo_mhz"][i], self._boards["lock_hi_mhz"][i] = low_mhz, high_mhz
+        self._write(i, now_s, lock_lo_mhz=low_mhz, lock_hi_mhz=high_mhz)
 
     def reset_clock_lock(self, i: int, now_s: float) -> None:
         """Release the lock."""
-        with self._locked(now_s):
-            self._boards["lock_lo_mhz"][i], self._boards["lock_hi_mhz"][i] = 0.0, self.spec.max_sm_clock_mhz
+        self._write(i, now_s, lock_lo_mhz=0.0, lock_hi_mhz=float(self.spec.max_sm_clock_mhz))
+
+    def setter_time_s(self, i: int) -> float:
+        """How long the next setter call on board `i` takes; a tail above the bank's latency, drawn from its seed."""
+        head = self._sections.head[0]
+        return setter_time_s(
+            float(head["setter_latency_s"]), float(head["setter_tail_sigma"]), float(head["setter_longest_s"]),
+            float(self._boards["setter_extra_s"][i]), int(head["seed"]), i, int(self._boards["writes"][i]),
+        )  # fmt: skip
 
     def inject(self, i: int, fault: str, value: float, now_s: float) -> None:
-        """Set a fault: "lost", "not_supported", "denied", "limit_denied", "no_clock_lock", "stuck" (1 or 0), or
-        "external_limit" (W; 0 removes it).
+        """Set a fault of board `i`; 0 removes it.
 
-        A stuck sensor shows the power and the energy it showed last; the board itself goes on.
+        "lost", "not_supported", "denied", "limit_denied", "no_clock_lock", "stuck" (a sensor shows the power and the energy
+        it showed last; the board itself goes on) and "thermal" (hardware slowdown) are 1 or 0; "external_limit" W; "ambient"
+        °C of the air at the board; "slow_setter" s that each call takes longer; "dip" s that current protection holds the
+        clock down from now on.
 
         Raises:
-            ValueError: unknown fault.
+            ValueError: unknown fault, or a value it cannot have; nothing was changed.
         """
-        with self._locked(now_s):
-            if fault == "external_limit":
-                self._boards["external_w"][i] = value or NO_LIMIT_W
-            elif fault in FAULTS:
+        if not (math.isfinite(value) and value >= 0.0):
+            raise ValueError(f"fault {fault!r}: {value} is not a number of at least 0")
+        with self._locked(now_s) as now_s:
+            if fault in FAULTS:
                 self._boards[fault][i] = int(value)
+            elif fault == "external_limit":
+                self._boards["external_w"][i] = value or NO_LIMIT_W
+            elif fault == "dip":
+                self._boards["dip_until_s"][i] = now_s + value
+            elif fault in VALUE_FAULTS:
+                self._boards[VALUE_FAULTS[fault]][i] = value
             else:
-                raise ValueError(f"unknown fault {fault!r}; known: {', '.join(FAULTS)}, external_limit")
+                raise ValueError(f"unknown fault {fault!r}; known: {', '.join(known_faults())}")
+
+    def _write(self, i: int, now_s: float, **registers: float) -> None:
+        with self._locked(now_s):
+            for name, value in registers.items():
+                self._boards[name][i] = value
+            self._boards["writes"][i] += 1
 
     @contextmanager
     def _locked(self, now_s: float) -> Iterator[float]:
@@ -293,7 +305,7 @@ class BoardBank:
         with self._held():
             virtual_s = self.virtual_time_s()
             now_s = now_s if virtual_s is None else virtual_s
-            self._integrate(now_s)
+            self._physics.integrate(now_s)
             yield now_s
 
     @contextmanager
@@ -309,99 +321,27 @@ class BoardBank:
                 self._sections.head["sequence"] = sequence + 1
                 fcntl.flock(self._file, fcntl.LOCK_UN)
 
-    def _integrate(self, now_s: float) -> None:
-        clockwork = self._clockwork[0]
-        time_s = float(clockwork["time_s"])
-        if time_s < 0:
-            clockwork["time_s"] = time_s = now_s
-        asleep_s = max(time_s, float(clockwork["busy_until_s"]) + AWAKE_S + 2 * RING * TICK_S)
-        ticks = int((min(now_s, asleep_s) - time_s) / TICK_S + 1e-9)
-        for first in range(0, ticks, 1000):
-            self._run_ticks(time_s + first * TICK_S, min(1000, ticks - first))
-        time_s += max(0, ticks) * TICK_S
-        if now_s - time_s > 2 * TICK_S:  # nothing changes any more: one long step
-            idle_ticks = int((now_s - time_s) / TICK_S)
-            self._boards["energy_j"] += self._boards["power_w"] * (idle_ticks * TICK_S)
-            self._boards["published_j"] = self._boards["energy_j"]
-            clockwork["ticks"] += idle_ticks
-            time_s += idle_ticks * TICK_S
-        moved = time_s > float(clockwork["time_s"])
-        clockwork["time_s"] = time_s
-        if moved or math.isnan(self._sections.head["refreshed_s"][0]):
-            self._show()
-        self._sections.head["refreshed_s"] = now_s
 
-    def _show(self) -> None:
-        """Put on the sensors what they show now; the one place where state becomes a reading."""
-        b, shown = self._boards, self._sections.readings
-        window = min(RING, max(1, round(self.spec.power_window_s / TICK_S)))
-        newest = int(self._clockwork["ticks"][0])
-        recent = slice(None) if window == RING else (newest - np.arange(window)) % RING
-        mean_w = b["ring_w"][:, recent].mean(axis=1)
-        moving = b["stuck"] == 0
-        for name, values in zip(_METERS, (mean_w, b["power_w"], b["published_j"]), strict=True):
-            shown[name] = np.where(moving, values, shown[name])
-        for name in ("temperature_c", "busy", "memory_busy", "throttle"):
-            shown[name] = b[name]
-        shown["sm_clock_mhz"] = b["clock_mhz"] // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ
+def known_faults() -> tuple[str, ...]:
+    """Names that `BoardBank.inject` takes."""
+    return (*FAULTS, "external_limit", "dip", *VALUE_FAULTS)
 
-    def _clock_range_mhz(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest clock the locks allow, shape (boards,) each."""
-        low, high = (
-            np.clip(
-                self._boards[name] // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ,
-                self.spec.min_sm_clock_mhz,
-                self.spec.max_sm_clock_mhz,
-            )
-            for name in ("lock_lo_mhz", "lock_hi_mhz")
-        )
-        return low, high
 
-    def _run_ticks(self, start_s: float, ticks: int) -> None:
-        compute, memory, kernels, busy = self._loads(start_s, ticks)
-        silicon = self.spec.silicon
-        b, spec, clockwork = self._boards, self.spec, self._clockwork[0]
-        limit_w = np.minimum(b["limit_w"], b["external_w"])
-        floor, ceiling = self._clock_range_mhz()
-        awake_until_s = b["busy_until_s"] + AWAKE_S  # each board by itself: engines share the bank, not their load
-        newest = int(clockwork["ticks"])
-        warm = 1.0 - np.exp(-TICK_S / THERMAL_TAU_S)
-        newer = 1.0 - np.exp(-TICK_S / UTILISATION_S)
-        refresh = max(1, round(spec.energy_refresh_s / TICK_S))
-        for k in range(ticks):
-            awake = start_s + k * TICK_S < awake_until_s
-            warm_w = static_power_w(silicon, b["temperature_c"])
-            static_w = np.where(awake, warm_w, silicon.idle_w) * b["idle_factor"]
-            core_w = core_power_w(silicon, compute[k], memory[k], kernels[k], b["clock_mhz"]) * b["core_factor"]
-            core_w = np.where(awake, core_w, 0.0)
-            power_w = static_w + core_w + silicon.hbm_w * memory[k]
-            b["energy_j"] += power_w * TICK_S
-            b["power_w"] = power_w
-            b["temperature_c"] += (AMBIENT_C + THERMAL_K_PER_W * power_w - b["temperature_c"]) * warm
-            b["busy"] += (busy[k] - b["busy"]) * newer
-            b["memory_busy"] += (memory[k] - b["memory_busy"]) * newer
-            top = np.where(awake, ceiling, float(spec.min_sm_clock_mhz))
-            b["filtered_w"], b["clock_mhz"], limited = govern(
-                filtered_w=b["filtered_w"], power_w=power_w, limit_w=limit_w, core_w=core_w, clock_mhz=b["clock_mhz"],
-                floor_mhz=floor, ceiling_mhz=top,
-            )  # fmt: skip
-            b["throttle"] = np.where(limited & awake, THROTTLE_POWER_CAP, np.where(awake, 0, THROTTLE_IDLE))
-            newest += 1
-            b["ring_w"][:, newest % RING] = power_w
-            if newest % refresh == 0:  # on the boards' own grid, whoever looks and when
-                b["published_j"] = b["energy_j"]
-        clockwork["ticks"] = newest
-
-    def _loads(self, start_s: float, ticks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Compute, memory and kernel shares, and the share of time a step runs, shape (ticks, boards), from the segments."""
-        s = self._segments
-        s = s[(s["end_s"] > start_s) & (s["start_s"] < start_s + ticks * TICK_S)]
-        edges = start_s + TICK_S * np.arange(ticks)[:, None]
-        overlap = (
-            np.clip(np.minimum(s["end_s"], edges + TICK_S) - np.maximum(s["start_s"], edges), 0.0, TICK_S) / TICK_S
-        )
-        member = (s["boards"][:, None] >> np.arange(self.count, dtype=np.uint64)) & 1
-        compute = np.minimum(1.0, (overlap * s["compute"]) @ member)
-        memory = np.minimum(1.0, (overlap * s["memory"]) @ member)
-        kernels = np.minimum(1.0, (overlap * s["kernels"]) @ member)
-        return compute, memory, kernels, np.minimum(1.0, overlap @ member)
+def draw_specimens(b: np.ndarray, spec: BoardSpec, seed: int) -> None:
+    """Idle boards at their default limits; each differs a little from its type."""
+    rng, count, v, firmware = np.random.default_rng(seed), len(b), spec.variation, spec.firmware
+    b["uuid"] = [board_uuid(spec.name, i) for i in range(count)]
+    b["core_factor"] = np.clip(rng.normal(1.0, v.core_sd, count), 1.0 - 3.3 * v.core_sd, 1.0 + 3.3 * v.core_sd)
+    b["idle_factor"] = np.clip(rng.normal(1.0, v.idle_sd, count), 1.0 - 3.75 * v.idle_sd, 1.0 + 3.75 * v.idle_sd)
+    b["counter_factor"] = np.clip(rng.normal(1.0, v.counter_sd, count), 1.0 - 2 * v.counter_sd, 1.0 + 2 * v.counter_sd)
+    b["top_mhz"] = spec.max_sm_clock_mhz - CLOCK_STEP_MHZ * rng.integers(
+        0, int(v.top_clock_steps), count, endpoint=True
+    )
+    b["external_w"], b["acts_at_s"], b["next_dip_s"] = NO_LIMIT_W, math.inf, math.nan
+    for name, value in zip(REGISTERS, (spec.default_limit_w, 0.0, spec.max_sm_clock_mhz), strict=True):
+        b[name] = b[f"seen_{name}"] = b[f"acting_{name}"] = value
+    b["clock_mhz"] = spec.min_sm_clock_mhz
+    b["power_w"] = b["filtered_w"] = spec.silicon.idle_w * b["idle_factor"]
+    b["ring_w"] = b["power_w"][:, None]
+    b["temperature_c"] = firmware.ambient_c + firmware.thermal_k_per_w * b["power_w"]
+    b["throttle"] = IDLE

@@ -15,7 +15,6 @@ from typing import Any
 
 from pals.core.errors import ConfigError
 from pals.plant import (
-    boards,
     governor,
     llm_step,
     replica_batch,
@@ -24,20 +23,11 @@ from pals.plant import (
     replica_run,
     replica_state,
     silicon,
-    specs,
 )
 
 Advance = Callable[..., bool]
 run = replica_run.advance  # numba resolves it by this name
-_COMPILED: tuple[tuple[ModuleType, tuple[str, ...]], ...] = (
-    (silicon, ("voltage", "core_power_w", "static_power_w", "board_power_w")),
-    (governor, ("govern",)),
-    (llm_step, ("step_cost",)),
-    (replica_batch, ()),  # () is every function of the module
-    (replica_plan, ()),
-    (replica_power, ()),
-    (replica_run, ()),
-)
+_MODULES = (silicon, governor, llm_step, replica_batch, replica_plan, replica_power, replica_run)
 
 
 @cache
@@ -55,23 +45,22 @@ def compiled_advance() -> Advance:
             f"the compiled simulator needs numba ({e}): pip install 'pals-llm[simulate]', or pass compiled=False "
             "(some hundred times slower). Nothing was simulated"
         ) from e
-    for module, names in _COMPILED:
-        for function in functions_of(module, names):
+    for module in _MODULES:
+        for function in functions_of(module):
             register_jitable(function)
     entry: Advance = njit(cache=True, error_model="numpy")(entry_of(digest()))
     return entry
 
 
-def functions_of(module: ModuleType, names: tuple[str, ...]) -> list[Callable[..., Any]]:
-    """The functions that `module` itself defines: those named, or all."""
-    mine = [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
-    return [f for f in mine if not names or f.__name__ in names]
+def functions_of(module: ModuleType) -> list[Callable[..., Any]]:
+    """The functions that `module` itself defines; numba compiles those the simulator calls."""
+    return [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
 
 
 def digest() -> int:
     """A number that changes whenever a compiled source does."""
     h = hashlib.blake2b(digest_size=7)
-    for module in (*(module for module, _ in _COMPILED), replica_state, boards, specs):
+    for module in (*_MODULES, replica_state):
         h.update(inspect.getsource(module).encode())
     return int.from_bytes(h.digest())
 
@@ -79,8 +68,8 @@ def digest() -> int:
 def entry_of(build: int) -> Advance:
     """The function to compile; `build` is in its closure, hence in numba's key."""
 
-    def advance(m: Any, tables: Any, silicon: Any, until_s: float) -> bool:
+    def advance(m: Any, tables: Any, silicon: Any, firmware: Any, until_s: float) -> bool:
         m.state[0]["build"] = build
-        return run(m, tables, silicon, until_s)
+        return run(m, tables, silicon, firmware, until_s)
 
     return advance

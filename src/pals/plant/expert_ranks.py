@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pals.plant.experts import BLOCKS, expected_load, popularity
+from pals.plant.experts import expected_load, popularity
 
 FloatArray = NDArray[np.float64]
 
@@ -22,12 +22,13 @@ class RankLoad(NamedTuple):
     """Work of the hottest rank in one layer, arrays of shape (cases,); `slots` of shape (cases, len(BLOCKS))."""
 
     touched: FloatArray  # distinct experts with at least one token
+    assignments: FloatArray  # (token, expert) pairs
     slots: FloatArray  # rows after padding each expert's tokens to blocks of BLOCKS
     even: FloatArray  # mean rank's share of `touched`
 
 
 @lru_cache(maxsize=128)
-def rank_load(experts: int, top_k: int, tokens: tuple[int, ...], ranks: int, cv: float) -> RankLoad:
+def rank_load(experts: int, top_k: int, tokens: tuple[float, ...], ranks: int, cv: float) -> RankLoad:
     """Expected work of the hottest of `ranks` ranks, each holding experts/ranks consecutive experts.
 
     The maximum of n ranks is taken as mean + z·σ, z the expected maximum of n normal draws (Blom), σ² the variance between
@@ -35,7 +36,7 @@ def rank_load(experts: int, top_k: int, tokens: tuple[int, ...], ranks: int, cv:
     """
     all_of = expected_load(experts, top_k, tokens, cv=cv)
     if ranks == 1:
-        return RankLoad(all_of.touched, all_of.slots, np.ones(len(tokens)))
+        return RankLoad(all_of.touched, all_of.assignments, all_of.slots, np.ones(len(tokens)))
     p = np.array(popularity(experts, top_k, cv))
     count = np.asarray(tokens, dtype=np.float64)[:, None]
     used = 1.0 - (1.0 - p) ** count
@@ -44,7 +45,7 @@ def rank_load(experts: int, top_k: int, tokens: tuple[int, ...], ranks: int, cv:
     mean = np.maximum(all_of.touched / ranks, 1e-12)
     padding = (all_of.slots - all_of.assignments[:, None]) / ranks
     slots = assigned[:, None] + np.maximum(0.0, padding) * (touched / mean)[:, None]
-    return RankLoad(touched, slots, np.where(touched > 0, mean / np.maximum(touched, 1e-12), 1.0))
+    return RankLoad(touched, assigned, slots, np.where(touched > 0, mean / np.maximum(touched, 1e-12), 1.0))
 
 
 def _hottest(mean: FloatArray, variance: FloatArray, ranks: int, most: float) -> FloatArray:
@@ -53,6 +54,3 @@ def _hottest(mean: FloatArray, variance: FloatArray, ranks: int, most: float) ->
     own = np.array([part.sum(axis=1) for part in np.array_split(variance, ranks, axis=1)]).mean(axis=0)
     z = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
     return np.minimum(most, by_rank.mean(axis=0) + z * np.sqrt(by_rank.var(axis=0) + own))
-
-
-__all__ = ["BLOCKS", "RankLoad", "rank_load"]

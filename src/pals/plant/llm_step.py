@@ -1,27 +1,29 @@
-"""How long one engine step takes and what it asks of its boards: op classes in a row, each a p-norm of memory and core time.
+"""How long one engine step takes and what it asks of its boards: its kernels by class, links, gaps and host time.
 
-t = Σ ‖t_mem, t_core·f_max/f‖ₚ + core-bound rest·f_max/f + t_comm + t_host, where host launches can outlast the device. Memory, links and
-host do not follow the SM clock. Derivation, constants and errors: docs/models.md, "Step time".
+t = Σ (t_mem^p + (t_core·f_max/f)^p)^(1/p) over dense products, experts and decode attention, + prefill attention·f_max/f + latencies +
+links + host. Memory, links, latencies and host do not follow the SM clock. Derivation and errors: docs/models.md, "Step time".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pals.core.errors import ConfigError
-from pals.plant.architecture import FORMAT_BYTES, ModelShape
-from pals.plant.expert_ranks import BLOCKS, rank_load
+from pals.plant import step_kernels
+from pals.plant.architecture import ModelShape
+from pals.plant.kernels import KernelTime
 from pals.plant.silicon import Load
 from pals.plant.specs import BoardSpec
 from pals.plant.step_constants import StepConstants, step_constants
+from pals.plant.step_kernels import ParallelGroup
 
 FloatArray = NDArray[np.float64]
 
-ACTIVATION_BYTES = 2.0
 RESERVED_BYTES = 2e9  # activations, CUDA graphs, context: what vLLM keeps of a board besides weights and KV cache
 
 
@@ -49,45 +51,46 @@ class StepCost:
     load: Load
 
 
-class ParallelGroup(NamedTuple):
-    """How a model lies on its boards; vLLM's own parameters."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    data: int = 1  # ranks of one MoE model in lock-step; independent replicas where experts are not shared
-    expert: bool = False  # whole experts are divided among tensor × data ranks, instead of each expert's matrices
-
-    @property
-    def expert_ranks(self) -> int:
-        """Ranks the experts are divided among."""
-        return self.tensor * self.data if self.expert else 1
-
-
 class StepTables(NamedTuple):
-    """All that `step_cost` needs of one model on one group of boards; arrays by number of tokens, shape (tokens + 1,)."""
+    """All that `step_cost` needs of one model on one group of boards; arrays by number of tokens, shape (tokens + 1,).
+
+    Core times are at the top clock and follow it; all other times do not.
+    """
 
     memory_s: FloatArray  # dense weights and activations through HBM
-    tensor_s: FloatArray  # their matrix products, at the top clock
+    core_s: FloatArray  # their products
+    tensor_s: FloatArray  # the part of that in which tensor cores do useful work at their achievable rate
+    overlap_p: FloatArray
+    logits_core_s: FloatArray  # output matrix, by sequences that sample
     expert_memory_s: FloatArray  # routed experts of the hottest rank
-    expert_tensor_s: FloatArray
+    expert_core_s: FloatArray
+    expert_p: FloatArray
     expert_even: FloatArray  # work of the mean rank relative to the hottest, which the others wait for
-    rest_s: FloatArray  # kernels that follow the clock alone
-    comm_s: FloatArray  # between the boards, clock-free
+    fixed_s: FloatArray  # latencies of kernels and gaps between them
+    comm_s: FloatArray  # between the boards
     launch_s: FloatArray  # host time to launch what no CUDA graph holds; hidden behind the device while shorter
     context_s: float  # reading one KV token
-    context_tensor_s: float  # working on it, at the top clock
-    window_s: float  # reading one KV token in the sliding-window layers
-    window: float  # tokens those look back
-    pair_s: float  # one query × key pair of prefill, at the top clock
-    logits_s: float  # output matrix for one sampled token, at the top clock
-    host_s: float  # scheduler, input and output, clock-free
+    context_core_s: float  # working on it
+    window: float  # KV tokens of a sequence that sliding-window layers read
+    windowed: float  # share of the layers that do
+    sequence_core_s: float  # attention of one decoding sequence
+    attention_p: float
+    pair_s: float  # one query × key pair of prefill, core
+    prefill_token_s: float  # one token of prefill, core
+    host_s: float  # scheduler, input and output
     host_per_sequence_s: float
-    issue_share: float  # at the top clock, issuing a memory-bound kernel takes this share of its memory time
-    overlap_p: float
+    expert_activity: float  # core power of experts' products, relative to saturated tensor cores
+    expert_slack: (
+        float  # how much longer the engine takes over experts than their kernels: time in which nothing is issued
+    )
     top_clock_mhz: float
     stages: float  # of the pipeline: while one works the others idle
-    expert_activity: float  # power of the cores while `expert_tensor_s` passes, relative to saturated dense products
-    pair_activity: float  # the same of attention
+
+
+def overlapped_s(memory_s: FloatArray, core_s: FloatArray, p: FloatArray) -> FloatArray:
+    """(memory^p + core^p)^(1/p), for any p without leaving the range of a float."""
+    most = np.maximum(memory_s, core_s) + 1e-15
+    return most * (1.0 + (np.minimum(memory_s, core_s) / most) ** p) ** (1.0 / p)
 
 
 def step_cost(
@@ -96,37 +99,30 @@ def step_cost(
 ) -> tuple[float, float, float, float]:  # fmt: skip
     """Seconds of a step, and its compute, memory and busy shares per board; see `StepBatch` for the arguments.
 
-    Plain scalar arithmetic: the emulated engine calls it as it is, the simulator compiled.
+    Busy is the time in which kernels fill the SMs; waiting for links and for a hotter rank is not part of it. Plain
+    arithmetic on numbers or arrays alike: the emulated engine calls it as it is, the simulator compiled.
     """
     tokens = prefill_tokens + decode_sequences
     sequences = prefill_sequences + decode_sequences
     slower = t.top_clock_mhz / clock_mhz
-    p, issue = t.overlap_p, t.issue_share
-    dense_s, expert_s = t.memory_s[tokens], t.expert_memory_s[tokens]
-    kv_s = t.context_s * context_tokens + t.window_s * np.minimum(context_tokens, t.window * sequences)
-    tensor_s = t.tensor_s[tokens] + t.logits_s * sequences
-    expert_tensor_s, pair_s = t.expert_tensor_s[tokens], t.pair_s * attention_pairs
-    kv_tensor_s = t.context_tensor_s * context_tokens
-    experts_s = (expert_s**p + ((expert_tensor_s + issue * expert_s) * slower) ** p) ** (1.0 / p)
-    device_s = (
-        (dense_s**p + ((tensor_s + issue * dense_s) * slower) ** p) ** (1.0 / p)
-        + experts_s
-        + (kv_s**p + ((kv_tensor_s + issue * kv_s) * slower) ** p) ** (1.0 / p)
-        + (t.rest_s[tokens] + pair_s) * slower
-        + t.comm_s[tokens]
-    )
-    launch_s = t.launch_s[tokens]
-    seconds = np.maximum(device_s, launch_s) + t.host_s + t.host_per_sequence_s * sequences
-    even = t.expert_even[tokens]
+    core_s = (t.core_s[tokens] + t.logits_core_s[sequences]) * slower
+    dense_s = overlapped_s(t.memory_s[tokens], core_s, t.overlap_p[tokens])
+    expert_core_s = t.expert_core_s[tokens] * slower
+    expert_s = overlapped_s(t.expert_memory_s[tokens], expert_core_s, t.expert_p[tokens])
+    read = context_tokens - t.windowed * np.maximum(0.0, context_tokens - t.window * sequences)
+    kv_s = t.context_s * read
+    kv_core_s = (t.context_core_s * read + t.sequence_core_s * decode_sequences) * slower
+    attention_s = overlapped_s(kv_s, kv_core_s, t.attention_p)
+    prefill_s = (t.pair_s * attention_pairs + t.prefill_token_s * prefill_tokens) * slower
+    active_s = dense_s + expert_s + attention_s + prefill_s + t.fixed_s[tokens]
+    device_s = active_s + t.comm_s[tokens]
+    seconds = np.maximum(device_s, t.launch_s[tokens]) + t.host_s + t.host_per_sequence_s * sequences
+    working = t.expert_even[tokens] / t.expert_slack
+    compute = t.tensor_s[tokens] * slower + t.expert_activity * working * expert_core_s + prefill_s
+    memory = t.memory_s[tokens] + working * t.expert_memory_s[tokens] + kv_s
     share = 1.0 / (seconds * t.stages)
-    compute = tensor_s + t.expert_activity * even * expert_tensor_s + t.pair_activity * (pair_s + kv_tensor_s)
-    memory = dense_s + even * expert_s + kv_s
-    return (
-        seconds,
-        np.minimum(1.0, compute * slower * share),
-        np.minimum(1.0, memory * share),
-        np.minimum(1.0, (device_s - (1.0 - even) * experts_s - t.comm_s[tokens]) * share),
-    )
+    busy = active_s - (1.0 - working) * expert_s
+    return seconds, np.minimum(1.0, compute * share), np.minimum(1.0, memory * share), np.minimum(1.0, busy * share)
 
 
 class StepModel:
@@ -145,7 +141,7 @@ class StepModel:
         constants: StepConstants | None = None,
         max_tokens: int = 16384,
     ) -> None:
-        """A step is one data-parallel rank's; its `tokens` are that rank's, and the other ranks are taken to have as many.
+        """A step is one data-parallel rank's; its tokens are that rank's, and the other ranks are taken to have as many.
 
         Args:
             shape: the model.
@@ -159,9 +155,8 @@ class StepModel:
             max_tokens: of a step; more makes larger tables on the way.
         """
         self.shape, self.spec, self.cuda_graphs = shape, spec, cuda_graphs
-        self.group = ParallelGroup(
-            tensor_parallel, pipeline_parallel, data_parallel, expert_parallel and shape.experts > 0
-        )
+        shared = expert_parallel and shape.experts > 0
+        self.group = ParallelGroup(tensor_parallel, pipeline_parallel, data_parallel, shared)
         self.constants = constants or step_constants(spec)
         self.tables = self._tables(max_tokens)
 
@@ -181,7 +176,7 @@ class StepModel:
 
     def step(self, batch: StepBatch, sm_clock_mhz: float) -> StepCost:
         """Duration and load of a step at this clock; an empty batch costs the host's time alone."""
-        if batch.tokens >= len(self.tables.memory_s):
+        if max(batch.tokens, batch.prefill_sequences + batch.decode_sequences) >= len(self.tables.memory_s):
             self.tables = self._tables(2 * batch.tokens)
         seconds, compute, memory, busy = step_cost(
             self.tables, batch.prefill_tokens, batch.prefill_sequences, batch.decode_sequences,
@@ -221,117 +216,79 @@ def step_tables(
     max_tokens: int,
     cuda_graphs: bool = True,
 ) -> StepTables:
-    """Tables of `step_cost`, computed on a grid of token counts and interpolated between."""
-    tokens = np.arange(max_tokens + 1)
-    grid = _grid(max_tokens)
+    """Tables of `step_cost`, computed on a grid of token counts and interpolated between; no tokens, no time."""
+    tokens, grid = np.arange(max_tokens + 1), _grid(max_tokens)
+    parts = _kernels(shape, spec, group, k.popularity_cv, tuple(grid))
+    factor = k.expert_factor if shape.expert_format == "bf16" else k.narrow_expert_factor
+    narrow = shape.moe_layers * (shape.expert_format != "bf16")
+    gaps = shape.layers * k.layer_gap_s + shape.moe_layers * k.moe_gap_s + narrow * k.narrow_moe_gap_s
+    launch = (shape.layers - shape.moe_layers) * k.launch_layer_s + shape.moe_layers * k.launch_moe_layer_s
+    a = parts.attention
 
-    def table(values: FloatArray) -> FloatArray:
-        return np.interp(tokens, grid, values)
+    def table(values: FloatArray | float) -> FloatArray:
+        return np.where(tokens > 0, np.interp(tokens, grid, np.broadcast_to(values, grid.shape)), 0.0)
 
-    tp, hbm, peak = group.tensor, spec.hbm_bytes_s, spec.peak_flops_bf16
-    some = grid > 0
-    activations = grid * shape.layers * shape.hidden * k.token_layer_s / 4096.0 / tp
-    memory_s = some * _dense_bytes(shape, k) / tp / (hbm * k.dense_bandwidth) + activations
-    dense_flops = _dense_flops(shape, spec, k) / tp
-    expert_memory_s, expert_tensor_s, even = _experts(shape, spec, group, k, grid)
-    moe, plain = shape.moe_layers, shape.layers - shape.moe_layers
-    launch = plain * k.launch_layer_s + moe * k.launch_moe_layer_s
-    attention_flops_s = peak * k.attention_tensor * tp
-    kv_s = shape.kv_bytes_per_token / min(tp, shape.kv_heads) / (hbm * k.kv_bandwidth)
-    windowed = shape.window_layers / shape.layers
-    eager = 0.0 if cuda_graphs else 1.0
     return StepTables(
-        memory_s=table(memory_s),
-        tensor_s=table(grid * dense_flops),
-        expert_memory_s=table(expert_memory_s),
-        expert_tensor_s=table(expert_tensor_s),
-        expert_even=table(even),
-        rest_s=table(some * _rest(shape, k)),
-        comm_s=table(some * _comm(shape, spec, group, k, grid)),
-        launch_s=np.where((tokens > k.capture_tokens) | (eager * tokens > 0), launch, 0.0),
-        context_s=kv_s * (1.0 - windowed),
-        context_tensor_s=4.0 * shape.layers * shape.decode_width / attention_flops_s * (1.0 - windowed),
-        window_s=kv_s * windowed,
+        memory_s=table(parts.dense.memory_s + parts.logits.memory_s[0]),
+        core_s=table(parts.dense.core_s),
+        tensor_s=table(parts.dense.tensor_s),
+        overlap_p=np.interp(tokens, grid, parts.dense.overlap_p),
+        logits_core_s=table(parts.logits.core_s),
+        expert_memory_s=table(factor * parts.experts.memory_s),
+        expert_core_s=table(factor * parts.experts.core_s),
+        expert_p=np.interp(tokens, grid, parts.experts.overlap_p),
+        expert_even=np.interp(tokens, grid, parts.even),
+        fixed_s=table(parts.dense.fixed_s + parts.experts.fixed_s + parts.logits.fixed_s[0] + a.fixed_s + gaps),
+        comm_s=table(k.link_factor * parts.links_s),
+        launch_s=np.where((tokens > k.capture_tokens) | (tokens > 0) & (not cuda_graphs), launch, 0.0),
+        context_s=k.attention_factor * a.context_s,
+        context_core_s=k.attention_factor * a.context_core_s,
         window=float(shape.window),
-        pair_s=4.0 * shape.layers * shape.attention_width / attention_flops_s,
-        logits_s=2.0 * shape.head_params / (peak * k.dense_tensor * tp),
+        windowed=shape.window_layers / shape.layers,
+        sequence_core_s=k.attention_factor * a.sequence_core_s,
+        attention_p=a.overlap_p,
+        pair_s=a.pair_s,
+        prefill_token_s=a.token_s,
         host_s=k.host_s,
         host_per_sequence_s=k.host_per_sequence_s,
-        issue_share=k.issue_share,
-        overlap_p=k.overlap_p,
+        expert_activity=k.expert_activity if shape.expert_format == "bf16" else k.narrow_expert_activity,
+        expert_slack=factor,
         top_clock_mhz=float(spec.max_sm_clock_mhz),
         stages=float(group.pipeline),
-        expert_activity=k.expert_activity,
-        pair_activity=k.attention_tensor / k.dense_tensor,
+    )
+
+
+class _Kernels(NamedTuple):
+    """What does not depend on the engine; arrays by the grid."""
+
+    dense: KernelTime
+    logits: KernelTime
+    experts: KernelTime
+    even: FloatArray
+    links_s: FloatArray
+    attention: step_kernels.AttentionTime
+
+
+@lru_cache(maxsize=64)
+def _kernels(
+    shape: ModelShape, spec: BoardSpec, group: ParallelGroup, popularity_cv: float, grid: tuple[int, ...]
+) -> _Kernels:
+    board, rows = step_kernels.kernels_of(spec), np.array(grid, dtype=np.float64)
+    none = np.zeros(len(rows))
+    routed, even = KernelTime(none, none, none, none, none, none + 1.0), none + 1.0
+    if shape.experts:
+        routed, even = step_kernels.experts(board, shape, group, popularity_cv, rows)
+    return _Kernels(
+        step_kernels.dense(board, shape, group.tensor, rows),
+        step_kernels.output_matrix(board, shape, group.tensor, rows),
+        routed,
+        even,
+        step_kernels.links(board, shape, group, rows),
+        step_kernels.attention(board, shape, group.tensor),
     )
 
 
 def _grid(max_tokens: int) -> NDArray[np.int64]:
-    """Token counts: all up to 64, then about 4 % apart."""
-    wide = np.geomspace(64, max(65, max_tokens), 160).round()
-    return np.unique(np.concatenate([np.arange(65), wide])).astype(np.int64)
-
-
-def _speed(weights: str, spec: BoardSpec, fp8: float) -> float:
-    """Of matrix products relative to 16-bit ones: fp8 where the board has it; 4-bit weights are widened first."""
-    return fp8 if weights == "fp8" and spec.capability >= (8, 9) else 1.0
-
-
-def _dense_bytes(shape: ModelShape, k: StepConstants) -> float:
-    """Bytes of the weights read on every step, as many as would take as long in 16-bit matrix products."""
-    attention = shape.layers * shape.attention_params * _cost_bytes(shape.attention_format, k.narrow_dense_bandwidth)
-    ffn = shape.ffn_total * _cost_bytes(shape.ffn_format, k.narrow_dense_bandwidth)
-    return attention + ffn + (shape.moe_layers * shape.router_params + shape.head_params) * FORMAT_BYTES["bf16"]
-
-
-def _rest(shape: ModelShape, k: StepConstants) -> float:
-    """Seconds of kernels that follow the clock alone, all layers."""
-    seconds = shape.layers * k.layer_s + shape.moe_layers * k.moe_layer_s
-    if shape.ffn_format != "bf16":
-        seconds += shape.layers * k.narrow_layer_s
-    if shape.expert_format != "bf16":
-        seconds += shape.moe_layers * k.narrow_moe_layer_s
-    return seconds
-
-
-def _cost_bytes(weights: str, narrow: float) -> float:
-    return FORMAT_BYTES[weights] / (1.0 if weights == "bf16" else narrow)
-
-
-def _dense_flops(shape: ModelShape, spec: BoardSpec, k: StepConstants) -> float:
-    """Seconds of one token's dense matrix products on one board, without the output matrix."""
-    rate = spec.peak_flops_bf16 * k.dense_tensor
-    attention = shape.layers * shape.attention_params / _speed(shape.attention_format, spec, k.fp8_dense)
-    ffn = shape.ffn_total / _speed(shape.ffn_format, spec, k.fp8_dense)
-    return 2.0 * (attention + ffn + shape.moe_layers * shape.router_params) / rate
-
-
-def _experts(
-    shape: ModelShape, spec: BoardSpec, group: ParallelGroup, k: StepConstants, grid: NDArray[np.int64]
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Memory and tensor seconds of the routed experts, all layers, on the hottest rank; and the mean rank's share of that."""
-    if not shape.experts:
-        return np.zeros(len(grid)), np.zeros(len(grid)), np.ones(len(grid))
-    tokens = grid * (group.data if group.expert else 1)
-    load = rank_load(shape.experts, shape.top_k, tuple(tokens), group.expert_ranks, k.popularity_cv)
-    sliced = 1 if group.expert else group.tensor
-    memory_s = shape.moe_layers * load.touched * shape.expert_bytes / sliced / (spec.hbm_bytes_s * k.expert_bandwidth)
-    slots = np.array([np.interp(k.expert_block, BLOCKS, row) for row in load.slots])
-    rate = spec.peak_flops_bf16 * k.expert_tensor * _speed(shape.expert_format, spec, k.fp8_expert)
-    return memory_s, shape.moe_layers * slots * 2.0 * shape.expert_params / sliced / rate, load.even
-
-
-def _comm(
-    shape: ModelShape, spec: BoardSpec, group: ParallelGroup, k: StepConstants, grid: NDArray[np.int64]
-) -> FloatArray:
-    """Two all-reduces a layer among tensor ranks, two all-to-alls a MoE layer among data ranks, one hop between stages."""
-    link_s = spec.nvlink_bytes_s * k.link_bandwidth
-    row = grid * shape.hidden * ACTIVATION_BYTES
-    total = np.zeros(len(grid))
-    if group.tensor > 1:
-        once = k.link_latency_s * np.log2(group.tensor) + 2.0 * row * (group.tensor - 1) / group.tensor / link_s
-        total += 2 * shape.layers * once
-    if group.expert and group.data > 1:
-        once = k.link_latency_s * np.log2(group.data) + row * (group.data - 1) / link_s
-        total += 2 * shape.moe_layers * once
-    return total + (group.pipeline - 1) * (k.link_latency_s + row / link_s)
+    """Token counts from one: all up to 32, then about 4 % apart."""
+    wide = np.geomspace(32, max(33, max_tokens), 150).round()
+    return np.unique(np.concatenate([np.arange(1, 33), wide])).astype(np.int64)

@@ -23,7 +23,7 @@ WIDEST = 2.5  # deviations of the log-normal law; what lies beyond is drawn in
 SPREAD = 0.15
 AT_LEAST: Mapping[str, float] = {"overlap_p": 1.0, "overlap": 1.0}  # a p-norm below 1 would be no overlap but a penalty
 #: Of a board only what nothing reports: its silicon and what it really achieves.
-BOARD_KEEPS = tuple(
+BOARD_KEEPS: tuple[str, ...] = tuple(
     f.name for f in dataclasses.fields(BoardSpec) if f.name not in ("silicon", "hbm_bytes_s", "nvlink_bytes_s")
 )  # fmt: skip
 SILICON_KEEPS = ("leak_reference_c",)
@@ -71,7 +71,8 @@ def perturb(
             )
         elif is_record(value):
             moved[name] = perturb(value, seed=seed, spread=spread, law=law, at_least=at_least)
-    return _replace(thing, moved)
+    changed: T = _replace(thing, moved)
+    return changed
 
 
 def factor(seed: int, name: str, spread: float, law: Law) -> float:
@@ -97,7 +98,7 @@ def field_names(thing: Any) -> tuple[str, ...]:
     """
     if not is_record(thing):
         raise TypeError(f"{type(thing).__name__} is neither a NamedTuple nor a dataclass; nothing was moved")
-    return tuple(thing._fields) if isinstance(thing, tuple) else tuple(f.name for f in dataclasses.fields(thing))
+    return tuple(getattr(thing, "_fields", None) or (f.name for f in dataclasses.fields(thing)))
 
 
 def _floored(value: Any, least: float | None) -> Any:
@@ -105,4 +106,4 @@ def _floored(value: Any, least: float | None) -> Any:
 
 
 def _replace(thing: Any, moved: dict[str, Any]) -> Any:
-    return thing._replace(**moved) if isinstance(thing, tuple) else dataclasses.replace(thing, **moved)
+    return thing._replace(**moved) if hasattr(thing, "_replace") else dataclasses.replace(thing, **moved)

@@ -14,33 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pals.core.errors import ConfigError
-from pals.core.quantities import LOWERINGS, Checked, EngineSample
+from pals.core.quantities import LOWERINGS, EngineSample
 from pals.plant import replica_run
-from pals.plant.boards import AMBIENT_C, NO_LIMIT_W, THERMAL_K_PER_W
+from pals.plant.governor import Firmware
 from pals.plant.llm_step import StepModel, StepTables
-from pals.plant.replica_state import PIPELINE, REQUEST, RING, Memory, new_memory
+from pals.plant.replica_boards import BoardView, ReplicaBoards
+from pals.plant.replica_state import PIPELINE, REQUEST, new_memory
 from pals.plant.silicon import Silicon
-from pals.plant.specs import CLOCK_STEP_MHZ, BoardSpec
+from pals.plant.specs import BoardSpec
 from pals.plant.workload import Workload
 
 FloatArray = NDArray[np.float64]
-Constants = TypeVar("Constants", StepTables, Silicon)
-TICK_S = replica_run.TICK_S
+Constants = TypeVar("Constants", StepTables, Silicon, Firmware)
 UTILIZATION = 0.92  # vLLM's default share of board memory
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BoardView(Checked):
-    """What the sensors of one simulated board say."""
-
-    power_w: float  # mean over the driver's own window
-    power_instant_w: float
-    energy_j: float  # counter: refreshed every 50 ms, only differences mean anything
-    sm_clock_mhz: int
-    temperature_c: float
-    enforced_limit_w: float
-    requested_limit_w: float
-    throttled: bool  # a power limit holds the clock down
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +57,7 @@ class Replica:
         async_scheduling: bool = True,
         pace_when_planned: bool = False,
         board_seed: int = 0,
+        setter_latency_s: float = 0.004,
         compiled: bool = True,
     ) -> None:
         """`kv_blocks` None: what the board's memory leaves; `compiled` False runs the same code uncompiled.
@@ -98,9 +85,10 @@ class Replica:
         s["fixed_pace"] = pace_when_planned
         s["launch"] = s["limit"] = max_num_seqs
         s["due"] = 1
-        new_boards(self._memory, spec, board_seed)
+        self._boards = ReplicaBoards(self._memory, spec, seed=board_seed, setter_latency_s=setter_latency_s)
+        self._dips_known_s = 0.0
         self.swap_model(model)
-        self._silicon = numbers(spec.silicon)
+        self._silicon, self._firmware = numbers(spec.silicon), numbers(spec.firmware)
         self._advance: Callable[..., bool] = _compiled() if compiled else replica_run.advance
 
     @property
@@ -148,12 +136,16 @@ class Replica:
         Raises:
             RuntimeError: the scheduler is stuck, which is a mistake of ours.
         """
-        if until_s <= self.now_s:
-            return
-        if not self._advance(self._memory, self._tables, self._silicon, float(until_s)):
-            raise RuntimeError(
-                f"the simulated scheduler plans nothing although {int(self._state['running'])} run; stopped at {self.now_s} s"
-            )
+        while self.now_s < until_s:
+            if self.now_s >= self._dips_known_s:
+                dips, self._dips_known_s = self._boards.draw_dips(self.now_s)
+                self._memory = self._memory._replace(dips=dips)
+            stop_s = float(min(until_s, self._dips_known_s))
+            if not self._advance(self._memory, self._tables, self._silicon, self._firmware, stop_s):
+                raise RuntimeError(
+                    f"the simulated scheduler plans nothing although {int(self._state['running'])} run; stopped at "
+                    f"{self.now_s} s"
+                )
 
     def run(self, *, chunk_s: float = 60.0) -> None:
         """Advance until every request has its last token."""
@@ -161,28 +153,34 @@ class Replica:
             self.advance(self.now_s + chunk_s)
 
     def set_limit_w(self, watts: float, board: int | None = None) -> None:
-        """Power limit of one board, None: of each, from the next tick on.
+        """Power limit of one board, None: of each; acts some milliseconds later.
 
         Raises:
             ValueError: outside the boards' range; nothing was changed.
+            DeviceLostError: a board is lost; the others were written.
+            PermissionDeniedError: a board refuses; the others were written.
         """
-        if not self.spec.min_limit_w <= watts <= self.spec.max_limit_w:
-            raise ValueError(
-                f"{watts} W lies outside {self.spec.min_limit_w}..{self.spec.max_limit_w} W of {self.spec.nvml_name}; "
-                f"{float(self._memory.boards['limit_w'][board or 0])} W stays in force"
-            )
-        self._memory.boards["limit_w"][slice(None) if board is None else board] = watts
-
-    def set_external_limit_w(self, board: int, watts: float | None) -> None:
-        """What another hand (a BMC, another agent) allows a board; the lower of both limits is in force. None: no more."""
-        self._memory.boards["external_w"][board] = NO_LIMIT_W if watts is None else watts
+        self._boards.set_limit_w(watts, board)
 
     def set_clock_lock(self, mhz: int | None, board: int | None = None) -> None:
-        """Ceiling of the SM clock of one board, None: of each; `mhz` None releases it."""
-        wanted = self.spec.max_sm_clock_mhz if mhz is None else mhz
-        stepped = wanted // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ
-        ceiling_mhz = min(max(stepped, self.spec.min_sm_clock_mhz), self.spec.max_sm_clock_mhz)
-        self._memory.boards["ceiling_mhz"][slice(None) if board is None else board] = ceiling_mhz
+        """Ceiling of the SM clock of one board, None: of each; `mhz` None releases it. Raises as `set_limit_w`."""
+        self._boards.set_clock_lock(mhz, board)
+
+    def limit_w(self, board: int) -> float:
+        """The limit that a board reports as enforced, W."""
+        return self._boards.limit_w(board)
+
+    def inject(self, board: int, fault: str, value: float = 1.0) -> None:
+        """Set a fault of one board; 0 removes it.
+
+        "lost", "denied" (setters), "stuck" (a sensor shows the power and energy it showed last) and "thermal" (hardware
+        slowdown) are 1 or 0; "external_limit" W; "ambient" °C of the air at the board; "slow_setter" s that each write takes
+        longer to act; "dip" s that current protection holds the clock down from now on.
+
+        Raises:
+            ValueError: unknown fault, or a value it cannot have; nothing was changed.
+        """
+        self._boards.inject(board, fault, value)
 
     def set_active_sequences(self, n: int | None, lowering: str = "drain") -> None:
         """Active-sequence limit from the next planned step on, never above the launch limit; None returns to that.
@@ -206,32 +204,16 @@ class Replica:
         self.model, self._tables = model, numbers(model.tables)
 
     def boards(self) -> tuple[BoardView, ...]:
-        """The sensors of each board now."""
-        window = min(RING, max(1, round(self.spec.power_window_s / TICK_S)))
-        newest = int(self._state["ticks"])
-        mean_w = self._memory.ring[:, (newest - np.arange(window)) % RING].mean(axis=1)
-        names = self._memory.boards.dtype.names or ()
-        rows = [
-            dict(zip(names, row, strict=True)) for row in self._memory.boards.tolist()
-        ]  # plain numbers, read at once
-        return tuple(
-            BoardView(
-                power_w=w,
-                power_instant_w=b["power_w"],
-                energy_j=b["published_j"],
-                sm_clock_mhz=int(b["clock_mhz"] // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ),
-                temperature_c=b["temperature_c"],
-                enforced_limit_w=min(b["limit_w"], b["external_w"]),
-                requested_limit_w=b["limit_w"],
-                throttled=bool(b["limited"]),
-            )
-            for w, b in zip(mean_w.tolist(), rows, strict=True)
-        )
+        """The sensors of each board now.
 
-    def limits_in_force_w(self) -> tuple[float, ...]:
-        """The power limit that each board obeys now, as its driver would read it back."""
-        b = self._memory.boards
-        return tuple(np.minimum(b["limit_w"], b["external_w"]).tolist())
+        Raises:
+            DeviceLostError: a board is lost; `board` reads the others.
+        """
+        return self._boards.views(range(len(self._memory.boards)))
+
+    def board(self, i: int) -> BoardView:
+        """The sensors of one board now; raises as `boards`."""
+        return self._boards.view(i)
 
     def energy_j(self) -> float:
         """The integral of all boards' power up to the last tick, J; for checks and totals, not for controllers."""
@@ -305,19 +287,6 @@ def requests_of(workload: Workload) -> NDArray[Any]:
     if len(new) and (new["prompt"].min() < 1 or new["output"].min() < 1):
         raise ConfigError(f"{workload.name}: every request has at least one prompt and one output token")
     return new
-
-
-def new_boards(m: Memory, spec: BoardSpec, seed: int) -> None:
-    """Idle boards at their default limits; each varies a little, by `seed`, exactly as the emulated ones do."""
-    rng, b, count = np.random.default_rng(seed), m.boards, len(m.boards)
-    b["limit_w"], b["external_w"] = spec.default_limit_w, NO_LIMIT_W
-    b["floor_mhz"] = b["clock_mhz"] = spec.min_sm_clock_mhz
-    b["ceiling_mhz"] = spec.max_sm_clock_mhz
-    b["core_factor"] = np.clip(rng.normal(1.0, 0.03, count), 0.9, 1.1)
-    b["idle_factor"] = np.clip(rng.normal(1.0, 0.04, count), 0.85, 1.15)
-    b["power_w"] = b["filtered_w"] = spec.silicon.idle_w * b["idle_factor"]
-    m.ring[:] = b["power_w"][:, None]
-    b["temperature_c"] = AMBIENT_C + THERMAL_K_PER_W * b["power_w"]
 
 
 def numbers(constants: Constants) -> Constants:

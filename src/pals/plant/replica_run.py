@@ -10,39 +10,39 @@ import math
 
 import numpy as np
 
-from pals.plant.governor import TICK_S
+from pals.plant.governor import TICK_S, Firmware
 from pals.plant.llm_step import StepTables, step_cost
 from pals.plant.replica_batch import blocks_of, drop_slot, forget_last, leave_batch, remove_running
 from pals.plant.replica_plan import plan_step
-from pals.plant.replica_power import booked_pace_mhz, pace_mhz, settled, sleep_through, tick, wake
+from pals.plant.replica_power import booked_pace_mhz, pace_mhz, settled, sleep_through, tick_boards, wake
 from pals.plant.replica_state import DECODE, GONE, NOBODY, WHEEL, Memory
 from pals.plant.silicon import Silicon
 
 STUCK_PLANS = 1000  # plans in a row that compute nothing although somebody waits
 
 
-def advance(m: Memory, t: StepTables, k: Silicon, until_s: float) -> bool:
+def advance(m: Memory, t: StepTables, k: Silicon, g: Firmware, until_s: float) -> bool:
     """Go on to `until_s`; False where the replica is stuck with work it cannot plan."""
     s = m.state[0]
     empty = 0
     while True:
         if s["due"] == 1:
-            plan_ahead(m, t, k)
+            plan_ahead(m, t, g)
         if s["planned"] > s["completed"]:
             empty = 0
-            run_until(m, t, k, until_s)
+            run_until(m, t, k, g, until_s)
             if s["now_s"] >= s["end_s"]:
                 finish_step(m)
                 s["due"] = 1
                 if s["planned"] > s["completed"]:
-                    start_step(m, t, k)
+                    start_step(m, t, g)
         elif s["running"] + s["stacked"] + s["arrived"] - s["admitted"] > 0:
             empty += 1
             s["due"] = 1
             if empty > STUCK_PLANS:
                 return False
         else:
-            wait_until(m, k, next_arrival(m, until_s))
+            wait_until(m, k, g, next_arrival(m, until_s))
             s["due"] = 1
             accept(m)
             if s["arrived"] > s["admitted"]:
@@ -69,7 +69,7 @@ def accept(m: Memory) -> None:
         s["arrived"] += 1
 
 
-def plan_ahead(m: Memory, t: StepTables, k: Silicon) -> None:
+def plan_ahead(m: Memory, t: StepTables, g: Firmware) -> None:
     """Plan steps until the pipeline is full or nothing can be planned; start one where the boards stand idle."""
     s = m.state[0]
     s["due"] = 0
@@ -82,13 +82,13 @@ def plan_ahead(m: Memory, t: StepTables, k: Silicon) -> None:
         if s["fixed_pace"] == 1:
             m.steps[step % len(m.steps)]["pace_mhz"] = booked_pace_mhz(m, idle)
         if idle:
-            start_step(m, t, k)
+            start_step(m, t, g)
 
 
-def start_step(m: Memory, t: StepTables, k: Silicon) -> None:
+def start_step(m: Memory, t: StepTables, g: Firmware) -> None:
     """The boards begin the oldest planned step."""
     s = m.state[0]
-    wake(m)
+    wake(m, g)
     if s["fixed_pace"] == 1:
         s["pace_mhz"] = m.steps[s["completed"] % len(m.steps)]["pace_mhz"]
     else:
@@ -107,7 +107,7 @@ def price_step(m: Memory, t: StepTables) -> None:
     )  # fmt: skip
 
 
-def run_until(m: Memory, t: StepTables, k: Silicon, until_s: float) -> None:
+def run_until(m: Memory, t: StepTables, k: Silicon, g: Firmware, until_s: float) -> None:
     """The boards work on the step to its end or `until_s`; the rest of it takes longer where the clock falls."""
     s = m.state[0]
     while s["now_s"] < s["end_s"] and s["now_s"] < until_s:
@@ -120,7 +120,7 @@ def run_until(m: Memory, t: StepTables, k: Silicon, until_s: float) -> None:
         s["sum_running"] += passed_s
         s["now_s"] = stop_s
         if stop_s == tick_s:
-            tick(m, k, True)
+            tick_boards(m, k, g)
             pace = pace_mhz(m)
             if pace != s["pace_mhz"] and stop_s < s["end_s"] and s["fixed_pace"] == 0:
                 s["pace_mhz"] = pace
@@ -129,16 +129,16 @@ def run_until(m: Memory, t: StepTables, k: Silicon, until_s: float) -> None:
                 s["end_s"] = stop_s + (s["end_s"] - stop_s) * s["cost_s"] / before_s
 
 
-def wait_until(m: Memory, k: Silicon, until_s: float) -> None:
+def wait_until(m: Memory, k: Silicon, g: Firmware, until_s: float) -> None:
     """Nothing runs until then."""
     s = m.state[0]
     while s["now_s"] < until_s:
-        if settled(m, k):
-            sleep_through(m, k, until_s)
+        if settled(m, k, g):
+            sleep_through(m, g, until_s)
         tick_s = (s["ticks"] + 1) * TICK_S
         s["now_s"] = min(tick_s, until_s)
         if s["now_s"] == tick_s:
-            tick(m, k, False)
+            tick_boards(m, k, g)
 
 
 def finish_step(m: Memory) -> None:

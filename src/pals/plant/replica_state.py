@@ -31,7 +31,7 @@ STATE = np.dtype(
         for name in (
             "build", "ticks", "depth", "due", "planned", "completed", "running", "stacked", "arrived", "admitted",
             "submitted", "decoding", "context", "queue_put", "queue_taken", "kv_blocks", "block", "batched", "launch",
-            "limit", "lowering", "slicing", "turn", "partial", "head", "tail", "free_slot", "prefix_caching", "fixed_pace",
+            "limit", "lowering", "slicing", "turn", "partial", "head", "tail", "free_slot", "prefix_caching", "fixed_pace", "refresh",
             "arrived_prompt_tokens", "prefill_tokens", "decode_tokens", "output_tokens", "finished", "preemptions",
             "scheduled",
         )
@@ -61,8 +61,9 @@ BOARD = np.dtype(
     [
         (name, "f8")
         for name in (
-            "core_factor", "idle_factor", "clock_mhz", "floor_mhz", "ceiling_mhz", "limit_w", "external_w", "filtered_w",
-            "power_w", "temperature_c", "energy_j", "published_j", "limited",
+            "core_factor", "idle_factor", "counter_factor", "top_mhz", "floor_mhz", "clock_mhz", "filtered_w", "debt_j",
+            "power_w", "temperature_c", "energy_j", "published_j", "limited", "limit_w", "lock_mhz", "acting_limit_w",
+            "acting_lock_mhz", "acts_at_s", "external_w", "thermal", "ambient_c", "dip_until_s", "next_dip",
         )
     ]
 )  # fmt: skip
@@ -79,6 +80,7 @@ class Memory(NamedTuple):
     wheel: Array  # first slot of those whose last step has this index, modulo WHEEL
     phases: Array  # decoding sequences by (computed tokens − step index) modulo the block size
     boards: Array
+    dips: Array  # when current protection looks at each board, s, rising, shape (boards, …)
     ring: Array  # power of the last ticks, W, shape (boards, RING)
     ttft_counts: Array
     tpot_counts: Array
@@ -104,6 +106,7 @@ def new_memory(*, boards: int, block_size: int, max_num_seqs: int) -> Memory:
         wheel=np.full(WHEEL, NOBODY, np.int64),
         phases=np.zeros(block_size, np.int64),
         boards=np.zeros(boards, BOARD),
+        dips=np.zeros((boards, 0)),
         ring=np.zeros((boards, RING)),
         ttft_counts=np.zeros(len(LATENCY_BOUNDS_S) + 1, np.int64),
         tpot_counts=np.zeros(len(LATENCY_BOUNDS_S) + 1, np.int64),

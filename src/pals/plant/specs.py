@@ -5,17 +5,36 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 from pals.core.errors import ConfigError
+from pals.plant.governor import Firmware, share_of_tick
 from pals.plant.silicon import Silicon
 
 CLOCK_STEP_MHZ = 15
 DRIVER = "580.95.05"
+
+
+class Variation(NamedTuple):
+    """How specimens of one type differ."""
+
+    core_sd: float  # relative, of what the core draws
+    idle_sd: float  # relative, of the static part
+    counter_sd: float  # relative, of the energy counter
+    top_clock_steps: float  # the top clock lies up to so many steps lower
+
+
+class SetterTiming(NamedTuple):
+    """How long writing takes on top of a bank's `setter_latency_s`, and until it bites."""
+
+    tail_sigma: float  # of the logarithm of the call's time
+    longest_s: float  # of a call
+    effect_from_s: float
+    effect_to_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +57,9 @@ class BoardSpec:
     max_sm_clock_mhz: int
     memory_clock_mhz: int
     silicon: Silicon
+    firmware: Firmware
+    variation: Variation
+    setter: SetterTiming
     power_window_s: float  # what nvmlDeviceGetPowerUsage averages over
     sampled_share: float  # of the time, that the average sees
     instant_window_s: float  # what the field POWER_INSTANT averages over
@@ -49,24 +71,36 @@ class BoardSpec:
 def board_specs() -> dict[str, BoardSpec]:
     """All board types by name."""
     data = json.loads((files("pals.plant") / "board_specs.json").read_text())
-    return {name: _spec(name, groups) for name, groups in data.items() if not name.startswith("_")}
+    common = data["_common"]
+    return {name: _spec(name, common | groups) for name, groups in data.items() if not name.startswith("_")}
 
 
 def _spec(name: str, groups: Mapping[str, Any]) -> BoardSpec:
     """A board's groups of constants without the names of the groups and what is said about them."""
-    flat = {k: v for group in groups.values() if isinstance(group, dict) for k, v in _constants(group)}
-    silicon = {k: v for group in groups["silicon"].values() for k, v in _constants(group)}
+    parts = ("governor", "thermal", "dips", "variation", "setter")
+    plain = [g for key, g in groups.items() if isinstance(g, dict) and key not in parts]
     return BoardSpec(
         name=name,
         nvml_name=groups["nvml_name"],
         capability=tuple(groups["capability"]),
-        silicon=Silicon(**silicon),
-        **flat,
+        silicon=Silicon(**_flat(groups["silicon"].values())),
+        firmware=_firmware(**_flat(groups[key] for key in ("governor", "thermal", "dips"))),
+        variation=Variation(**_flat([groups["variation"]])),
+        setter=SetterTiming(**_flat([groups["setter"]])),
+        **_flat(plain),
     )
 
 
-def _constants(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    return ((k, v) for k, v in group.items() if k not in ("source", "confidence") and not isinstance(v, dict))
+def _firmware(*, filter_s: float, thermal_tau_s: float, **others: float) -> Firmware:
+    return Firmware(
+        clock_step_mhz=CLOCK_STEP_MHZ, filter_share=share_of_tick(filter_s), thermal_share=share_of_tick(thermal_tau_s),
+        **others,
+    )  # fmt: skip
+
+
+def _flat(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    said = ("source", "confidence")
+    return {k: v for group in groups for k, v in group.items() if k not in said and not isinstance(v, dict)}
 
 
 def parse_boards(text: str) -> tuple[BoardSpec, int]:

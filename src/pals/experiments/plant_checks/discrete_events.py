@@ -33,7 +33,7 @@ def simulate(case: Case, *, until_s: float, pace_when_planned: bool = True) -> F
     model, spec, count = step_model(case)
     replica = Replica(
         model, spec, boards=count, max_num_seqs=case.max_num_seqs, max_num_batched_tokens=case.max_num_batched_tokens,
-        board_seed=BOARD_SEED, pace_when_planned=pace_when_planned,
+        board_seed=BOARD_SEED, pace_when_planned=pace_when_planned, setter_latency_s=0.0,
     )  # fmt: skip
     replica.set_limit_w(case.power_limit_w)
     replica.set_clock_lock(case.sm_clock_mhz)

@@ -132,7 +132,7 @@ def digest(case: Case) -> str:
     """Changes whenever the plant's step times, KV capacity or power constants for this case do."""
     model, spec, count = step_model(case)
     h = hashlib.blake2b(digest_size=8)
-    for part in (*model.tables, *spec.silicon, model.kv_capacity_bytes(0.9), count):
+    for part in (*model.tables, *spec.silicon, *spec.firmware, model.kv_capacity_bytes(0.9), count):
         h.update(np.asarray(part, dtype=np.float64).tobytes())
     return h.hexdigest()
 

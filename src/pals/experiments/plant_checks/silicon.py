@@ -81,12 +81,13 @@ def fit(folder: Path) -> dict[str, Any]:
     constants = physics_constants(folder)
     h100, b300 = fit_h100(h100_rails(folder), constants[H100]), fit_b300(constants[B300])
     h200 = fit_h200(constants[H200], h100)
+    b200 = fit_b200(constants[B200], b300, h200)
     return {
         "a100-pcie-80gb": fit_a100(constants[A100]),
         "h100-sxm5-80gb": h100,
         "h200-sxm5-141gb": h200,
-        "b200-sxm-180gb": fit_b200(constants[B200], b300, h200),
-        "b300-sxm-288gb": b300,
+        "b200-sxm-180gb": b200,
+        "b300-sxm-288gb": with_b200_activity(b300, b200),
     }
 
 
@@ -178,14 +179,27 @@ def fit_b300(c: Mapping[str, Any]) -> dict[str, Any]:
     watts = np.array([float(w) for w in c["cap_to_sm_mhz_gemm_bf16"]])[:-1]
     ghz = np.array(list(c["cap_to_sm_mhz_gemm_bf16"].values()))[:-1] / 1000.0
     static_w = float(np.mean(c["idle_w"]))
+    hbm_w = HBM_J_PER_BYTE * board_specs()["b300-sxm-288gb"].hbm_bytes_s
+    rest_w = static_w + GEMM_MEMORY * hbm_w
     x = relative_fit(
-        lambda x: static_w + x[0] * core_factor(ghz, B300_KNEE_GHZ, x[1], 0.0), watts, [290, 0.2], [100, 0], [500, 1]
+        lambda x: rest_w + x[0] * core_factor(ghz, B300_KNEE_GHZ, x[1], 0.0), watts, [290, 0.2], [100, 0], [500, 1]
     )
     return {
         "voltage": {"knee_ghz": B300_KNEE_GHZ, "voltage_per_ghz": float(x[1]), "voltage_per_ghz2": 0.0},
         "static": {"static_w": static_w},
+        "activity": {"hbm_w": hbm_w},
         "sweeps": {"gemm_w_per_ghz": float(x[0])},
     }
+
+
+def with_b200_activity(b300: dict[str, Any], b200: Mapping[str, Any]) -> dict[str, Any]:
+    """What B300's products draw beyond B200's clock tree, busy and memory terms is its tensor term."""
+    terms = {name: b200["activity"][name] for name in ("busy_w_per_ghz", "memory_w_per_ghz")}
+    tree = b200["static"]["tree_w_per_ghz"]
+    others = tree + terms["busy_w_per_ghz"] + GEMM_MEMORY * terms["memory_w_per_ghz"]
+    tensor = b300["sweeps"]["gemm_w_per_ghz"] - others
+    static = {**b300["static"], "tree_w_per_ghz": tree}
+    return {**b300, "static": static, "activity": {**terms, **b300["activity"], "tensor_w_per_ghz": tensor}}
 
 
 def check(folder: Path) -> list[CheckRow]:

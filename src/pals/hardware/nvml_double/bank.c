@@ -236,6 +236,23 @@ nvmlReturn_t pals_look(nvmlDevice_t device, pals_view *view) {
     return code;
 }
 
+static double uniform(uint64_t x) { /* above 0, at most 1 (SplitMix64) */
+    x += 0x9E3779B97F4A7C15ULL;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ULL;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBULL;
+    return (double)(((x ^ (x >> 31)) >> 11) + 1) * 0x1p-53;
+}
+
+/* As plant/setter_time.py: a log-normal tail above the shortest time. */
+static double setter_time_s(const pals_view *v) {
+    const pals_head *h = &v->head;
+    if (h->setter_latency_s <= 0) return v->board.setter_extra_s;
+    uint64_t key = h->seed * 0x9E3779B97F4A7C15ULL + v->index * 0xD1B54A32D192ED03ULL + (uint64_t)v->board.writes * 2;
+    double z = fabs(sqrt(-2 * log(uniform(key))) * cos(2 * 3.14159265358979323846 * uniform(key + 1)));
+    double longest_s = fmax(h->setter_longest_s, h->setter_latency_s);
+    return v->board.setter_extra_s + fmin(longest_s, h->setter_latency_s * exp(h->setter_tail_sigma * z));
+}
+
 nvmlReturn_t pals_set(nvmlDevice_t device, int valid, nvmlReturn_t refusal, void (*change)(pals_board *, double, double), double a, double b) {
     pals_view view;
     nvmlReturn_t code = pals_look(device, &view);
@@ -244,7 +261,7 @@ nvmlReturn_t pals_set(nvmlDevice_t device, int valid, nvmlReturn_t refusal, void
     if (view.board.denied || !view.head.writable || !bank.writable) return NVML_ERROR_NO_PERMISSION;
     if (refusal != NVML_SUCCESS) return refusal; /* a fault injected for this setter alone */
     if (!valid) return NVML_ERROR_INVALID_ARGUMENT;
-    if (isnan(view.head.virtual_s)) sleep_s(view.head.setter_latency_s); /* in virtual time only the simulator waits */
+    if (isnan(view.head.virtual_s)) sleep_s(setter_time_s(&view)); /* in virtual time only the simulator waits */
     code = enter();
     if (code != NVML_SUCCESS) return code;
     if (view.index >= bank.head->count) code = NVML_ERROR_GPU_IS_LOST; /* another server's boards by now, and fewer */
@@ -253,6 +270,7 @@ nvmlReturn_t pals_set(nvmlDevice_t device, int valid, nvmlReturn_t refusal, void
         uint64_t writing = bank.head->sequence | 1; /* odd already: its writer was killed */
         __atomic_store_n(&bank.head->sequence, writing, __ATOMIC_SEQ_CST);
         change(&bank.boards[view.index], a, b);
+        bank.boards[view.index].writes++;
         __atomic_store_n(&bank.head->sequence, writing + 1, __ATOMIC_SEQ_CST);
         flock(bank.fd, LOCK_UN);
     }
