@@ -80,9 +80,7 @@ class StepTables(NamedTuple):
     host_s: float  # scheduler, input and output
     host_per_sequence_s: float
     expert_activity: float  # core power of experts' products, relative to saturated tensor cores
-    expert_slack: (
-        float  # how much longer the engine takes over experts than their kernels: time in which nothing is issued
-    )
+    expert_slack: float  # how much longer the engine takes over experts than their kernels: time in which nothing is issued
     top_clock_mhz: float
     stages: float  # of the pipeline: while one works the others idle
 
@@ -209,12 +207,7 @@ class StepModel:
 
 
 def step_tables(
-    shape: ModelShape,
-    spec: BoardSpec,
-    group: ParallelGroup,
-    k: StepConstants,
-    max_tokens: int,
-    cuda_graphs: bool = True,
+    shape: ModelShape, spec: BoardSpec, group: ParallelGroup, k: StepConstants, max_tokens: int, cuda_graphs: bool = True
 ) -> StepTables:
     """Tables of `step_cost`, computed on a grid of token counts and interpolated between; no tokens, no time."""
     tokens, grid = np.arange(max_tokens + 1), _grid(max_tokens)

@@ -160,9 +160,7 @@ def fit(folder: Path) -> dict[str, Any]:
     out = kernels.constants_file()
     formats = out["_formats"]
     for cases in _everything(folder):
-        if (
-            cases.op == "custom_allreduce" and cases.dtype != "vllm_graph"
-        ) or cases.dtype not in formats | _COLLECTIVES:
+        if (cases.op == "custom_allreduce" and cases.dtype != "vllm_graph") or cases.dtype not in formats | _COLLECTIVES:
             continue
         if np.count_nonzero(~cases.held_out) < LEAST_CASES:
             continue

@@ -118,9 +118,7 @@ def step_model(folder: Path, run: Run) -> StepModel:
     found = row_for(run.model, rows)
     spec = board_specs().get(BOARDS.get(run.board, run.board.lower()))
     if found is None or spec is None:
-        raise ConfigError(
-            f"{run.name}: the plant knows no such {'model' if found is None else 'board'}; add it to {path}"
-        )
+        raise ConfigError(f"{run.name}: the plant knows no such {'model' if found is None else 'board'}; add it to {path}")
     return StepModel(ModelShape.from_row(rows[found]), spec, tensor_parallel=1)
 
 
@@ -167,17 +165,12 @@ def timeline_rows(folder: Path) -> list[CheckRow]:
     """One row a latency, one residual a run."""
     runs = read_runs(folder)
     pairs = [(run, latencies(run.requests), latencies(simulate(folder, run))) for run in runs]
-    settings = "; ".join(
-        f"{r.name}: {r.max_num_seqs} sequences, KV blocks {r.kv_blocks or 'from memory'}" for r in runs
-    )
+    settings = "; ".join(f"{r.name}: {r.max_num_seqs} sequences, KV blocks {r.kv_blocks or 'from memory'}" for r in runs)
     return [
         error_row(
             f"request timelines of vLLM 0.19, {name}",
             f"{FOLDER}; nothing fitted on these runs",
-            [
-                Residual(group=run.name, x=float(i), measured=a[name], predicted=b[name])
-                for i, (run, a, b) in enumerate(pairs)
-            ],
+            [Residual(group=run.name, x=float(i), measured=a[name], predicted=b[name]) for i, (run, a, b) in enumerate(pairs)],
             at_most=at_most,
             x_axis="run",
             note=f"read off the time series: {settings}",

@@ -162,7 +162,9 @@ class Prediction(NamedTuple):
     power_w: FloatArray
 
 
-def predict(cases: Sequence[Case], spec: BoardSpec, k: StepConstants, silicon: Silicon, prompt: float) -> Prediction:
+def predict(
+    cases: Sequence[Case], spec: BoardSpec, k: StepConstants, silicon: Silicon, prompt: float
+) -> Prediction:
     """Steps of one engine (all `cases` share model and boards) at the highest clock that keeps mean power under the limit."""
     first, states = cases[0], steps_of(cases, prompt)
     new, prefill = states.new.astype(np.int64), np.round(states.new * prompt).astype(np.int64)
@@ -294,10 +296,7 @@ POWER_PRIORS = {  # start by board, σ: counters of the same die in H200 and its
 }
 ACTIVITY_PRIORS = {"expert_activity": (0.4, 0.5), "narrow_expert_activity": (0.6, 0.3)}
 GIVEN = {"capture_tokens": 512.0}
-PROMPT_PRIORS = {
-    "lm-arena-chat": (250.0, 0.03),
-    "sourcegraph-fim": (850.0, 0.03),
-}  # KV capacity over the largest batch it held
+PROMPT_PRIORS = {"lm-arena-chat": (250.0, 0.03), "sourcegraph-fim": (850.0, 0.03)}  # KV capacity over the largest batch it held
 ASSUMED_PROMPTS = {"gpqa": 250.0}  # no row of the task is in the data; outputs of thousands of tokens outweigh it
 PRIOR_WEIGHT = 0.3
 ROBUST_FROM = 0.1  # relative error from which a row weighs less
@@ -323,10 +322,7 @@ def fit(folder: Path) -> dict[str, Any]:
 
 
 def _fit_board(
-    some: Sequence[Sequence[Case]],
-    spec: BoardSpec,
-    prompts: Mapping[str, float],
-    free: Mapping[str, tuple[float, float]],
+    some: Sequence[Sequence[Case]], spec: BoardSpec, prompts: Mapping[str, float], free: Mapping[str, tuple[float, float]]
 ) -> tuple[StepConstants, Silicon, dict[str, float]]:
     """Times, then power, twice: power decides the clock where the limit binds."""
     times = TIME_PRIORS | dict(free)
