@@ -29,7 +29,9 @@ class ModelShape:
     kv_heads: int  # what tensor parallelism can divide the KV cache by; 1 for a latent cache (MLA)
     attention_width: int  # query heads × head dimension: work of one query × key pair in prefill
     output_width: float  # what attention hands to its output projection
-    decode_width: float  # as attention_width, where one token is decoded; larger for MLA, which works in the latent space
+    decode_width: (
+        float  # as attention_width, where one token is decoded; larger for MLA, which works in the latent space
+    )
     attention_params: float
     ffn_params: float  # dense feed-forward of a layer that has no experts
     shared_params: float  # shared experts of a MoE layer
@@ -253,7 +255,9 @@ def _from_row(r: Mapping[str, Any]) -> ModelShape:
     kv = float(r["kv_bytes_per_token_bf16"])
     if str(r["kv_heads"]) == "MLA":
         nope, rope = (int(part) for part in str(r["head_dim"]).split("+"))
-        others = (layers - moe_layers) * parts["ffn_params"] + moe_layers * (parts["shared_params"] + parts["router_params"])
+        others = (layers - moe_layers) * parts["ffn_params"] + moe_layers * (
+            parts["shared_params"] + parts["router_params"]
+        )
         params = (float(r["params_read_dense_B"]) * 1e9 - others - int(r["vocab"]) * hidden) / layers
         attention = _mla(params, layers, heads, nope, rope, nope, round(kv / layers / KV_BYTES) - rope)
     else:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,13 +53,14 @@ class Case:
 
 
 COLUMNS = (
-    "task gpu_model num_gpus model_id weight_precision tensor_parallel expert_parallel data_parallel max_num_seqs "
-    "avg_batch_size avg_power_watts output_throughput_tokens_per_sec median_itl_ms avg_output_len"
-).split()
+    "task", "gpu_model", "num_gpus", "model_id", "weight_precision", "expert_parallel", "data_parallel", "max_num_seqs",
+    "avg_batch_size", "avg_power_watts", "output_throughput_tokens_per_sec", "median_itl_ms", "avg_output_len",
+)  # fmt: skip
 SHAPE_COLUMNS = (
-    "model layers hidden heads kv_heads head_dim dense_inter moe_layers experts top_k expert_inter shared_inter vocab "
-    "params_total_B params_read_dense_B kv_bytes_per_token_bf16 native_dtype"
-).split()
+    "model", "layers", "hidden", "heads", "kv_heads", "head_dim", "dense_inter", "moe_layers", "experts", "top_k",
+    "expert_inter", "shared_inter", "vocab", "params_total_B", "params_read_dense_B", "kv_bytes_per_token_bf16",
+    "native_dtype",
+)  # fmt: skip
 
 
 def load(folder: Path) -> tuple[list[Case], Counter[str]]:
@@ -162,9 +163,7 @@ class Prediction(NamedTuple):
     power_w: FloatArray
 
 
-def predict(
-    cases: Sequence[Case], spec: BoardSpec, k: StepConstants, silicon: Silicon, prompt: float
-) -> Prediction:
+def predict(cases: Sequence[Case], spec: BoardSpec, k: StepConstants, silicon: Silicon, prompt: float) -> Prediction:
     """Steps of one engine (all `cases` share model and boards) at the highest clock that keeps mean power under the limit."""
     first, states = cases[0], steps_of(cases, prompt)
     new, prefill = states.new.astype(np.int64), np.round(states.new * prompt).astype(np.int64)
@@ -288,15 +287,19 @@ TIME_PRIORS = {  # start, and how far (σ of the logarithm) the data may easily 
     "launch_moe_layer_s": (5e-4, 0.4),
     "popularity_cv": (0.5, 0.3),
 }
-POWER_PRIORS = {  # start by board, σ: counters of the same die in H200 and its products at the limit; B200's products and streams
-    "busy_w_per_ghz": ({"H100": 92.0, "B200": 92.0}, 0.3),
-    "memory_w_per_ghz": ({"H100": 6.6, "B200": 75.0}, 0.5),
-    "tensor_w_per_ghz": ({"H100": 316.0, "B200": 514.0}, 0.2),
-    "hbm_w": ({"H100": 71.0, "B200": 162.0}, 0.1),
+POWER_PRIORS = {  # W/GHz by board: of any kernel, and of one that streams HBM (busy + memory)
+    "H100": {"busy": (92.0, 0.3), "stream": (98.5, 0.03)},  # counters of the same die in H200
+    "B200": {"busy": (92.0, 0.3), "stream": (158.5, 0.5)},  # streams at 1597 MHz; serving draws more, so it may move
 }
+PRODUCT_W_PER_GHZ = {"H100": 409.6, "B200": 608.0}  # a saturated product under the default limit, at its measured clock
+ACTIVITY = ("busy_w_per_ghz", "memory_w_per_ghz", "tensor_w_per_ghz")
+GEMM_MEMORY = 0.2  # HBM share of a saturated matrix product
 ACTIVITY_PRIORS = {"expert_activity": (0.4, 0.5), "narrow_expert_activity": (0.6, 0.3)}
 GIVEN = {"capture_tokens": 512.0}
-PROMPT_PRIORS = {"lm-arena-chat": (250.0, 0.03), "sourcegraph-fim": (850.0, 0.03)}  # KV capacity over the largest batch it held
+PROMPT_PRIORS = {
+    "lm-arena-chat": (250.0, 0.03),
+    "sourcegraph-fim": (850.0, 0.03),
+}  # KV capacity over the largest batch it held
 ASSUMED_PROMPTS = {"gpqa": 250.0}  # no row of the task is in the data; outputs of thousands of tokens outweigh it
 PRIOR_WEIGHT = 0.3
 ROBUST_FROM = 0.1  # relative error from which a row weighs less
@@ -317,22 +320,26 @@ def fit(folder: Path) -> dict[str, Any]:
         free = {t: p for t, p in PROMPT_PRIORS.items() if t not in prompts and any(e[0].task == t for e in some)}
         k, silicon, lengths = _fit_board(some, spec, prompts, free)
         prompts |= lengths
-        out[name] = {"values": asdict(k), "activity": {n: getattr(silicon, n) for n in POWER_PRIORS}}
+        out[name] = {"values": asdict(k), "activity": {n: getattr(silicon, n) for n in ACTIVITY}}
     return out | {"_fitted_on": sorted({e[0].base for e in training}), "_prompt_tokens": prompts}
 
 
 def _fit_board(
-    some: Sequence[Sequence[Case]], spec: BoardSpec, prompts: Mapping[str, float], free: Mapping[str, tuple[float, float]]
+    some: Sequence[Sequence[Case]],
+    spec: BoardSpec,
+    prompts: Mapping[str, float],
+    free: Mapping[str, tuple[float, float]],
 ) -> tuple[StepConstants, Silicon, dict[str, float]]:
     """Times, then power, twice: power decides the clock where the limit binds."""
     times = TIME_PRIORS | dict(free)
-    watts = {n: (start[some[0][0].board], s) for n, (start, s) in POWER_PRIORS.items()} | ACTIVITY_PRIORS
+    board = some[0][0].board
+    watts = POWER_PRIORS[board] | ACTIVITY_PRIORS
     x, y = np.zeros(len(times)), np.zeros(len(watts))
 
     def made(x: FloatArray, y: FloatArray) -> tuple[StepConstants, Silicon, dict[str, float]]:
         t, w = _values(times, x), _values(watts, y)
         k = StepConstants(**{n: t[n] for n in TIME_PRIORS}, **{n: w[n] for n in ACTIVITY_PRIORS}, **GIVEN)
-        return k, spec.silicon._replace(**{n: w[n] for n in POWER_PRIORS}), {n: t[n] for n in free}
+        return k, _silicon(spec.silicon, w["busy"], w["stream"], PRODUCT_W_PER_GHZ[board]), {n: t[n] for n in free}
 
     def predicted(x: FloatArray, y: FloatArray) -> list[Prediction]:
         k, silicon, lengths = made(x, y)
@@ -349,6 +356,14 @@ def _fit_board(
         x = _least_squares(time_errors, np.array([s for _, s in times.values()]), x)
         y = _least_squares(power_errors, np.array([s for _, s in watts.values()]), y)
     return made(x, y)
+
+
+def _silicon(s: Silicon, busy: float, stream: float, product: float) -> Silicon:
+    """Activity terms, W/GHz, of which a saturated product takes what was measured of it."""
+    busy = min(busy, stream)
+    memory = stream - busy
+    tensor = product - busy - GEMM_MEMORY * memory
+    return s._replace(busy_w_per_ghz=busy, memory_w_per_ghz=memory, tensor_w_per_ghz=tensor)
 
 
 def _values(priors: Mapping[str, tuple[float, float]], x: FloatArray) -> dict[str, float]:
