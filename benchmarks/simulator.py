@@ -9,7 +9,10 @@ Compiling is counted apart. Everything here is simulated.
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +31,7 @@ DAY_S, PERIOD_S = 86400.0, 0.5
 MODEL, BOARDS, COUNT, SEQUENCES = "mistralai/Mixtral-8x7B-v0.1", "a100-sxm4-80gb", 4, 256
 LOAD = 0.65  # of the rate the replica sustains with a full queue
 STATIC_PASS, CONTROLLED_PASS = 10_000.0, 2_000.0
-PLAIN_S = 60.0  # of the plain run
+PLAIN_S, VIDUR_S = 60.0, 900.0  # of the plain run, and of Vidur's
 
 
 def make(compiled: bool = True) -> Replica:
@@ -105,6 +108,28 @@ def as_arrays(replica: Replica) -> tuple[np.ndarray, ...]:
     return r.scheduled_s, r.first_token_s, r.last_token_s, r.preemptions
 
 
+def against_vidur(python: str, work: Workload) -> None:
+    """Vidur's event loop over the same quarter of an hour, in its own environment, beside ours."""
+    part, quick = work.between(0.0, VIDUR_S), make()
+    quick_s = timed(quick, part, VIDUR_S)
+    step_s = quick.counters().busy_s / quick.counters().steps
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.csv"
+        rows = zip(part.arrival_s, part.prompt_tokens, part.output_tokens, strict=True)
+        trace.write_text("".join(f"{t},{p},{o}\n" for t, p, o in rows))
+        driver = Path(__file__).with_name("vidur_driver.py")
+        arguments = [str(driver), str(trace), str(step_s), str(SEQUENCES), "8192"]
+        done = subprocess.run([python, *arguments], capture_output=True, text=True, cwd=folder, check=False)
+    if done.returncode:
+        print(f"Vidur did not run: {done.stderr.strip().splitlines()[-1]}")
+        return
+    other = json.loads(done.stdout.splitlines()[-1])
+    speed = other["simulated_s"] / other["cpu_s"]
+    print(f"Vidur 0.0.26, Sarathi scheduler, every step {1e3 * step_s:.1f} ms, no power: {speed:,.0f}x real time")
+    report("ours, same requests, with power", quick, quick_s, VIDUR_S)
+    print(f"ours is {VIDUR_S / quick_s / speed:,.0f} times faster")
+
+
 def week(hour: Workload, rate_per_s: float, workers: int) -> None:
     """Eight replicas for seven days."""
     spec = board_specs()[BOARDS]
@@ -128,6 +153,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the traces (default data)")
     parser.add_argument("--fleet", action="store_true", help="a week of eight replicas too")
     parser.add_argument("--workers", type=int, default=2, help="processes of the fleet (default 2)")
+    parser.add_argument("--vidur", metavar="PYTHON", help="interpreter of an environment in which Vidur is installed")
     args = parser.parse_args()
 
     began_s = time.perf_counter()
@@ -151,6 +177,8 @@ def main() -> int:
     controlled, part_s = make(), until_s / 4
     controlled_speed = report("a call every 500 ms", controlled, timed(controlled, work, part_s, look), part_s)
     ratio = against_plain(work)
+    if args.vidur:
+        against_vidur(args.vidur, work)
     if args.fleet:
         week(hour, LOAD * sustained, args.workers)
     return 0 if static_speed >= STATIC_PASS and controlled_speed >= CONTROLLED_PASS and ratio > 0 else 1

@@ -48,7 +48,10 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ticks_of(folder: Path, policy: str) -> dict[str, Any]:
     table = pq.read_table(folder / "ticks.parquet").to_pydict()
     rows = [i for i, p in enumerate(table["policy"]) if p == policy]
-    return {k: np.array([v[i] for i in rows], object if k in ("policy", "reason") else float) for k, v in table.items()}
+    return {
+        k: np.array([v[i] for i in rows], object if k in ("policy", "reason", "notes") else float)
+        for k, v in table.items()
+    }
 
 
 def made(*argv: str, folder: Path) -> tuple[Simulation, list[PolicyTask]]:
@@ -163,7 +166,7 @@ def test_stopped_early_there_is_what_was_done_so_far(workers: int, tmp_path: Pat
     assert [r.task.name for r in results] == [t.name for t in tasks[:workers]]
     for r in results:
         assert not r.complete
-        assert 0 < r.event_s < 50 * 3600.0
+        assert 0 <= r.event_s < 50 * 3600.0
         assert len(r.answers.sent_s) < len(sim.workload)
         assert np.all(r.answers.sent_s <= r.event_s)
         assert r.outcome is None or r.outcome.requests == len(r.answers.sent_s)
@@ -203,6 +206,9 @@ def test_a_killed_worker_is_an_error_not_a_hang(tmp_path: Path) -> None:
 
 def refusals(folder: Path) -> Sequence[tuple[list[str], str]]:
     static = Path("src/pals/experiments/data/profile-qwen3-30b-a3b-h100-sxm5-80gb.json").resolve()
+    wrong, far = folder / "wrong.csv", folder / "far.csv"
+    wrong.write_text("time_s,kind\n1,hot_water\n")
+    far.write_text("time_s,kind,board\n1,lost,9\n")
     return [
         (["--policy", "static"], "--policy static is given twice"),
         (["--policy", "magic"], "unknown policy 'magic'"),
@@ -230,10 +236,15 @@ def refusals(folder: Path) -> Sequence[tuple[list[str], str]]:
         (["--profile", str(static)], "was measured on something else"),
         (["--model", "deepseek-v3"], "weights need"),
         (["--model", str(folder)], "config.json"),
+        (["--spread", "0.1"], "--spread needs --perturb-seed"),
+        (["--perturb-seed", "1", "--spread", "0.9"], "must lie in 0..0.5"),
+        (["--faults", str(folder / "none.csv")], "cannot read the faults"),
+        (["--faults", str(wrong)], "row 2: unknown kind 'hot_water'; did you mean 'hot_air'?"),
+        (["--faults", str(far)], "names board 9; there are 4"),
     ]
 
 
-@pytest.mark.parametrize("i", range(26))
+@pytest.mark.parametrize("i", range(31))
 def test_what_cannot_be_simulated_is_one_clear_line(i: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong, told = refusals(tmp_path)[i]
 
@@ -304,3 +315,54 @@ def test_the_plants_errors_stand_beside_the_results(tmp_path: Path) -> None:
     (folder / "plant-validation.json").write_text("[")
     assert "cannot be read" in validation_note(tmp_path)
     shutil.rmtree(folder)
+
+
+FAULTS = """time_s,kind,board,value
+20.25,external_limit,1,120
+60,external_limit,1,0
+70,lost,2,1
+80,lost,2,0
+90,stuck_meter,0,1
+95,stuck_meter,0,0
+100,engine_build,,200
+120,denied,3,1
+"""
+
+
+def test_faults_begin_and_end_when_they_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faults = tmp_path / "faults.csv"
+    faults.write_text(FAULTS)
+    run = ["simulate", *NODE, "--hours", "0.05", "--policy", "pals-paper", "--rate", "3", "--faults", str(faults)]
+    assert main([*run, "--budget", "0:1600,150:420", "--out", str(tmp_path)]) == 0
+    told, t = capsys.readouterr(), ticks_of(tmp_path, "pals-paper")
+
+    def during(start_s: float, end_s: float, key: str) -> Any:
+        return t[key][(t["time_s"] > start_s) & (t["time_s"] < end_s)]
+
+    assert set(during(21, 60, "limit_w")) == {480.0}  # all boards go to what the other hand left one of them
+    assert min(during(61, 70, "limit_w")) > 480.0
+    assert all("board 2 is lost" in n for n in during(70, 80, "notes"))
+    assert np.all(np.isnan(during(70.5, 80, "power_w")))
+    assert not any(n and "lost" in n for n in during(81, 90, "notes"))
+    refused = [i for i, n in enumerate(t["notes"]) if n and "no permission" in n]
+    assert 120.0 <= t["time_s"][refused[0]] <= 150.0  # at the first write after that
+    assert len(set(t["limit_w"][refused[0] + 1 :])) == 1  # advises from there on
+    assert set(t["active_limit"][refused[0] + 2 :]) == {64.0}
+    pace = [np.sum(during(a, b, "output_tokens")) / np.sum(during(a, b, "running")) for a, b in ((82, 99), (101, 119))]
+    assert pace[1] < 0.5 * pace[0]  # each sequence waits for the host
+    assert "ticks carry notes" in told.out
+    assert "warning" not in told.err
+    metadata = pq.read_schema(tmp_path / "ticks.parquet").metadata
+    assert len(json.loads(metadata[b"pals.faults"])) == 8
+
+
+def test_a_perturbed_plant_is_another_world_and_the_same_one_twice(tmp_path: Path) -> None:
+    def energy(*argv: str) -> float:
+        assert main(["simulate", *NODE, "--hours", "0.01", "--out", str(tmp_path), *argv]) == 0
+        return float(json.loads((tmp_path / "outcomes.json").read_text())[0]["gpu_energy_j"])
+
+    plain, moved = energy(), energy("--perturb-seed", "3")
+
+    assert moved == energy("--perturb-seed", "3")
+    assert abs(moved / plain - 1) > 0.005
+    assert energy("--perturb-seed", "3", "--spread", "0") == plain

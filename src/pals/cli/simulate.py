@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +17,13 @@ if TYPE_CHECKING:
     import numpy as np
 
     from pals.experiments.simulated_load import LoadWish
-    from pals.experiments.simulated_policies import Report
-    from pals.experiments.simulated_run import PolicyResult, PolicyTask, Simulation
+    from pals.experiments.simulated_run import PolicyTask, Simulation
     from pals.models.profile import Profile
     from pals.plant.workload import LengthSource
     from pals.runtime.config import Config
 
 OUT = "out/simulate"
 LAUNCH_SEQUENCES = 64  # as the demo and the profiles that come with it
-EXIT_INTERRUPTED = 130
-PACKAGES = ("numpy", "numba", "pyarrow")
 
 
 def add_simulate(commands: Any) -> None:
@@ -65,6 +58,13 @@ def add_simulate(commands: Any) -> None:
         "--max-model-len", type=int, metavar="N", help="longer requests are left out (default: the model's context)"
     )
     p.add_argument("--no-enable-prefix-caching", action="store_true", help="compute every prompt in full")
+    p.add_argument(
+        "--faults", metavar="FILE", help="JSON or CSV of faults: time_s, kind, board, value (docs/simulate.md)"
+    )
+    p.add_argument("--perturb-seed", type=int, metavar="N", help="move the plant's constants at random, by this seed")
+    p.add_argument(
+        "--spread", type=float, metavar="S", help="how far: standard deviation of the factors (default 0.15)"
+    )
     p.add_argument("--workers", type=int, default=1, metavar="N", help="policies at a time (default 1)")
     p.add_argument("--journal", action="store_true", help="also write a journal for each policy, for `pals replay`")
     p.add_argument("--out", default=OUT, metavar="FOLDER", help=f"Parquet files, table, figure (default {OUT})")
@@ -76,6 +76,7 @@ def add_load_options(p: argparse.ArgumentParser) -> None:
         "--trace", default="azure-2023-conv", metavar="NAME|FILE",
         help="azure-2023-conv (default), azure-2023-code, mooncake-synthetic, servegen-m-large, vidur-arxiv, or a file",
     )  # fmt: skip
+    p.add_argument("--data", metavar="DIR", help="where the committed traces are (default: data/ of the checkout)")
     p.add_argument("--trace-format", metavar="NAME", help="of the file (default: known from its header)")
     p.add_argument("--lengths", metavar="NAME|FILE", help="draw prompt and output lengths from another trace")
     p.add_argument("--arrivals", default="trace", metavar="LAW", help="trace (default), poisson, or gamma:CV")
@@ -93,6 +94,7 @@ def simulate(args: argparse.Namespace) -> int:
     """Run the policies, write the files, print the table; 130 and what there is so far on Ctrl-C."""
     from pals.cli.agent import stopping
     from pals.cli.extras import require
+    from pals.cli.simulate_report import conclude, describe, progress_of
     from pals.experiments.simulated_policies import run_policies
 
     require("numba", "pyarrow", "matplotlib")
@@ -117,8 +119,10 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
         ConfigError: an unknown model, board or trace, or sizes that do not fit.
     """
     from pals.engines.model_zoo import read_config
+    from pals.experiments.simulated_faults import read_faults
     from pals.experiments.simulated_load import workload_of
     from pals.experiments.simulated_run import EMPTY, Simulation, capacity_per_s
+    from pals.plant.faults import FaultSchedule
     from pals.plant.specs import parse_boards
 
     spec, count = parse_boards(args.boards)
@@ -128,6 +132,8 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
         model=model, config=config, spec=spec, boards=count, max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens or batched_tokens(spec.name, spec.memory_gb, args.max_num_seqs),
         prefix_caching=not args.no_enable_prefix_caching, board_seed=args.seed_boards, context_tokens=1, workload=EMPTY,
+        perturb_seed=args.perturb_seed, spread=spread_of(args),
+        faults=read_faults(Path(args.faults), boards=count) if args.faults else FaultSchedule(),
     )  # fmt: skip
     replica = engine.replica()
     replica.advance(1e-3)  # compiled here where it was not before, so that no run's speed counts it
@@ -146,6 +152,23 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
     if not len(workload):
         raise ConfigError(f"every request is longer than {context} tokens, what this engine takes. Nothing was started")
     return replace(engine, workload=workload, left_out=len(whole) - len(workload))
+
+
+def spread_of(args: argparse.Namespace) -> float:
+    """How far the plant's constants are moved.
+
+    Raises:
+        ConfigError: without a seed, or outside 0..0.5.
+    """
+    from pals.plant.perturb import SPREAD
+
+    if args.spread is None:
+        return SPREAD
+    if args.perturb_seed is None:
+        raise ConfigError("--spread needs --perturb-seed: without it nothing is moved. Nothing was started")
+    if not 0 <= args.spread <= 0.5:
+        raise ConfigError(f"--spread {args.spread:g} must lie in 0..0.5. Nothing was started")
+    return float(args.spread)
 
 
 def batched_tokens(board: str, memory_gb: float, max_num_seqs: int) -> int:
@@ -174,7 +197,7 @@ def wish_of(args: argparse.Namespace) -> LoadWish:
         )
     committed = any(t in COMMITTED or t.startswith("servegen-") for t in (args.trace, args.lengths or ""))
     return LoadWish(
-        trace=args.trace, folder=data_folder() / "traces" if committed else None, kind=args.trace_format,
+        trace=args.trace, folder=data_folder(Path(args.data) if args.data else None) / "traces" if committed else None, kind=args.trace_format,
         lengths=args.lengths, cv=None if law == "trace" else float(cv or 1.0), rate_per_s=args.rate, load=args.load,
         scaling=args.scaling, start_s=args.start_s, hours=args.hours, seed=args.seed,
     )  # fmt: skip
@@ -218,10 +241,12 @@ def tasks_of(args: argparse.Namespace, sim: Simulation) -> list[PolicyTask]:
 
 def check_tasks(sim: Simulation, tasks: Sequence[PolicyTask]) -> None:
     """Raise `ConfigError` for what the last policy would be refused for, before the first has run for long."""
+    from pals.experiments.simulated_node import SimulatedGroup
     from pals.experiments.simulated_run import rig_of
 
     for task in tasks:
-        rig_of(sim, task, sim.replica())
+        replica = sim.replica()
+        rig_of(sim, task, replica, SimulatedGroup(replica, sim.spec, sim.boards))
 
 
 def config_for(args: argparse.Namespace, sim: Simulation, policy: str) -> Config:
@@ -263,136 +288,3 @@ def profile_of(args: argparse.Namespace, sim: Simulation, policy: str) -> tuple[
         f"policy {policy} needs a profile, and none comes with PALS for {sim.model} on {sim.boards} × {sim.spec.name}. "
         f"Make one: `{sim.how_to_profile}`, then give --profile profile.json. Nothing was started"
     )
-
-
-def describe(sim: Simulation, tasks: Sequence[PolicyTask]) -> None:
-    """What will be simulated, on stderr."""
-    slo, longer = (
-        tasks[0].config.slo,
-        f"; {sim.left_out} requests above {sim.context_tokens} tokens are left out" * bool(sim.left_out),
-    )
-    say(
-        f"SIMULATED: {sim.model} on {sim.boards} × {sim.spec.nvml_name}; no GPU is used, every watt and second is simulated"
-    )
-    say(
-        f"engine: launch batch {sim.max_num_seqs}, {sim.max_num_batched_tokens} tokens a step, "
-        f"prefix caching {'on' if sim.prefix_caching else 'off'}"
-    )
-    say(f"load: {sim.workload.described()}{longer}")
-    say(
-        f"targets: {slo.throughput_tokens_s:g} tokens/s, TTFT p95 {slo.ttft_p95_s:g} s, TPOT p95 {1e3 * (slo.tpot_p95_s or 0):g} ms"
-    )
-
-
-@contextmanager
-def progress_of(sim: Simulation, tasks: Sequence[PolicyTask]) -> Iterator[Report]:
-    """A bar for each policy, on stderr; nothing where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    total_s = float(sim.workload.arrival_s[-1])
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bars = [progress.add_task(t.name, total=total_s, told="") for t in tasks]
-        began = dict[int, float]()
-
-        def report(i: int, event_s: float) -> None:
-            spent_s = time.perf_counter() - began.setdefault(i, time.perf_counter())
-            speed = f", {event_s / spent_s:,.0f}x real time" if spent_s > 0.2 else ""
-            told = f"{hours_text(event_s)} of {hours_text(total_s)}{speed}"
-            progress.update(bars[i], completed=min(event_s, total_s), told=told)
-
-        yield report
-
-
-def hours_text(seconds: float) -> str:
-    """Event time for people."""
-    return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds:.0f} s"
-
-
-def conclude(
-    args: argparse.Namespace, sim: Simulation, tasks: Sequence[PolicyTask], results: Sequence[PolicyResult]
-) -> int:
-    """Write the files, print the table and where things are."""
-    from pals.experiments.simulated_run import validation_note
-    from pals.views.report import outcome_table, wide_console
-
-    folder, console = Path(args.out), wide_console()
-    seen = [(r, replace(r.outcome, name=title_of(r))) for r in results if r.outcome is not None]
-    figure = draw(args, sim, folder, [r for r, _ in seen])
-    write_files(args, sim, folder, results)
-    if seen:
-        title = f"SIMULATED: {sim.model} on {sim.boards} × {sim.spec.nvml_name}, {sim.workload.name}"
-        console.print(outcome_table([o for _, o in seen], title=title))
-    console.print(f"Plant: {validation_note()}", soft_wrap=True)
-    for r in results:
-        console.print(
-            f"{r.task.name}: {hours_text(r.event_s)} simulated in {r.wall_s:.1f} s, {r.event_s / r.wall_s:,.0f}x real time"
-        )
-    console.print(f"requests.parquet, ticks.parquet, outcomes.json{figure}: {folder}", soft_wrap=True)
-    done = {r.task.name for r in results if r.complete}
-    if rest := [t.name for t in tasks if t.name not in done]:
-        say(f"stopped early: what there is so far was written to {folder}; not finished: {', '.join(rest)}")
-        return EXIT_INTERRUPTED
-    return 0
-
-
-def title_of(result: PolicyResult) -> str:
-    """A policy's name over its figures."""
-    stopped = "" if result.complete else f", stopped at {hours_text(result.event_s)}"
-    return f"{result.task.name} (simulated{stopped})"
-
-
-def draw(args: argparse.Namespace, sim: Simulation, folder: Path, results: Sequence[PolicyResult]) -> str:
-    """Draw the figure, if there is anything; its name for the list of files."""
-    from pals.experiments.simulated_files import series_of_ticks
-    from pals.views.figure import draw_runs
-
-    if not results:
-        return ""
-    series = [
-        series_of_ticks(r.task.ticks, title_of(r), target_tokens_s=r.task.config.slo.throughput_tokens_s)
-        for r in results
-    ]
-    draw_runs(
-        series,
-        folder / "figure.png",
-        title=f"Simulated: {sim.model.split('/')[-1]} on {sim.boards} × {sim.spec.nvml_name}",
-        subtitle=f"SIMULATED engine and boards · {sim.workload.name}, {sim.workload.rate_per_s:.3g} requests/s",
-    )
-    return ", figure.png"
-
-
-def write_files(args: argparse.Namespace, sim: Simulation, folder: Path, results: Sequence[PolicyResult]) -> None:
-    """Requests, ticks and outcomes of every policy that was begun."""
-    from pals.experiments.simulated_files import REQUEST_COLUMNS, merge_ticks, request_rows
-    from pals.plant.columnar import ParquetWriter
-
-    metadata = metadata_of(args, sim, results)
-    requests = ParquetWriter(folder / "requests.parquet", REQUEST_COLUMNS, metadata)
-    for r in results:
-        requests.write(request_rows(r.task.name, sim.workload, r.answers, r.extra))
-    requests.close()
-    merge_ticks([r.task.ticks for r in results], folder / "ticks.parquet", metadata)
-    told = [
-        {**asdict(r.outcome), "complete": r.complete, "basis": "simulated"} for r in results if r.outcome is not None
-    ]
-    (folder / "outcomes.json").write_text(json.dumps(told, indent=1) + "\n")
-
-
-def metadata_of(args: argparse.Namespace, sim: Simulation, results: Sequence[PolicyResult]) -> Mapping[str, str]:
-    """What a file says of how it came about; equal for equal runs."""
-    from pals import __version__
-
-    policies = ",".join(r.task.name for r in results)
-    return {
-        "pals.basis": "simulated",
-        "pals.command": reproducing(args.given, policies, without=("--out", "--workers")),
-        "pals.seed": str(args.seed),
-        "pals.seed_boards": str(args.seed_boards),
-        "pals.model": sim.model,
-        "pals.boards": f"{sim.boards}x{sim.spec.name}",
-        "pals.load": sim.workload.described(),
-        "pals.complete": json.dumps(all(r.complete for r in results)),
-        "pals.versions": json.dumps({"pals": __version__, **{name: version(name) for name in PACKAGES}}),
-    }

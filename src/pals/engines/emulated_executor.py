@@ -17,7 +17,8 @@ from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from pals.engines.emulated_device import BookedStep, EmulatedDevice, open_bank
 from pals.engines.emulated_world import clock_of, world_of
 from pals.engines.vllm_plugin import boards_of
-from pals.plant.llm_step import ModelShape, StepModel
+from pals.plant.architecture import ModelShape
+from pals.plant.llm_step import StepModel
 from pals.runtime.clock import Clock
 
 CANNED_FILE = "canned_ids.json"
@@ -114,14 +115,14 @@ class EmulatedExecutor(Executor):
                 f"{boards or 'that are not there'}, but of {bank.count} emulated {visible or 'all'} are visible; emulate more "
                 f"(--emulate Nx{bank.spec.name}) or choose others (--boards)"
             )
-        expert_parallel = bool(getattr(parallel, "enable_expert_parallel", False))
         self._model = StepModel(
             ModelShape.from_config(json.loads((folder / "config.json").read_text())),
             bank.spec,
             tensor_parallel=parallel.tensor_parallel_size,
             pipeline_parallel=parallel.pipeline_parallel_size,
             data_parallel=parallel.data_parallel_size,
-            expert_parallel=expert_parallel,
+            expert_parallel=bool(getattr(parallel, "enable_expert_parallel", False)),
+            cuda_graphs=not config.model_config.enforce_eager,
         )
         canned = folder / CANNED_FILE
         eos = config.model_config.hf_text_config.eos_token_id

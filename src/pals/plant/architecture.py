@@ -29,7 +29,9 @@ class ModelShape:
     kv_heads: int  # what tensor parallelism can divide the KV cache by; 1 for a latent cache (MLA)
     attention_width: int  # query heads × head dimension: work of one query × key pair in prefill
     output_width: float  # what attention hands to its output projection
-    decode_width: float  # as attention_width, where one token is decoded; larger for MLA, which works in the latent space
+    decode_width: (
+        float  # as attention_width, where one token is decoded; larger for MLA, which works in the latent space
+    )
     attention_params: float
     ffn_params: float  # dense feed-forward of a layer that has no experts
     shared_params: float  # shared experts of a MoE layer

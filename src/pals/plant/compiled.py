@@ -27,15 +27,7 @@ from pals.plant import (
 
 Advance = Callable[..., bool]
 run = replica_run.advance  # numba resolves it by this name
-_COMPILED: tuple[tuple[ModuleType, tuple[str, ...]], ...] = (
-    (silicon, ("voltage", "core_power_w", "static_power_w", "board_power_w")),
-    (governor, ("govern", "thermal_ceiling_mhz", "tick")),
-    (llm_step, ("step_cost",)),
-    (replica_batch, ()),  # () is every function of the module
-    (replica_plan, ()),
-    (replica_power, ()),
-    (replica_run, ()),
-)
+_MODULES = (silicon, governor, llm_step, replica_batch, replica_plan, replica_power, replica_run)
 
 
 @cache
@@ -53,23 +45,22 @@ def compiled_advance() -> Advance:
             f"the compiled simulator needs numba ({e}): pip install 'pals-llm[simulate]', or pass compiled=False "
             "(some hundred times slower). Nothing was simulated"
         ) from e
-    for module, names in _COMPILED:
-        for function in functions_of(module, names):
+    for module in _MODULES:
+        for function in functions_of(module):
             register_jitable(function)
     entry: Advance = njit(cache=True, error_model="numpy")(entry_of(digest()))
     return entry
 
 
-def functions_of(module: ModuleType, names: tuple[str, ...]) -> list[Callable[..., Any]]:
-    """The functions that `module` itself defines: those named, or all."""
-    mine = [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
-    return [f for f in mine if not names or f.__name__ in names]
+def functions_of(module: ModuleType) -> list[Callable[..., Any]]:
+    """The functions that `module` itself defines; numba compiles those the simulator calls."""
+    return [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
 
 
 def digest() -> int:
     """A number that changes whenever a compiled source does."""
     h = hashlib.blake2b(digest_size=7)
-    for module in (*(module for module, _ in _COMPILED), replica_state):
+    for module in (*_MODULES, replica_state):
         h.update(inspect.getsource(module).encode())
     return int.from_bytes(h.digest())
 

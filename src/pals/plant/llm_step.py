@@ -24,6 +24,7 @@ from pals.plant.step_kernels import ParallelGroup
 
 FloatArray = NDArray[np.float64]
 
+NO_TIME_S = 1e-15  # keeps ratios finite where there is no work
 RESERVED_BYTES = 2e9  # activations, CUDA graphs, context: what vLLM keeps of a board besides weights and KV cache
 
 
@@ -80,15 +81,11 @@ class StepTables(NamedTuple):
     host_s: float  # scheduler, input and output
     host_per_sequence_s: float
     expert_activity: float  # core power of experts' products, relative to saturated tensor cores
-    expert_slack: float  # how much longer the engine takes over experts than their kernels: time in which nothing is issued
+    expert_slack: (
+        float  # how much longer the engine takes over experts than their kernels: time in which nothing is issued
+    )
     top_clock_mhz: float
     stages: float  # of the pipeline: while one works the others idle
-
-
-def overlapped_s(memory_s: FloatArray, core_s: FloatArray, p: FloatArray) -> FloatArray:
-    """(memory^p + core^p)^(1/p), for any p without leaving the range of a float."""
-    most = np.maximum(memory_s, core_s) + 1e-15
-    return most * (1.0 + (np.minimum(memory_s, core_s) / most) ** p) ** (1.0 / p)
 
 
 def step_cost(
@@ -100,17 +97,22 @@ def step_cost(
     Busy is the time in which kernels fill the SMs; waiting for links and for a hotter rank is not part of it. Plain
     arithmetic on numbers or arrays alike: the emulated engine calls it as it is, the simulator compiled.
     """
+
+    def overlapped(memory_s: FloatArray, core_s: FloatArray, p: FloatArray) -> FloatArray:  # inside: compiled with it
+        most = np.maximum(memory_s, core_s) + NO_TIME_S
+        return most * (1.0 + (np.minimum(memory_s, core_s) / most) ** p) ** (1.0 / p)
+
     tokens = prefill_tokens + decode_sequences
     sequences = prefill_sequences + decode_sequences
     slower = t.top_clock_mhz / clock_mhz
     core_s = (t.core_s[tokens] + t.logits_core_s[sequences]) * slower
-    dense_s = overlapped_s(t.memory_s[tokens], core_s, t.overlap_p[tokens])
+    dense_s = overlapped(t.memory_s[tokens], core_s, t.overlap_p[tokens])
     expert_core_s = t.expert_core_s[tokens] * slower
-    expert_s = overlapped_s(t.expert_memory_s[tokens], expert_core_s, t.expert_p[tokens])
+    expert_s = overlapped(t.expert_memory_s[tokens], expert_core_s, t.expert_p[tokens])
     read = context_tokens - t.windowed * np.maximum(0.0, context_tokens - t.window * sequences)
     kv_s = t.context_s * read
     kv_core_s = (t.context_core_s * read + t.sequence_core_s * decode_sequences) * slower
-    attention_s = overlapped_s(kv_s, kv_core_s, t.attention_p)
+    attention_s = overlapped(kv_s, kv_core_s, t.attention_p)
     prefill_s = (t.pair_s * attention_pairs + t.prefill_token_s * prefill_tokens) * slower
     active_s = dense_s + expert_s + attention_s + prefill_s + t.fixed_s[tokens]
     device_s = active_s + t.comm_s[tokens]
@@ -207,7 +209,12 @@ class StepModel:
 
 
 def step_tables(
-    shape: ModelShape, spec: BoardSpec, group: ParallelGroup, k: StepConstants, max_tokens: int, cuda_graphs: bool = True
+    shape: ModelShape,
+    spec: BoardSpec,
+    group: ParallelGroup,
+    k: StepConstants,
+    max_tokens: int,
+    cuda_graphs: bool = True,
 ) -> StepTables:
     """Tables of `step_cost`, computed on a grid of token counts and interpolated between; no tokens, no time."""
     tokens, grid = np.arange(max_tokens + 1), _grid(max_tokens)

@@ -6,7 +6,9 @@ Setters, faults and sensors mean what they mean on the emulated boards (`plant/b
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -23,6 +25,15 @@ from pals.plant.specs import CLOCK_STEP_MHZ, BoardSpec
 FLAGS = ("lost", "denied", "stuck", "thermal")  # 1 or 0
 FAULTS = (*FLAGS, "external_limit", "ambient", "slow_setter", "dip")
 DIPS_AHEAD = 256  # drawn at once
+_SHOWN = ["published_j", "clock_mhz", "temperature_c", "limit_w", "external_w", "limited"]
+
+
+@cache
+def _window(ticks: int, sampled_share: float, newest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where in the ring the last `ticks` lie, and how much of each the sensor saw; RING is a multiple of SAMPLE_TICKS."""
+    at = newest - np.arange(ticks)
+    seen = np.clip(sampled_share * SAMPLE_TICKS - at % SAMPLE_TICKS, 0.0, 1.0)
+    return at % RING, seen / seen.sum()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,34 +82,41 @@ class ReplicaBoards:
         top_mhz = self._m.boards["top_mhz"] // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ
         return np.clip(stepped, self._spec.min_sm_clock_mhz, top_mhz)
 
-    def set_limit_w(self, watts: float) -> None:
+    def set_limit_w(self, watts: float, only: int | None = None) -> None:
         """See `Replica.set_limit_w`."""
-        spec, in_force_w = self._spec, float(self._m.boards["limit_w"][0])
+        spec, in_force_w = self._spec, float(self._m.boards["limit_w"][only or 0])
         if not spec.min_limit_w <= watts <= spec.max_limit_w:
             raise ValueError(
                 f"{watts} W lies outside {spec.min_limit_w}..{spec.max_limit_w} W of {spec.nvml_name}; {in_force_w} W stays "
                 "in force"
             )
-        self._write("limit_w", np.full(len(self._m.boards), round(watts * 1000.0) / 1000.0))
+        self._write("limit_w", np.full(len(self._m.boards), round(watts * 1000.0) / 1000.0), only)
 
-    def set_clock_lock(self, mhz: int | None) -> None:
+    def set_clock_lock(self, mhz: int | None, only: int | None = None) -> None:
         """See `Replica.set_clock_lock`."""
-        self._write("lock_mhz", self.ceiling_mhz(self._spec.max_sm_clock_mhz if mhz is None else mhz))
+        self._write("lock_mhz", self.ceiling_mhz(self._spec.max_sm_clock_mhz if mhz is None else mhz), only)
 
-    def _write(self, name: str, values: np.ndarray) -> None:
-        """Write all boards that can be written, then say which could not."""
-        lost = [i for i, f in enumerate(self._flags) if f["lost"]]
-        denied = [i for i, f in enumerate(self._flags) if f["denied"] and i not in lost]
-        for i in range(len(values)):
-            if i not in (*lost, *denied):
+    def limit_w(self, i: int) -> float:
+        """The limit that board `i` would report as enforced, W."""
+        b = self._m.boards
+        return float(min(b["limit_w"][i], b["external_w"][i]))
+
+    def _write(self, name: str, values: np.ndarray, only: int | None) -> None:
+        """Write board `only`, None: all boards that can be written; then say which could not."""
+        chosen = range(len(values)) if only is None else (only,)
+        lost = [i for i in chosen if self._flags[i]["lost"]]
+        denied = [i for i in chosen if self._flags[i]["denied"] and i not in lost]
+        for i in chosen:
+            if i not in (*lost, *denied) and self._m.boards[name][i] != values[i]:
                 self._m.boards[name][i] = values[i]
                 self._m.boards["acts_at_s"][i] = self._acts_at_s(i)
+        others = "; the others of its replica were written" * (only is None)
         if lost:
-            raise DeviceLostError(f"simulated board {lost[0]} is lost; the others of its replica were written")
+            raise DeviceLostError(f"simulated board {lost[0]} is lost{others}")
         if denied:
             raise PermissionDeniedError(
-                f"simulated board {denied[0]}: the driver refused (no permission); what was in force stays, the others of its "
-                "replica were written"
+                f"simulated board {denied[0]}: the driver refused (no permission); {self.limit_w(denied[0]):.0f} W is still in "
+                f"force{others}."
             )
 
     def _acts_at_s(self, i: int) -> float:
@@ -141,29 +159,43 @@ class ReplicaBoards:
         Raises:
             DeviceLostError: the board is lost.
         """
-        if self._flags[i]["lost"]:
-            raise DeviceLostError(f"simulated board {i} is lost: it has no readings")
-        b, spec = self._m.boards[i], self._spec
-        shown = BoardView(
-            power_w=self._window_w(i, spec.power_window_s, spec.sampled_share),
-            power_instant_w=self._window_w(i, spec.instant_window_s, 1.0),
-            energy_j=float(b["published_j"]),
-            sm_clock_mhz=int(max(b["clock_mhz"] // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ, spec.min_sm_clock_mhz)),
-            temperature_c=float(b["temperature_c"]),
-            enforced_limit_w=float(min(b["limit_w"], b["external_w"])),
-            requested_limit_w=float(b["limit_w"]),
-            throttled=bool(b["limited"]),
+        return self.views([i])[0]
+
+    def views(self, chosen: Sequence[int]) -> tuple[BoardView, ...]:
+        """The sensors of several boards; raises as `view`."""
+        lost = [i for i in chosen if self._flags[i]["lost"]]
+        if lost:
+            raise DeviceLostError(f"simulated board {lost[0]} is lost: it has no readings")
+        spec, rows = self._spec, self._m.boards[_SHOWN].tolist()
+        mean_w = self._window_w(spec.power_window_s, spec.sampled_share)
+        instant_w = self._window_w(spec.instant_window_s, 1.0)
+        return tuple(self._shown(i, mean_w[i], instant_w[i], *rows[i]) for i in chosen)
+
+    def _shown(
+        self, i: int, mean_w: float, instant_w: float, energy_j: float, clock_mhz: float, temperature_c: float,
+        limit_w: float, external_w: float, limited: float,
+    ) -> BoardView:  # fmt: skip
+        view = BoardView(
+            power_w=mean_w,
+            power_instant_w=instant_w,
+            energy_j=energy_j,
+            sm_clock_mhz=int(max(clock_mhz // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ, self._spec.min_sm_clock_mhz)),
+            temperature_c=temperature_c,
+            enforced_limit_w=min(limit_w, external_w),
+            requested_limit_w=limit_w,
+            throttled=limited > 0.0,
         )
         if not self._flags[i]["stuck"]:
-            return shown
+            return view
         kept = self._stuck[i]
-        return replace(shown, power_w=kept.power_w, power_instant_w=kept.power_instant_w, energy_j=kept.energy_j)
+        return replace(view, power_w=kept.power_w, power_instant_w=kept.power_instant_w, energy_j=kept.energy_j)
 
-    def _window_w(self, i: int, window_s: float, sampled_share: float) -> float:
-        """Mean power of the last `window_s`, of which the sensor saw `sampled_share`, W."""
-        ticks = int(self._m.state["ticks"][0]) - np.arange(min(RING, max(1, round(window_s / TICK_S))))
-        seen = np.clip(sampled_share * SAMPLE_TICKS - ticks % SAMPLE_TICKS, 0.0, 1.0)
-        return float(self._m.ring[i, ticks % RING] @ seen / seen.sum())
+    def _window_w(self, window_s: float, sampled_share: float) -> list[float]:
+        """Mean power of each board over the last `window_s`, of which the sensor saw `sampled_share`, W."""
+        newest = int(self._m.state["ticks"][0])
+        at, weights = _window(min(RING, max(1, round(window_s / TICK_S))), sampled_share, newest % RING)
+        mean_w: list[float] = (self._m.ring[:, at] @ weights).tolist()
+        return mean_w
 
     def draw_dips(self, from_s: float) -> tuple[np.ndarray, float]:
         """Times at which current protection looks at each board next, and up to when they are known."""

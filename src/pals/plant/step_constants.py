@@ -6,7 +6,7 @@ Read from `step_constants.json`, where each set names its source and confidence;
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -14,6 +14,9 @@ from typing import Any
 from pals.core.errors import ConfigError
 from pals.core.quantities import Checked
 from pals.plant.specs import BoardSpec
+
+
+HOST_TIMES = ("host_s", "host_per_sequence_s", "launch_layer_s", "launch_moe_layer_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,10 @@ class StepConstants(Checked):
     popularity_cv: float  # of experts, coefficient of variation
     expert_activity: float  # core power of experts' products, relative to saturated tensor cores
     narrow_expert_activity: float  # the same of experts of less than 16 bits, which are widened or scaled on the way
+
+    def with_host_factor(self, factor: float) -> StepConstants:
+        """Another engine build or a slower host: all host times `factor` times as long."""
+        return replace(self, **{name: factor * getattr(self, name) for name in HOST_TIMES})
 
 
 @cache

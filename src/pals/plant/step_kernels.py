@@ -64,18 +64,14 @@ def _distance(a: BoardSpec, b: BoardSpec) -> tuple[float, float]:
 
 
 def _scaled(constants: Any, ours: BoardSpec, wanted: BoardSpec) -> Any:
-    """Constants of `ours` carried over to `wanted` by its bandwidth, tensor peak and links."""
-    if ours.name == wanted.name:
-        return constants
+    """Constants of `ours` carried over to `wanted` (another board, or the same perturbed) by bandwidth, peak and links."""
+    memory = wanted.hbm_bytes_s / ours.hbm_bytes_s
+    core = wanted.peak_flops_bf16 / ours.peak_flops_bf16
+    link = wanted.nvlink_bytes_s / ours.nvlink_bytes_s
     by = {
-        "hbm_bytes_s": wanted.hbm_peak_bytes_s / ours.hbm_peak_bytes_s,
-        "l2_bytes_s": wanted.hbm_peak_bytes_s / ours.hbm_peak_bytes_s,
-        "tile_flops_s": wanted.peak_flops_bf16 / ours.peak_flops_bf16,
-        "feed_bytes_s": wanted.peak_flops_bf16 / ours.peak_flops_bf16,
-        "pass_bytes_s": wanted.hbm_peak_bytes_s / ours.hbm_peak_bytes_s,
-        "low_bytes_s": wanted.nvlink_bytes_s / ours.nvlink_bytes_s,
-        "high_bytes_s": wanted.nvlink_bytes_s / ours.nvlink_bytes_s,
-    }
+        "hbm_bytes_s": memory, "l2_bytes_s": memory, "pass_bytes_s": memory, "quantise_bytes_s": memory,
+        "tile_flops_s": core, "feed_bytes_s": core, "low_bytes_s": link, "high_bytes_s": link,
+    }  # fmt: skip
     return constants._replace(**{k: getattr(constants, k) * v for k, v in by.items() if k in constants._fields})
 
 

@@ -76,32 +76,26 @@ def most_sequences(series: dict[str, Any]) -> int:
 
 
 def kv_blocks(series: dict[str, Any], requests: dict[str, Any]) -> int | None:
-    """KV blocks, from usage between 10 and 95 % before memory was first full, and what was then held; None: usage is not told.
+    """KV blocks, from usage while memory filled for the first time; None where usage is not told.
 
-    A request holds its prompt from its first token on and its outputs in proportion to the time since; one whose prompt is
-    under way at that moment is counted by half.
+    With R sequences running, the first R to be planned hold at most their whole prompts and what they have put out: that, over
+    the usage told, bounds the capacity from above. The least bound of the seconds up to the first full one is taken.
     """
     used = series["kv_cache_pct"]
-    if used.max() < 10.0:
+    if used.max() < 97.0:
         return None
-    full = np.flatnonzero(used > 97.0)
-    before = np.arange(len(used)) < (full[0] if len(full) else len(used))
-    found = []
-    for t, share in zip(series["t"][before], used[before] / 100.0, strict=True):
-        if not 0.1 < share < 0.95:
+    first = np.lexsort((requests["arrival_s"], requests["scheduled_s"]))
+    r = {k: v[first] for k, v in requests.items()}
+    span_s = np.maximum(1e-9, r["last_token_s"] - r["first_token_s"])
+    bounds = []
+    for n in range(int(np.flatnonzero(used > 97.0)[0]) + 1):
+        running = int(series["running"][n])
+        if running < 1 or used[n] < 10.0:
             continue
-        done = np.clip((t - requests["first_token_s"]) / _span_s(requests), 0.0, 1.0)
-        here = (requests["scheduled_s"] <= t) & (t < requests["last_token_s"])
-        started = requests["first_token_s"] <= t
-        held = requests["input_tokens"] * np.where(started, 1.0, 0.5) + started * done * requests["output_tokens"]
-        found.append(float(held[here].sum()) / share)
-    if not found:
-        return None
-    return int(np.median(found) / BLOCK)
-
-
-def _span_s(requests: dict[str, Any]) -> Any:
-    return np.maximum(1e-9, requests["last_token_s"] - requests["first_token_s"])
+        done = np.clip((r["scheduled_s"][running - 1] - r["first_token_s"]) / span_s, 0.0, 1.0)
+        held = np.ceil((r["input_tokens"] + done * r["output_tokens"]) / BLOCK)
+        bounds.append(float(held[:running].sum()) / (used[n] / 100.0))
+    return int(min(bounds)) if bounds else None
 
 
 def step_model(folder: Path, run: Run) -> StepModel:

@@ -1,194 +1,28 @@
 """The LLM step against ML.ENERGY's serving sweep: time per output token and power against batch, held out by model name.
 
-A row is one engine in steady state at a known mean batch. A step computes `batch` sequences, of which a Poisson number are
-new (batch / output length a step); so the mean step time is batch / throughput, prefill included. Assumptions, split, constants
-and errors: docs/models.md, "Step time".
+Split, constants and errors: docs/models.md, "Step time".
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pals.experiments.plant_checks.measured import read_table
 from pals.experiments.plant_checks.row import CheckRow, Residual, error_row
-from pals.plant.architecture import ModelShape, format_name, row_for
-from pals.plant.llm_step import step_cost, step_tables
-from pals.plant.silicon import Silicon, board_power_w
+from pals.experiments.plant_checks.serving_cases import BOARDS, Case, Prediction, engines, load, predict
+from pals.plant.architecture import ModelShape
+from pals.plant.silicon import Silicon
 from pals.plant.specs import BoardSpec, board_specs
 from pals.plant.step_constants import StepConstants, fitted_constants, step_constants
-from pals.plant.step_kernels import ParallelGroup
 
 FloatArray = NDArray[np.float64]
-
-BOARDS = {"H100": "h100-sxm5-80gb", "B200": "b200-sxm-180gb"}
-TASKS = ("lm-arena-chat", "gpqa", "sourcegraph-fim")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One row of the sweep, and what of the model and the task decides it."""
-
-    model: str
-    base: str  # row of models.csv
-    task: str
-    board: str  # H100 | B200
-    shape: ModelShape
-    group: ParallelGroup
-    boards: int
-    batch: float
-    output: float  # mean tokens
-    spread: float  # coefficient of variation of the output length
-    tpot_s: float  # batch / throughput
-    median_itl_s: float
-    power_w: float  # of one board
-
-
-COLUMNS = ["task", "gpu_model", "num_gpus", "model_id", "weight_precision", "tensor_parallel", "expert_parallel", "data_parallel", "max_num_seqs", "avg_batch_size", "avg_power_watts", "output_throughput_tokens_per_sec", "median_itl_ms", "avg_output_len"]
-SHAPE_COLUMNS = ["model", "layers", "hidden", "heads", "kv_heads", "head_dim", "dense_inter", "moe_layers", "experts", "top_k", "expert_inter", "shared_inter", "vocab", "params_total_B", "params_read_dense_B", "kv_bytes_per_token_bf16", "native_dtype"]
-
-
-def load(folder: Path) -> tuple[list[Case], Counter[str]]:
-    """Cases of the text tasks, and how many rows of what kind were left out."""
-    shapes = _rows(read_table(folder / "model-architectures" / "models.csv", SHAPE_COLUMNS))
-    by_name = {str(row["model"]): row for row in shapes}
-    spreads = _spreads(folder / "mlenergy-v3" / "output_length_histograms.json")
-    cases, left = [], Counter[str]()
-    for row in _rows(read_table(folder / "mlenergy-v3" / "serving_batch_sweep.csv", COLUMNS)):
-        base = row_for(row["model_id"], by_name)
-        if row["task"] not in TASKS or row["gpu_model"] not in BOARDS:
-            continue
-        if base is None:
-            left[f"{row['model_id']}: no row in models.csv"] += 1
-        elif row["gpu_model"] == "B200" and row["task"] == "gpqa" and row["max_num_seqs"] <= 8:
-            left[f"{row['model_id']}, B200, thinking at batch 8: called odd by the data's README"] += 1
-        else:
-            cases.append(_case(row, by_name[base], spreads))
-    return cases, left
-
-
-def _rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:
-    names = list(table)
-    return [dict(zip(names, values, strict=True)) for values in zip(*table.values(), strict=True)]
-
-
-def _case(row: Mapping[str, Any], architecture: Mapping[str, Any], spreads: Mapping[str, float]) -> Case:
-    shape, model = ModelShape.from_row(architecture), str(row["model_id"])
-    if shape.expert_format != "mxfp4":
-        shape = _stored(shape, model, format_name(row["weight_precision"]))
-    boards, data = int(row["num_gpus"]), int(row["data_parallel"])
-    group = ParallelGroup(boards // data, 1, data, bool(row["expert_parallel"] > 1))
-    return Case(
-        model=model,
-        base=str(architecture["model"]),
-        task=str(row["task"]),
-        board=str(row["gpu_model"]),
-        shape=shape,
-        group=group,
-        boards=boards,
-        batch=float(row["avg_batch_size"]),
-        output=float(row["avg_output_len"]),
-        spread=spreads.get(f"{model}|{row['task']}", spreads[str(row["task"])]),
-        tpot_s=float(row["avg_batch_size"] / row["output_throughput_tokens_per_sec"]),
-        median_itl_s=float(row["median_itl_ms"]) / 1000,
-        power_w=float(row["avg_power_watts"]) / boards,
-    )
-
-
-def _stored(shape: ModelShape, model: str, weights: str) -> ModelShape:
-    """Releases in 8 bits: those of meta-llama scale rows and keep attention at 16 bits, all others scale blocks."""
-    if weights != "fp8":
-        return shape.stored_as(weights)
-    return shape.stored_as("fp8", attention="bf16") if model.startswith("meta-llama/") else shape.stored_as("fp8_block")
-
-
-def _spreads(path: Path) -> dict[str, float]:
-    """Coefficient of variation of output lengths by "model|task", and the mean over models by task."""
-    spreads: dict[str, float] = {}
-    for key, histogram in json.loads(path.read_text()).items():
-        edges, counts = np.array(histogram["bins"]), np.array(histogram["counts"])
-        middles = (edges[1:] + edges[:-1]) / 2
-        mean = np.average(middles, weights=counts)
-        spreads[key] = float(np.sqrt(np.average((middles - mean) ** 2, weights=counts)) / mean)
-    for task in TASKS:
-        of_task = [v for k, v in spreads.items() if k.endswith(f"|{task}")]
-        spreads[task] = float(np.mean(of_task)) if of_task else 1.0
-    return spreads
-
-
-class Steps(NamedTuple):
-    """States of all cases of one engine: how many new requests a step holds, and how often; arrays of shape (cases, states)."""
-
-    often: FloatArray
-    new: FloatArray
-    decode: FloatArray
-    context: FloatArray  # KV tokens of one sequence, shape (cases, 1)
-
-
-def steps_of(cases: Sequence[Case], prompt: float) -> Steps:
-    """Steady state: new requests of a step are Poisson; data-parallel ranks wait for the one with the most."""
-    ranks = cases[0].group.data
-    batch = np.array([[c.batch / ranks] for c in cases])
-    output = np.array([[c.output] for c in cases])
-    residual = output * (1 + np.array([[c.spread] for c in cases]) ** 2) / 2
-    rate = batch / output
-    most = int(np.ceil(rate.max() + 6.0 * np.sqrt(rate.max()))) + 4
-    new = np.arange(most, dtype=np.float64)[None, :] * np.ones_like(rate)
-    log_often = new * np.log(rate) - rate - np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, most)))])
-    below = np.cumsum(np.exp(log_often), axis=1)
-    often = np.diff(np.minimum(1.0, below) ** ranks, axis=1, prepend=0.0)
-    return Steps(often / often.sum(axis=1, keepdims=True), new, np.maximum(0.0, batch - new), prompt + residual)
-
-
-class Prediction(NamedTuple):
-    """What the plant says of cases; arrays of shape (cases,)."""
-
-    tpot_s: FloatArray
-    median_itl_s: FloatArray
-    power_w: FloatArray
-
-
-def predict(
-    cases: Sequence[Case], spec: BoardSpec, k: StepConstants, silicon: Silicon, prompt: float
-) -> Prediction:
-    """Steps of one engine (all `cases` share model and boards) at the highest clock that keeps mean power under the limit."""
-    first, states = cases[0], steps_of(cases, prompt)
-    new, prefill = states.new.astype(np.int64), np.round(states.new * prompt).astype(np.int64)
-    decode = np.round(states.decode).astype(np.int64)
-    tables = step_tables(first.shape, spec, first.group, k, 1 << int(prefill.max() + decode.max()).bit_length())
-
-    def at(clock: FloatArray) -> tuple[FloatArray, FloatArray]:
-        seconds, compute, memory, busy = step_cost(
-            tables, prefill, new, decode, decode * states.context, new * prompt**2 / 2, clock[:, None]
-        )
-        watts = board_power_w(silicon, compute, memory, busy, clock[:, None], silicon.leak_reference_c)
-        return seconds, np.sum(states.often * seconds * watts, axis=1) / np.sum(states.often * seconds, axis=1)
-
-    clock = _clock_under(at, spec, len(cases))
-    seconds, power = at(clock)
-    middle = np.argmax(np.cumsum(states.often, axis=1) >= 0.5, axis=1)
-    return Prediction(np.sum(states.often * seconds, axis=1), seconds[np.arange(len(cases)), middle], power)
-
-
-def _clock_under(at: Any, spec: BoardSpec, cases: int) -> FloatArray:
-    """Highest clock at which mean power stays under the default limit, by bisection."""
-    low, high = np.full(cases, float(spec.min_sm_clock_mhz)), np.full(cases, float(spec.max_sm_clock_mhz))
-    free = at(high)[1] <= spec.default_limit_w
-    low = np.where(free, high, low)
-    for _ in range(0 if free.all() else 9):
-        middle = (low + high) / 2
-        fits = at(middle)[1] <= spec.default_limit_w
-        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
-    return low
-
 
 # ---- the split
 
@@ -221,14 +55,6 @@ def _weights(shape: ModelShape) -> str:
     return shape.expert_format if shape.experts else shape.ffn_format
 
 
-def engines(cases: Sequence[Case]) -> list[list[Case]]:
-    """Cases of one model on one group of boards under one task together."""
-    groups: dict[Any, list[Case]] = {}
-    for c in cases:
-        groups.setdefault((c.model, c.board, c.group, c.task), []).append(c)
-    return list(groups.values())
-
-
 # ---- the check
 
 
@@ -254,16 +80,28 @@ def _rows_of(board: str, cases: Sequence[Case], which: str, note: str) -> list[C
             group = f"{c.model}, {c.boards} boards, {c.task}"
             tpot.append(Residual(group=group, x=c.batch, measured=c.tpot_s, predicted=float(p.tpot_s[i])))
             power.append(Residual(group=group, x=c.batch, measured=c.power_w, predicted=float(p.power_w[i])))
-    data = f"mlenergy-v3, {which}"
-    return [
-        error_row(f"TPOT against batch, {board}, {which}", data, tpot, at_most=10.0, x_axis="batch", note=note),
-        error_row(f"power against batch, {board}, {which}", data, power, at_most=6.0, x_axis="batch", note=note),
-    ]
+    return [_row("TPOT", board, which, tpot, 10.0, note), _row("power", board, which, power, 6.0, note)]
+
+
+def _row(what: str, board: str, which: str, residuals: Sequence[Residual], at_most: float, note: str) -> CheckRow:
+    """A row whose note names the engines that miss the target."""
+    groups: dict[str, list[float]] = {}
+    for r in residuals:
+        groups.setdefault(r.group, []).append(r.error_pct)
+    over = {g: e for g, e in groups.items() if np.mean(np.abs(e)) > at_most}
+    missed = "; ".join(f"{g} {min(e):+.0f}..{max(e):+.0f} %" for g, e in over.items())
+    return error_row(
+        f"{what} against batch, {board}, {which}",
+        f"mlenergy-v3, {which}",
+        residuals,
+        at_most=at_most,
+        x_axis="batch",
+        note=f"engines over the target: {missed or 'none'} (why: docs/models.md, Step time); {note}",
+    )
 
 
 def _note(left: Counter[str]) -> str:
-    rows = "; ".join(f"{name} ({count} rows)" for name, count in sorted(left.items()))
-    return f"left out: {rows or 'nothing'}. Why targets are missed: docs/models.md, Step time"
+    return "left out: " + ("; ".join(f"{name} ({count} rows)" for name, count in sorted(left.items())) or "nothing")
 
 
 # ---- the fit
@@ -279,21 +117,25 @@ TIME_PRIORS = {  # start, and how far (σ of the logarithm) the data may easily 
     "attention_factor": (1.1, 0.2),
     "link_factor": (1.0, 0.3),
     "launch_layer_s": (1e-4, 0.5),
-    "launch_moe_layer_s": (5e-4, 0.4),
+    "launch_moe_layer_s": (8e-4, 0.3),
     "popularity_cv": (0.5, 0.3),
 }
-POWER_PRIORS = {  # start by board, σ: counters of the same die in H200 and its products at the limit; B200's products and streams
-    "busy_w_per_ghz": ({"H100": 92.0, "B200": 92.0}, 0.3),
-    "memory_w_per_ghz": ({"H100": 6.6, "B200": 75.0}, 0.5),
-    "tensor_w_per_ghz": ({"H100": 316.0, "B200": 514.0}, 0.2),
-    "hbm_w": ({"H100": 71.0, "B200": 162.0}, 0.1),
+POWER_PRIORS = {  # W/GHz by board: of any kernel, and of one that streams HBM (busy + memory)
+    "H100": {"busy": (92.0, 0.3), "stream": (98.5, 0.03)},  # counters of the same die in H200
+    "B200": {"busy": (92.0, 0.3), "stream": (158.5, 0.5)},  # streams at 1597 MHz; serving draws more, so it may move
 }
+PRODUCT_W_PER_GHZ = {"H100": 409.6, "B200": 608.0}  # a saturated product under the default limit, at its measured clock
+ACTIVITY = ("busy_w_per_ghz", "memory_w_per_ghz", "tensor_w_per_ghz")
+GEMM_MEMORY = 0.2  # HBM share of a saturated matrix product
 ACTIVITY_PRIORS = {"expert_activity": (0.4, 0.5), "narrow_expert_activity": (0.6, 0.3)}
 GIVEN = {"capture_tokens": 512.0}
-PROMPT_PRIORS = {"lm-arena-chat": (250.0, 0.03), "sourcegraph-fim": (850.0, 0.03)}  # KV capacity over the largest batch it held
+PROMPT_PRIORS = {
+    "lm-arena-chat": (250.0, 0.03),
+    "sourcegraph-fim": (850.0, 0.03),
+}  # KV capacity over the largest batch it held
 ASSUMED_PROMPTS = {"gpqa": 250.0}  # no row of the task is in the data; outputs of thousands of tokens outweigh it
-PRIOR_WEIGHT = 0.3
-ROBUST_FROM = 0.1  # relative error from which a row weighs less
+PRIOR_WEIGHT = 1.0
+ROBUST_FROM = 0.03  # relative error from which a row weighs less
 
 
 def fit(folder: Path) -> dict[str, Any]:
@@ -311,22 +153,26 @@ def fit(folder: Path) -> dict[str, Any]:
         free = {t: p for t, p in PROMPT_PRIORS.items() if t not in prompts and any(e[0].task == t for e in some)}
         k, silicon, lengths = _fit_board(some, spec, prompts, free)
         prompts |= lengths
-        out[name] = {"values": asdict(k), "activity": {n: getattr(silicon, n) for n in POWER_PRIORS}}
+        out[name] = {"values": asdict(k), "activity": {n: getattr(silicon, n) for n in ACTIVITY}}
     return out | {"_fitted_on": sorted({e[0].base for e in training}), "_prompt_tokens": prompts}
 
 
 def _fit_board(
-    some: Sequence[Sequence[Case]], spec: BoardSpec, prompts: Mapping[str, float], free: Mapping[str, tuple[float, float]]
+    some: Sequence[Sequence[Case]],
+    spec: BoardSpec,
+    prompts: Mapping[str, float],
+    free: Mapping[str, tuple[float, float]],
 ) -> tuple[StepConstants, Silicon, dict[str, float]]:
     """Times, then power, twice: power decides the clock where the limit binds."""
     times = TIME_PRIORS | dict(free)
-    watts = {n: (start[some[0][0].board], s) for n, (start, s) in POWER_PRIORS.items()} | ACTIVITY_PRIORS
+    board = some[0][0].board
+    watts = POWER_PRIORS[board] | ACTIVITY_PRIORS
     x, y = np.zeros(len(times)), np.zeros(len(watts))
 
     def made(x: FloatArray, y: FloatArray) -> tuple[StepConstants, Silicon, dict[str, float]]:
         t, w = _values(times, x), _values(watts, y)
         k = StepConstants(**{n: t[n] for n in TIME_PRIORS}, **{n: w[n] for n in ACTIVITY_PRIORS}, **GIVEN)
-        return k, spec.silicon._replace(**{n: w[n] for n in POWER_PRIORS}), {n: t[n] for n in free}
+        return k, _silicon(spec.silicon, w["busy"], w["stream"], PRODUCT_W_PER_GHZ[board]), {n: t[n] for n in free}
 
     def predicted(x: FloatArray, y: FloatArray) -> list[Prediction]:
         k, silicon, lengths = made(x, y)
@@ -343,6 +189,14 @@ def _fit_board(
         x = _least_squares(time_errors, np.array([s for _, s in times.values()]), x)
         y = _least_squares(power_errors, np.array([s for _, s in watts.values()]), y)
     return made(x, y)
+
+
+def _silicon(s: Silicon, busy: float, stream: float, product: float) -> Silicon:
+    """Activity terms, W/GHz, of which a saturated product takes what was measured of it."""
+    busy = min(busy, stream)
+    memory = stream - busy
+    tensor = product - busy - GEMM_MEMORY * memory
+    return s._replace(busy_w_per_ghz=busy, memory_w_per_ghz=memory, tensor_w_per_ghz=tensor)
 
 
 def _values(priors: Mapping[str, tuple[float, float]], x: FloatArray) -> dict[str, float]:
@@ -365,4 +219,4 @@ def _least_squares(errors: Any, spread: FloatArray, start: FloatArray) -> FloatA
         robust = np.sign(e) * np.sqrt(2.0 * (np.sqrt(1.0 + e**2) - 1.0))
         return np.concatenate([robust, PRIOR_WEIGHT * x / spread])
 
-    return np.asarray(least_squares(residuals, start, x_scale=0.1, diff_step=1e-3, max_nfev=8).x)
+    return np.asarray(least_squares(residuals, start, x_scale=0.1, diff_step=1e-3, max_nfev=14).x)
