@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,16 +89,16 @@ class StepTables(NamedTuple):
 
 
 def step_cost(
-    t: StepTables, prefill_tokens: int, prefill_sequences: int, decode_sequences: int, context_tokens: float,
-    attention_pairs: float, clock_mhz: float,
-) -> tuple[float, float, float, float]:  # fmt: skip
+    t: StepTables, prefill_tokens: Any, prefill_sequences: Any, decode_sequences: Any, context_tokens: Any,
+    attention_pairs: Any, clock_mhz: Any,
+) -> tuple[Any, Any, Any, Any]:  # fmt: skip
     """Seconds of a step, and its compute, memory and busy shares per board; see `StepBatch` for the arguments.
 
     Busy is the time in which kernels fill the SMs; waiting for links and for a hotter rank is not part of it. Plain
     arithmetic on numbers or arrays alike: the emulated engine calls it as it is, the simulator compiled.
     """
 
-    def overlapped(memory_s: FloatArray, core_s: FloatArray, p: FloatArray) -> FloatArray:  # inside: compiled with it
+    def overlapped(memory_s: Any, core_s: Any, p: Any) -> Any:  # inside: compiled with it
         most = np.maximum(memory_s, core_s) + NO_TIME_S
         return most * (1.0 + (np.minimum(memory_s, core_s) / most) ** p) ** (1.0 / p)
 

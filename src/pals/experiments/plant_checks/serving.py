@@ -386,4 +386,4 @@ def _least_squares(errors: Any, spread: FloatArray, start: FloatArray) -> FloatA
         robust = np.sign(e) * np.sqrt(2.0 * (np.sqrt(1.0 + e**2) - 1.0))
         return np.concatenate([robust, PRIOR_WEIGHT * x / spread])
 
-    return np.asarray(least_squares(residuals, start, x_scale=0.1, diff_step=1e-3, max_nfev=8).x)
+    return np.asarray(least_squares(residuals, start, x_scale=0.1, diff_step=1e-3, max_nfev=14).x)
