@@ -69,7 +69,9 @@ def emulated_rows() -> list[CheckRow]:
     booked = [simulate(case, until_s=found.last_token_s) for case, _, found in cases]
     own = [simulate(case, until_s=found.last_token_s, pace_when_planned=False) for case, _, found in cases]
     stale = sorted({case.name for case, kept, _ in cases if kept != digest(case)})
-    again = f"recorded with other constants of the plant, record anew (python -m {MODULE} --record): {'; '.join(stale)}; "
+    again = (
+        f"recorded with other constants of the plant, record anew (python -m {MODULE} --record): {'; '.join(stale)}; "
+    )
     rows = []
     for name, words, at_most in COMPARED:
         apart = max(abs(getattr(o, name) / getattr(f, name) - 1.0) for o, (_, _, f) in zip(own, cases, strict=True))

@@ -23,7 +23,8 @@ from pals.engines.emulated_world import emulating
 from pals.engines.model_zoo import full_name, local_folder, shipped_config
 from pals.engines.openai_client import RequestSpec
 from pals.experiments.trace import load_slice
-from pals.plant.llm_step import ModelShape, StepModel
+from pals.plant.architecture import ModelShape
+from pals.plant.llm_step import StepModel
 from pals.plant.specs import BoardSpec, parse_boards
 from pals.plant.workload import Workload
 
