@@ -111,7 +111,9 @@ def test_prefill_attention_grows_with_the_chunk_and_with_what_is_cached(board: s
 def test_a_window_bounds_what_attention_reads() -> None:
     c = board_kernels("h100-sxm5-80gb")
     sizes = {"batch": 8, "heads": 32, "kv_heads": 8, "head_dim": 128, "window": 1024}
-    near, far = kernels.generation_attention(c.generation["bfloat16"], kv_tokens=np.array([1024, 65536]), **sizes).total_s
+    near, far = kernels.generation_attention(
+        c.generation["bfloat16"], kv_tokens=np.array([1024, 65536]), **sizes
+    ).total_s
     assert near == far
 
 
@@ -132,13 +134,17 @@ def test_a_collective_takes_longer_for_more_bytes_and_nothing_on_one_board(board
     for kind in ("all_reduce", "nccl_all_reduce", "all_gather", "reduce_scatter", "alltoall"):
         never_falls(kernels.collective(known, kind, ranks=4, message_bytes=2.0 ** np.arange(8, 30)).total_s)
         assert kernels.collective(known, kind, ranks=1, message_bytes=1e6).total_s == 0
-    fast, plain = (kernels.collective(known, k, ranks=4, message_bytes=65536) for k in ("all_reduce", "nccl_all_reduce"))
+    fast, plain = (
+        kernels.collective(known, k, ranks=4, message_bytes=65536) for k in ("all_reduce", "nccl_all_reduce")
+    )
     assert fast.total_s <= plain.total_s
 
 
 @given(st.floats(1.0, 5.0), st.sampled_from(BOARDS), st.integers(1, 8192))
 @settings(max_examples=40, deadline=None)
-def test_a_lower_clock_slows_a_kernel_by_at_most_the_ratio_of_the_clocks(slower: float, board: str, tokens: int) -> None:
+def test_a_lower_clock_slows_a_kernel_by_at_most_the_ratio_of_the_clocks(
+    slower: float, board: str, tokens: int
+) -> None:
     t = kernels.gemm(board_kernels(board).gemm["bfloat16"], tokens, 4096, 4096)
     assert t.total_s * (1 - 1e-9) <= kernels.seconds(t, slower) <= t.total_s * slower * (1 + 1e-9)
 
@@ -176,7 +182,9 @@ def test_distinct_experts_follow_their_formula() -> None:
 
 
 @given(
-    st.sampled_from([(8, 2), (64, 8), (128, 8), (256, 8)]), st.sampled_from([1, 2, 4, 8]), st.sampled_from([0.0, 0.3, 1.0])
+    st.sampled_from([(8, 2), (64, 8), (128, 8), (256, 8)]),
+    st.sampled_from([1, 2, 4, 8]),
+    st.sampled_from([0.0, 0.3, 1.0]),
 )
 @settings(max_examples=40, deadline=None)
 def test_expected_load_pads_within_reason_and_the_hottest_rank_has_at_least_its_share(

@@ -10,6 +10,8 @@ import pytest
 from pals.core.errors import ConfigError
 from pals.experiments.plant_checks import kernels as check
 from pals.experiments.plant_checks.kernel_cases import Cases, held_out, joined, read_cases, subsample
+from pals.experiments.plant_checks.kernel_fit import fit_cases
+from pals.experiments.plant_checks.kernel_models import gemm_seconds
 from pals.experiments.plant_checks.kernel_profiles import HELD_OUT_MODEL, read_profiles
 from pals.experiments.plant_checks.routing import balanced_counts, benchmark_load
 from pals.plant import kernels
@@ -38,11 +40,11 @@ def test_a_whole_shape_is_held_out_or_not_whatever_the_rows_around_it() -> None:
 def test_a_fit_finds_constants_that_reproduce_the_kernels_it_was_shown() -> None:
     known = kernels.board_kernels("h100-sxm5-80gb").gemm["bfloat16"]
     board = kernels.constants_file()["h100-sxm5-80gb"]
-    cases = gemm_cases(check.gemm_seconds(known, gemm_cases()))
+    cases = gemm_cases(gemm_seconds(known, gemm_cases()))
 
-    fitted = check.fit_cases([cases], {**board["given"], **kernels.constants_file()["_formats"]["bfloat16"]})
+    fitted = fit_cases([cases], {**board["given"], **kernels.constants_file()["_formats"]["bfloat16"]})
 
-    again = check.gemm_seconds(kernels.GemmConstants(**{f: fitted[f] for f in known._fields}), cases)
+    again = gemm_seconds(kernels.GemmConstants(**{f: fitted[f] for f in known._fields}), cases)
     errors = np.abs(again / cases.seconds - 1)
     assert errors[cases.held_out].mean() < 0.02
     assert fitted["confidence"] == "A" and "made up" in fitted["fitted_on"]
