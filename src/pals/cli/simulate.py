@@ -18,10 +18,13 @@ from pals.cli.main import add_control_options, say
 from pals.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pals.experiments.simulated_load import LoadWish
     from pals.experiments.simulated_policies import Report
     from pals.experiments.simulated_run import PolicyResult, PolicyTask, Simulation
     from pals.models.profile import Profile
+    from pals.plant.workload import LengthSource
     from pals.runtime.config import Config
 
 OUT = "out/simulate"
@@ -62,6 +65,13 @@ def add_simulate(commands: Any) -> None:
         "--max-model-len", type=int, metavar="N", help="longer requests are left out (default: the model's context)"
     )
     p.add_argument("--no-enable-prefix-caching", action="store_true", help="compute every prompt in full")
+    p.add_argument(
+        "--faults", metavar="FILE", help="JSON or CSV of faults: time_s, kind, board, value (docs/simulate.md)"
+    )
+    p.add_argument("--perturb-seed", type=int, metavar="N", help="move the plant's constants at random, by this seed")
+    p.add_argument(
+        "--spread", type=float, metavar="S", help="how far: standard deviation of the factors (default 0.15)"
+    )
     p.add_argument("--workers", type=int, default=1, metavar="N", help="policies at a time (default 1)")
     p.add_argument("--journal", action="store_true", help="also write a journal for each policy, for `pals replay`")
     p.add_argument("--out", default=OUT, metavar="FOLDER", help=f"Parquet files, table, figure (default {OUT})")
@@ -73,6 +83,7 @@ def add_load_options(p: argparse.ArgumentParser) -> None:
         "--trace", default="azure-2023-conv", metavar="NAME|FILE",
         help="azure-2023-conv (default), azure-2023-code, mooncake-synthetic, servegen-m-large, vidur-arxiv, or a file",
     )  # fmt: skip
+    p.add_argument("--data", metavar="DIR", help="where the committed traces are (default: data/ of the checkout)")
     p.add_argument("--trace-format", metavar="NAME", help="of the file (default: known from its header)")
     p.add_argument("--lengths", metavar="NAME|FILE", help="draw prompt and output lengths from another trace")
     p.add_argument("--arrivals", default="trace", metavar="LAW", help="trace (default), poisson, or gamma:CV")
@@ -99,6 +110,7 @@ def simulate(args: argparse.Namespace) -> int:
     with stopping(stop):
         sim = simulation_of(args)
         tasks = tasks_of(args, sim)
+        check_tasks(sim, tasks)
         Path(args.out).mkdir(parents=True, exist_ok=True)
         describe(sim, tasks)
         with progress_of(sim, tasks) as report:
@@ -113,8 +125,10 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
         ConfigError: an unknown model, board or trace, or sizes that do not fit.
     """
     from pals.engines.model_zoo import read_config
+    from pals.experiments.simulated_faults import read_faults
     from pals.experiments.simulated_load import workload_of
     from pals.experiments.simulated_run import EMPTY, Simulation, capacity_per_s
+    from pals.plant.faults import FaultSchedule
     from pals.plant.specs import parse_boards
 
     spec, count = parse_boards(args.boards)
@@ -124,6 +138,8 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
         model=model, config=config, spec=spec, boards=count, max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens or batched_tokens(spec.name, spec.memory_gb, args.max_num_seqs),
         prefix_caching=not args.no_enable_prefix_caching, board_seed=args.seed_boards, context_tokens=1, workload=EMPTY,
+        perturb_seed=args.perturb_seed, spread=spread_of(args),
+        faults=read_faults(Path(args.faults), boards=count) if args.faults else FaultSchedule(),
     )  # fmt: skip
     replica = engine.replica()
     replica.advance(1e-3)  # compiled here where it was not before, so that no run's speed counts it
@@ -131,10 +147,34 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
     if context < 2:
         raise ConfigError(f"--max-model-len {context} leaves no room for a request. Nothing was started")
     engine = replace(engine, context_tokens=context)
-    workload = workload_of(wish, lambda lengths, rng: capacity_per_s(engine, lengths, rng))
-    return replace(
-        engine, workload=workload.within_context(context), left_out=int((workload.total_tokens > context).sum())
-    )
+
+    def capacity_of(lengths: LengthSource, rng: np.random.Generator) -> float:
+        answered = capacity_per_s(engine, lengths, rng)
+        say(f"capacity: {answered:.2f} requests/s at the launch settings, when work never lacks")
+        return answered
+
+    whole = workload_of(wish, capacity_of)
+    workload = whole.within_context(context)
+    if not len(workload):
+        raise ConfigError(f"every request is longer than {context} tokens, what this engine takes. Nothing was started")
+    return replace(engine, workload=workload, left_out=len(whole) - len(workload))
+
+
+def spread_of(args: argparse.Namespace) -> float:
+    """How far the plant's constants are moved.
+
+    Raises:
+        ConfigError: without a seed, or outside 0..0.5.
+    """
+    from pals.plant.perturb import SPREAD
+
+    if args.spread is None:
+        return SPREAD
+    if args.perturb_seed is None:
+        raise ConfigError("--spread needs --perturb-seed: without it nothing is moved. Nothing was started")
+    if not 0 <= args.spread <= 0.5:
+        raise ConfigError(f"--spread {args.spread:g} must lie in 0..0.5. Nothing was started")
+    return float(args.spread)
 
 
 def batched_tokens(board: str, memory_gb: float, max_num_seqs: int) -> int:
@@ -163,7 +203,7 @@ def wish_of(args: argparse.Namespace) -> LoadWish:
         )
     committed = any(t in COMMITTED or t.startswith("servegen-") for t in (args.trace, args.lengths or ""))
     return LoadWish(
-        trace=args.trace, folder=data_folder() / "traces" if committed else None, kind=args.trace_format,
+        trace=args.trace, folder=data_folder(Path(args.data) if args.data else None) / "traces" if committed else None, kind=args.trace_format,
         lengths=args.lengths, cv=None if law == "trace" else float(cv or 1.0), rate_per_s=args.rate, load=args.load,
         scaling=args.scaling, start_s=args.start_s, hours=args.hours, seed=args.seed,
     )  # fmt: skip
@@ -203,6 +243,16 @@ def tasks_of(args: argparse.Namespace, sim: Simulation) -> list[PolicyTask]:
             )
         )
     return tasks
+
+
+def check_tasks(sim: Simulation, tasks: Sequence[PolicyTask]) -> None:
+    """Raise `ConfigError` for what the last policy would be refused for, before the first has run for long."""
+    from pals.experiments.simulated_node import SimulatedGroup
+    from pals.experiments.simulated_run import rig_of
+
+    for task in tasks:
+        replica = sim.replica()
+        rig_of(sim, task, replica, SimulatedGroup(replica, sim.spec, sim.boards))
 
 
 def config_for(args: argparse.Namespace, sim: Simulation, policy: str) -> Config:
@@ -259,6 +309,10 @@ def describe(sim: Simulation, tasks: Sequence[PolicyTask]) -> None:
         f"engine: launch batch {sim.max_num_seqs}, {sim.max_num_batched_tokens} tokens a step, "
         f"prefix caching {'on' if sim.prefix_caching else 'off'}"
     )
+    if sim.perturb_seed is not None:
+        say(f"plant: constants moved by seed {sim.perturb_seed}, spread {sim.spread:g}")
+    if events := sim.faults.events:
+        say(f"faults: {', '.join(f'{e.kind} at {e.time_s:g} s' for e in events)}")
     say(f"load: {sim.workload.described()}{longer}")
     say(
         f"targets: {slo.throughput_tokens_s:g} tokens/s, TTFT p95 {slo.ttft_p95_s:g} s, TPOT p95 {1e3 * (slo.tpot_p95_s or 0):g} ms"
@@ -310,6 +364,11 @@ def conclude(
         console.print(
             f"{r.task.name}: {hours_text(r.event_s)} simulated in {r.wall_s:.1f} s, {r.event_s / r.wall_s:,.0f}x real time"
         )
+        if r.first_note is not None:
+            console.print(
+                f"{r.task.name}: {r.noted} ticks carry notes (column `notes`), the first at {r.first_note}",
+                soft_wrap=True,
+            )
     console.print(f"requests.parquet, ticks.parquet, outcomes.json{figure}: {folder}", soft_wrap=True)
     done = {r.task.name for r in results if r.complete}
     if rest := [t.name for t in tasks if t.name not in done]:
@@ -371,6 +430,8 @@ def metadata_of(args: argparse.Namespace, sim: Simulation, results: Sequence[Pol
         "pals.command": reproducing(args.given, policies, without=("--out", "--workers")),
         "pals.seed": str(args.seed),
         "pals.seed_boards": str(args.seed_boards),
+        "pals.perturb": json.dumps(None if sim.perturb_seed is None else [sim.perturb_seed, sim.spread]),
+        "pals.faults": json.dumps([asdict(e) for e in sim.faults.events]),
         "pals.model": sim.model,
         "pals.boards": f"{sim.boards}x{sim.spec.name}",
         "pals.load": sim.workload.described(),

@@ -10,9 +10,9 @@ from operator import attrgetter
 
 
 @cache
-def _values_of(kind: type) -> Callable[[object], tuple[object, ...]]:
-    """Reads all fields of a dataclass at once; asked for at every birth, so made once a class."""
-    names = [f.name for f in fields(kind)]
+def _floats_of(kind: type) -> Callable[[object], tuple[object, ...]]:
+    """Reads a dataclass's fields that may be floats, all at once; asked for at every birth, so made once a class."""
+    names = [f.name for f in fields(kind) if "float" in str(f.type)]
     if len(names) > 1:
         return attrgetter(*names)
     return lambda owner: tuple(getattr(owner, name) for name in names)
@@ -20,10 +20,11 @@ def _values_of(kind: type) -> Callable[[object], tuple[object, ...]]:
 
 def refuse_nan(owner: object) -> None:
     """Raise `ValueError` if any float field of the dataclass `owner` is NaN or infinite."""
-    for value in _values_of(type(owner))(owner):
+    kind: type = type(owner)
+    for value in _floats_of(kind)(owner):
         if isinstance(value, float) and not isfinite(value):
-            bad = next(f.name for f in fields(owner) if getattr(owner, f.name) is value)  # type: ignore[arg-type]
-            raise ValueError(f"{type(owner).__name__}.{bad} is {value}; unknown values are None, never NaN")
+            bad = next(f.name for f in fields(kind) if getattr(owner, f.name) is value)
+            raise ValueError(f"{kind.__name__}.{bad} is {value}; unknown values are None, never NaN")
 
 
 class Checked:

@@ -67,7 +67,8 @@ class Answers:
     def tpot_s(self) -> FloatArray:
         """Time per output token after the first, shape (requests,); NaN for fewer than two tokens."""
         gaps = np.where(self.output_tokens > 1, self.output_tokens - 1.0, np.nan)
-        return (self.last_token_s - self.first_token_s) / gaps
+        tpot_s: FloatArray = (self.last_token_s - self.first_token_s) / gaps
+        return tpot_s
 
     @staticmethod
     def of(results: Sequence[RequestResult]) -> Answers:
@@ -139,21 +140,17 @@ def outcome(name: str, results: Sequence[RequestResult], records: Sequence[TickR
     for record in records:
         if record.sample.time_s <= end_s + 1.0:
             tally.observe(record)
-    return outcome_of(name, answers, tally, slo)
-
-
-def outcome_of(name: str, answers: Answers, tally: PeriodTally, slo: Slo) -> Outcome:
-    """The same from arrays and counts; at least one request was answered.
-
-    Raises:
-        ValueError: the ticks do not cover the run.
-    """
-    done = answers.answered
-    span_s = float(np.nanmax(answers.last_token_s) - answers.sent_s.min())
     try:
-        energy_j = tally.mean_power_w() * span_s
+        return outcome_of(name, answers, tally, slo, mean_power_w=tally.mean_power_w())
     except ValueError as e:
         raise ValueError(f"{name}: {e}") from e
+
+
+def outcome_of(name: str, answers: Answers, tally: PeriodTally, slo: Slo, *, mean_power_w: float) -> Outcome:
+    """The same from arrays and counts, and the mean power of all boards; at least one request was answered."""
+    done = answers.answered
+    span_s = float(np.nanmax(answers.last_token_s) - answers.sent_s.min())
+    energy_j = mean_power_w * span_s
     tokens = int(answers.output_tokens[done].sum())
     ttft, tpot = answers.ttft_s[done], answers.tpot_s[done]
     ttft, tpot = ttft[~np.isnan(ttft)], tpot[~np.isnan(tpot)]

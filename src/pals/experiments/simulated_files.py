@@ -56,6 +56,7 @@ TICK_COLUMNS = {
     "kv_usage": "float32",
     "over_budget_s": "float32",
     "reason": "string",
+    "notes": "string",
 }
 FIGURE_COLUMNS = (
     "time_s", "power_w", "limit_w", "budget_w", "active_limit", "running", "waiting", "output_tokens"
@@ -70,9 +71,14 @@ class TickFile:
         self._policy = policy
         self._rows = list[tuple[Any, ...]]()
         self._before = (0, 0, 0)
+        self.noted = 0  # ticks with notes
+        self.first_note: str | None = None
 
     def take(self, record: TickRecord) -> None:
         """Append one record."""
+        if record.notes:
+            self.noted += 1
+            self.first_note = self.first_note or f"{record.sample.time_s:g} s: {record.notes[0]}"
         sample, engine = record.sample, record.sample.engine
         boards = sample.boards
         if engine is None or not boards:
@@ -85,6 +91,7 @@ class TickFile:
             sum(record.enforced_limits_w), sum(b.sm_clock_mhz for b in boards) / len(boards),
             max(b.temperature_c or 0.0 for b in boards), engine.active_limit, engine.running, engine.waiting, output, prefill,
             preempted, engine.kv_usage, record.over_budget_s, record.guarded.reason,
+            "; ".join(record.notes) or None,
         ))  # fmt: skip
         if len(self._rows) == TICKS_A_GROUP:
             self._flush()

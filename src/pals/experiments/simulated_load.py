@@ -69,6 +69,11 @@ def workload_of(wish: LoadWish, capacity_of: Callable[[LengthSource, np.random.G
         prompt, output = lengths.draw(len(w), wish.rng(2))
         w = replace(w, name=f"{w.name}, lengths of {lengths.name}", prompt_tokens=prompt, output_tokens=output,
                     prefix_tokens=np.zeros(len(w), np.int32))  # fmt: skip
+    return _some(w)
+
+
+def _some(w: Workload) -> Workload:
+    """`w`, or `ConfigError` where nobody arrives."""
     if not len(w):
         raise ConfigError(f"{w.name}: no request arrives in the time asked for. Nothing was started")
     return w
@@ -106,7 +111,7 @@ def _arrivals(
         return source.workload(start_s=wish.start_s, duration_s=duration_s, rate_per_s=rate, rng=wish.rng(4))
     if not isinstance(source, Workload):
         raise ConfigError(f"{source.name} holds no arrivals. Nothing was started")
-    w = source.between(wish.start_s, float("inf")) if wish.start_s else source
+    w = _some(source.between(wish.start_s, float("inf")) if wish.start_s else source)
     if rate is not None:
         w = at_rate(w, rate, how=wish.scaling, rng=wish.rng(5))
     return w if wish.hours is None else tiled(w, duration_s, rng=wish.rng(6))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from pals.core.errors import NotSupportedError
 from pals.core.quantities import BoardInfo, BoardWrite, EngineInfo, EngineSample, OperatingPoint, PowerSample
 from pals.plant.specs import CLOCK_STEP_MHZ, DRIVER, BoardSpec
 
@@ -37,53 +38,74 @@ class SteeredReplica(Protocol):
     @property
     def now_s(self) -> float: ...
     def boards(self) -> Sequence[BoardReading]: ...
-    def limits_in_force_w(self) -> Sequence[float]: ...
+    def board(self, i: int) -> BoardReading: ...
+    def limit_w(self, board: int) -> float: ...
     def counters(self) -> EngineSample: ...
-    def set_limit_w(self, watts: float) -> None: ...
-    def set_clock_lock(self, mhz: int | None) -> None: ...
+    def inject(self, board: int, fault: str, value: float = 1.0) -> None: ...
+    def set_limit_w(self, watts: float, board: int | None = None) -> None: ...
+    def set_clock_lock(self, mhz: int | None, board: int | None = None) -> None: ...
     def set_active_sequences(self, n: int | None, lowering: str = "drain") -> None: ...
 
 
 class SimulatedGroup:
-    """The boards of one replica; they are set together, as their engine's agent does anyway."""
+    """The boards of one replica as a driver would show them; all are read at once, unless one is lost."""
 
-    def __init__(self, replica: SteeredReplica, spec: BoardSpec) -> None:
-        self._replica, self.spec = replica, spec
+    def __init__(self, replica: SteeredReplica, spec: BoardSpec, count: int) -> None:
+        self._replica, self.spec, self.count = replica, spec, count
         self._readings: Sequence[BoardReading] = ()
-        self._limits_w: Sequence[float] = ()
-        self._read_at_s = self._looked_at_s = -1.0
-        self._asked: tuple[float, int | None] = (spec.default_limit_w, None)
+        self._read_at_s = -1.0
+        self._asked: list[tuple[float, int | None]] = [(spec.default_limit_w, None)] * count
+        self._lost, self._without_setters = set[int](), set[int]()
+
+    def inject(self, i: int, fault: str, value: float) -> None:
+        """Begin a fault of board `i`, by the name the plant has for it; the value 0 ends it."""
+        concerned = {"lost": self._lost, "not_supported": self._without_setters}.get(fault)
+        if concerned is not None:
+            (concerned.add if value else concerned.discard)(i)
+        if fault != "not_supported":
+            self._replica.inject(i, fault, value)
+        self._read_at_s = -1.0
 
     def reading(self, i: int) -> BoardReading:
-        """Board `i` now."""
+        """Board `i` now.
+
+        Raises:
+            DeviceLostError: it is lost.
+        """
+        if self._lost:
+            return self._replica.board(i)
         if self._read_at_s != self._replica.now_s:
             self._readings, self._read_at_s = self._replica.boards(), self._replica.now_s
         return self._readings[i]
 
     def limit_w(self, i: int) -> float:
         """The limit that board `i` obeys now."""
-        if self._looked_at_s != self._replica.now_s:
-            self._limits_w, self._looked_at_s = self._replica.limits_in_force_w(), self._replica.now_s
-        return self._limits_w[i]
+        return self._replica.limit_w(i)
 
     def now_s(self) -> float:
         """Event time."""
         return self._replica.now_s
 
-    def write(self, limit_w: float, clock_mhz: int | None) -> None:
-        """Bring all boards to this limit and clock ceiling.
+    def write(self, i: int, limit_w: float, clock_mhz: int | None) -> None:
+        """Bring board `i` to this limit and clock ceiling; the driver is not asked for what it was told last.
 
         Raises:
-            ValueError: outside the boards' range; nothing was changed.
+            ValueError: outside the board's range; nothing was changed.
+            DeviceLostError, PermissionDeniedError, NotSupportedError: a fault of the board; nothing was changed.
         """
-        asked_w, asked_mhz = self._asked
-        if (limit_w, clock_mhz) == (asked_w, asked_mhz):
+        asked_w, asked_mhz = self._asked[i]
+        if (limit_w, clock_mhz) == (asked_w, asked_mhz) and i not in self._lost:
             return
-        if limit_w != asked_w:
-            self._replica.set_limit_w(limit_w)
+        if i in self._without_setters:
+            raise NotSupportedError(
+                f"simulated board {i}: writing is not supported; {self.limit_w(i):.0f} W is still in force."
+            )
+        if limit_w != asked_w or i in self._lost:
+            self._replica.set_limit_w(limit_w, i)
         if clock_mhz != asked_mhz:
-            self._replica.set_clock_lock(clock_mhz)
-        self._asked, self._read_at_s, self._looked_at_s = (limit_w, clock_mhz), -1.0, -1.0
+            self._replica.set_clock_lock(clock_mhz, i)
+        self._asked[i] = (limit_w, clock_mhz)
+        self._read_at_s = -1.0
 
 
 class SimulatedBoard:
@@ -125,7 +147,11 @@ class SimulatedBoard:
         """Nothing is announced: no limit outlives a simulation."""
 
     def read(self) -> PowerSample:
-        """The sensors at this instant of event time."""
+        """The sensors at this instant of event time.
+
+        Raises:
+            DeviceLostError: the board is lost.
+        """
         r = self._group.reading(self._index)
         return PowerSample(
             time_s=self._group.now_s(),
@@ -138,17 +164,18 @@ class SimulatedBoard:
         )
 
     def apply(self, wanted: OperatingPoint) -> OperatingPoint:
-        """Set the group to `wanted`; return what this board then has in force.
+        """Set the board to `wanted`; return what it then has in force.
 
         Raises:
             ValueError: outside the board's range; nothing was changed.
+            DeviceLostError, PermissionDeniedError, NotSupportedError: a fault of the schedule; nothing was changed.
         """
-        self._group.write(wanted.power_limit_w, wanted.sm_clock_mhz)
+        self._group.write(self._index, wanted.power_limit_w, wanted.sm_clock_mhz)
         return OperatingPoint(power_limit_w=self._group.limit_w(self._index), sm_clock_mhz=wanted.sm_clock_mhz)
 
     def restore(self) -> None:
         """Back to the default limit, without a clock lock."""
-        self._group.write(self._info.found_limit_w, None)
+        self._group.write(self._index, self._info.found_limit_w, None)
 
 
 class SimulatedEngine:

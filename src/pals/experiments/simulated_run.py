@@ -7,13 +7,14 @@ same twice. Figures that come from here are simulated.
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,18 +23,24 @@ from pals.control.policies import build_policy
 from pals.core.errors import ConfigError, ProfileMismatchError
 from pals.core.quantities import BoardInfo, EngineInfo, fingerprint_of
 from pals.experiments.outcome import Answers, Outcome, PeriodTally, outcome_of
+from pals.experiments.simulated_faults import TimedFaults
 from pals.experiments.simulated_files import TickFile
 from pals.experiments.simulated_node import SimulatedBoard, SimulatedEngine, SimulatedGroup, engine_info
 from pals.models.profile import Profile
-from pals.plant.llm_step import ModelShape, StepModel
+from pals.plant.architecture import ModelShape
+from pals.plant.faults import FaultSchedule
+from pals.plant.llm_step import StepModel
+from pals.plant.perturb import SPREAD, perturb
 from pals.plant.replica import Replica
 from pals.plant.specs import BoardSpec
+from pals.plant.step_constants import step_constants
 from pals.plant.workload import LengthSource, Workload
 from pals.runtime.agent import policy_settings
 from pals.runtime.config import Config
 from pals.runtime.journal import Journal, JournalHeader
 from pals.runtime.tick import Rig, TickRecord, TickState, tick
 
+T = TypeVar("T")
 TAIL_S = 1.0  # ticks after the last token, so that they cover it
 LOOK_EVERY = 256  # ticks between two looks at whether to stop, and two reports
 VALIDATION = "docs/plant-validation.json"
@@ -58,6 +65,9 @@ class Simulation:
     context_tokens: int  # prompt and output of the longest request
     workload: Workload
     left_out: int = 0  # requests longer than that
+    faults: FaultSchedule = field(default_factory=FaultSchedule)
+    perturb_seed: int | None = None  # other constants of the plant, drawn from this seed; None: the plant as it is
+    spread: float = SPREAD
 
     @property
     def model_context(self) -> int:
@@ -83,18 +93,30 @@ class Simulation:
             f"pals emulate profile {self.model} --boards {boards} --max-num-seqs {self.max_num_seqs} --out profile.json"
         )
 
+    def moved(self, thing: T) -> T:
+        """Constants of the plant, moved where that is asked for; whatever a driver reports stays."""
+        return thing if self.perturb_seed is None else perturb(thing, seed=self.perturb_seed, spread=self.spread)
+
+    def step_model(self, popularity_cv: float | None = None, host_factor: float = 1.0) -> StepModel:
+        """Step times; with another popularity of experts, or more or less host time, where something drifted."""
+        k = self.moved(step_constants(self.spec))
+        k = replace(
+            k, popularity_cv=k.popularity_cv if popularity_cv is None else popularity_cv, host_s=k.host_s * host_factor,
+            host_per_sequence_s=k.host_per_sequence_s * host_factor,
+        )  # fmt: skip
+        return StepModel(
+            ModelShape.from_config(self.config), self.moved(self.spec), tensor_parallel=self.boards, constants=k,
+            max_tokens=self.max_num_batched_tokens,
+        )  # fmt: skip
+
     def replica(self) -> Replica:
         """A new one at time 0, without requests.
 
         Raises:
             ConfigError: the model does not fit the boards, or sizes do not fit one another.
         """
-        step_model = StepModel(
-            ModelShape.from_config(self.config), self.spec, tensor_parallel=self.boards,
-            max_tokens=self.max_num_batched_tokens,
-        )  # fmt: skip
         return Replica(
-            step_model, self.spec, boards=self.boards, max_num_seqs=self.max_num_seqs,
+            self.step_model(), self.moved(self.spec), boards=self.boards, max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens, prefix_caching=self.prefix_caching,
             board_seed=self.board_seed,
         )  # fmt: skip
@@ -123,6 +145,8 @@ class PolicyResult:
     event_s: float
     wall_s: float
     complete: bool  # False: stopped before the last token
+    noted: int  # ticks that carry notes
+    first_note: str | None
 
 
 def run_policy(
@@ -135,28 +159,64 @@ def run_policy(
     """
     began_s = time.perf_counter()
     replica, slo, w = sim.replica(), task.config.slo, sim.workload
-    rig = rig_of(sim, task, replica)
+    group = SimulatedGroup(replica, sim.spec, sim.boards)
+    rig = rig_of(sim, task, replica, group)
     replica.submit(w)
-    tally = PeriodTally(float(w.arrival_s[0]))
+    tally, energy = PeriodTally(float(w.arrival_s[0])), EnergySpan(replica, float(w.arrival_s[0]))
     with ExitStack() as exits:
+        exits.enter_context(quiet_log())
         ticks = exits.enter_context(closing(TickFile(task.ticks, task.name)))
-        sinks: list[Callable[[TickRecord], None]] = [ticks.take, tally.observe]
+        sinks: list[Callable[[TickRecord], None]] = [ticks.take, tally.observe, energy.observe]
         if task.journal is not None:
             header = header_of(sim, task, [m.info for m in rig.meters])
             sinks.append(exits.enter_context(closing(Journal(task.journal, header))).append)
-        event_s, complete = drive(replica, rig, task.config, sinks, stop=stop, report=report)
+        faults = TimedFaults(sim.faults, replica, group, sim.step_model)
+        event_s, complete = drive(faults, replica, rig, task.config, sinks, stop=stop, report=report)
     answers, extra = answers_of(replica, w)
-    try:
-        told = outcome_of(task.name, answers, tally, slo) if answers.answered.any() else None
-    except ValueError as e:
-        raise ConfigError(f"{e}: the simulated time is too short. Simulate longer") from e
+    mean_w = energy.mean_power_w()
+    told = None
+    if answers.answered.any() and mean_w is not None:
+        told = outcome_of(task.name, answers, tally, slo, mean_power_w=mean_w)
     return PolicyResult(
-        task=task, answers=answers, extra=extra, outcome=told, event_s=event_s, complete=complete,
+        task=task, answers=answers, extra=extra, outcome=told, event_s=event_s, complete=complete, noted=ticks.noted,
+        first_note=ticks.first_note,
         wall_s=time.perf_counter() - began_s,
     )  # fmt: skip
 
 
+@contextmanager
+def quiet_log() -> Iterator[None]:
+    """Notes of ticks go to the file of ticks alone: hours of them would drown a terminal."""
+    log = logging.getLogger("pals")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+class EnergySpan:
+    """What the plant's boards really drew from the first request on, whatever their meters say."""
+
+    def __init__(self, replica: Replica, start_s: float) -> None:
+        self._replica, self._start_s = replica, start_s
+        self._first: tuple[float, float] | None = None
+
+    def observe(self, record: TickRecord) -> None:
+        """Note where the span begins."""
+        if self._first is None and record.sample.time_s >= self._start_s:
+            self._first = (record.sample.time_s, self._replica.energy_j())
+
+    def mean_power_w(self) -> float | None:
+        """All boards, up to now; None before the span has any length."""
+        if self._first is None or self._replica.now_s <= self._first[0]:
+            return None
+        return (self._replica.energy_j() - self._first[1]) / (self._replica.now_s - self._first[0])
+
+
 def drive(
+    faults: TimedFaults,
     replica: Replica,
     rig: Rig,
     config: Config,
@@ -170,7 +230,7 @@ def drive(
     ends_s = float("inf")
     while True:
         now_s = slot * period_s
-        replica.advance(now_s)
+        faults.advance(now_s)
         record, state = tick(rig, state, config.budget.at(now_s), config.slo, now_s)
         for sink in sinks:
             sink(record)
@@ -185,13 +245,13 @@ def drive(
         slot += 1
 
 
-def rig_of(sim: Simulation, task: PolicyTask, replica: Replica) -> Rig:
+def rig_of(sim: Simulation, task: PolicyTask, replica: Replica, group: SimulatedGroup) -> Rig:
     """The parts that `tick` steers, as live ones; the mode `advise` leaves the actuators out.
 
     Raises:
         ConfigError: the policy or its profile does not fit.
     """
-    group, info, control = SimulatedGroup(replica, sim.spec), sim.engine, task.config.control
+    info, control = sim.engine, task.config.control
     boards = [SimulatedBoard(group, i) for i in range(sim.boards)]
     guard = Guard.of([b.info for b in boards], sim.max_num_seqs)
     if task.profile is not None:
@@ -264,16 +324,12 @@ def capacity_per_s(sim: Simulation, lengths: LengthSource, rng: np.random.Genera
     if len(fitting) < 8:
         raise ConfigError(f"nearly all requests are longer than {sim.context_tokens} tokens. Nothing was started")
     count, prompt, output = len(fitting), prompt[fitting], output[fitting]
+    backlog = Workload(
+        name="backlog", arrival_s=np.zeros(count), prompt_tokens=prompt, output_tokens=output,
+        prefix_tokens=np.zeros(count, np.int32),
+    )  # fmt: skip
     replica = sim.replica()
-    replica.submit(
-        Workload(
-            name="backlog",
-            arrival_s=np.zeros(count),
-            prompt_tokens=prompt,
-            output_tokens=output,
-            prefix_tokens=np.zeros(count, np.int32),
-        )  # fmt: skip
-    )
+    replica.submit(backlog)
     replica.run()
     ended_s = np.sort(replica.results().last_token_s)
     first, last = count // 4, 3 * count // 4  # neither filling nor running dry

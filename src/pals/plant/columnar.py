@@ -28,6 +28,8 @@ def read_columns(path: Path, columns: Sequence[str], *, what: str) -> Columns:
         ConfigError: the file is missing or broken, or lacks a column; or pyarrow is not installed.
     """
     pa = _pyarrow()
+    if not path.is_file():
+        raise ConfigError(f"cannot read {what}: there is no file {path}")
     try:
         table = pa.parquet.read_table(path) if path.suffix == ".parquet" else pa.csv.read_csv(path)
     except (OSError, pa.ArrowException) as e:

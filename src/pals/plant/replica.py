@@ -152,19 +152,23 @@ class Replica:
         while not self.finished:
             self.advance(self.now_s + chunk_s)
 
-    def set_limit_w(self, watts: float) -> None:
-        """Power limit of each board; acts some milliseconds later.
+    def set_limit_w(self, watts: float, board: int | None = None) -> None:
+        """Power limit of one board, None: of each; acts some milliseconds later.
 
         Raises:
             ValueError: outside the boards' range; nothing was changed.
             DeviceLostError: a board is lost; the others were written.
             PermissionDeniedError: a board refuses; the others were written.
         """
-        self._boards.set_limit_w(watts)
+        self._boards.set_limit_w(watts, board)
 
-    def set_clock_lock(self, mhz: int | None) -> None:
-        """Ceiling of the SM clock of each board; None releases it. Raises as `set_limit_w`."""
-        self._boards.set_clock_lock(mhz)
+    def set_clock_lock(self, mhz: int | None, board: int | None = None) -> None:
+        """Ceiling of the SM clock of one board, None: of each; `mhz` None releases it. Raises as `set_limit_w`."""
+        self._boards.set_clock_lock(mhz, board)
+
+    def limit_w(self, board: int) -> float:
+        """The limit that a board reports as enforced, W."""
+        return self._boards.limit_w(board)
 
     def inject(self, board: int, fault: str, value: float = 1.0) -> None:
         """Set a fault of one board; 0 removes it.

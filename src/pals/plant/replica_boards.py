@@ -82,34 +82,41 @@ class ReplicaBoards:
         top_mhz = self._m.boards["top_mhz"] // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ
         return np.asarray(np.clip(stepped, self._spec.min_sm_clock_mhz, top_mhz))
 
-    def set_limit_w(self, watts: float) -> None:
+    def set_limit_w(self, watts: float, only: int | None = None) -> None:
         """See `Replica.set_limit_w`."""
-        spec, in_force_w = self._spec, float(self._m.boards["limit_w"][0])
+        spec, in_force_w = self._spec, float(self._m.boards["limit_w"][only or 0])
         if not spec.min_limit_w <= watts <= spec.max_limit_w:
             raise ValueError(
                 f"{watts} W lies outside {spec.min_limit_w}..{spec.max_limit_w} W of {spec.nvml_name}; {in_force_w} W stays "
                 "in force"
             )
-        self._write("limit_w", np.full(len(self._m.boards), round(watts * 1000.0) / 1000.0))
+        self._write("limit_w", np.full(len(self._m.boards), round(watts * 1000.0) / 1000.0), only)
 
-    def set_clock_lock(self, mhz: int | None) -> None:
+    def set_clock_lock(self, mhz: int | None, only: int | None = None) -> None:
         """See `Replica.set_clock_lock`."""
-        self._write("lock_mhz", self.ceiling_mhz(self._spec.max_sm_clock_mhz if mhz is None else mhz))
+        self._write("lock_mhz", self.ceiling_mhz(self._spec.max_sm_clock_mhz if mhz is None else mhz), only)
 
-    def _write(self, name: str, values: np.ndarray) -> None:
-        """Write all boards that can be written, then say which could not."""
-        lost = [i for i, f in enumerate(self._flags) if f["lost"]]
-        denied = [i for i, f in enumerate(self._flags) if f["denied"] and i not in lost]
-        for i in range(len(values)):
+    def limit_w(self, i: int) -> float:
+        """The limit that board `i` would report as enforced, W."""
+        b = self._m.boards
+        return float(min(b["limit_w"][i], b["external_w"][i]))
+
+    def _write(self, name: str, values: np.ndarray, only: int | None) -> None:
+        """Write board `only`, None: all boards that can be written; then say which could not."""
+        chosen = range(len(values)) if only is None else (only,)
+        lost = [i for i in chosen if self._flags[i]["lost"]]
+        denied = [i for i in chosen if self._flags[i]["denied"] and i not in lost]
+        for i in chosen:
             if i not in (*lost, *denied) and self._m.boards[name][i] != values[i]:
                 self._m.boards[name][i] = values[i]
                 self._m.boards["acts_at_s"][i] = self._acts_at_s(i)
+        others = "; the others of its replica were written" * (only is None)
         if lost:
-            raise DeviceLostError(f"simulated board {lost[0]} is lost; the others of its replica were written")
+            raise DeviceLostError(f"simulated board {lost[0]} is lost{others}")
         if denied:
             raise PermissionDeniedError(
-                f"simulated board {denied[0]}: the driver refused (no permission); what was in force stays, the others of its "
-                "replica were written"
+                f"simulated board {denied[0]}: the driver refused (no permission); {self.limit_w(denied[0]):.0f} W is still in "
+                f"force{others}."
             )
 
     def _acts_at_s(self, i: int) -> float:

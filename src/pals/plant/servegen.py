@@ -109,7 +109,8 @@ def _spread(count: int, law: str, shape: float, rng: np.random.Generator) -> Flo
         raise ConfigError(f"unknown law {law!r} of gaps; known: {', '.join(LAWS)}. Nothing was started")
     gaps = rng.gamma(shape, 1.0, count + 1) if law == "Gamma" else rng.weibull(shape, count + 1)
     ends = np.cumsum(gaps)
-    return ends[:-1] * (WINDOW_S / ends[-1])
+    times_s: FloatArray = ends[:-1] * (WINDOW_S / ends[-1])
+    return times_s
 
 
 def read_client_models(folder: Path, model: str) -> ClientModels:

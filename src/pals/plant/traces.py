@@ -175,7 +175,7 @@ def trace_path(trace: str, folder: Path | None) -> Path:
     path = Path(trace)
     if not path.is_file():
         raise ConfigError(
-            f"no trace {trace!r}: no such file, and the traces known by name are {', '.join(COMMITTED)}. Nothing was started"
+            f"no trace {trace!r}: no such file, and the traces known by name are {', '.join(COMMITTED)} and servegen-m-large. Nothing was started"
         )
     return path
 
@@ -231,7 +231,7 @@ def opened(path: Path) -> Iterator[IO[str]]:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         plain = gzip.GzipFile(fileobj=raw) if packed else raw
-        yield io.TextIOWrapper(plain, encoding="utf-8", newline="")  # type: ignore[arg-type]
+        yield io.TextIOWrapper(plain, encoding="utf-8", newline="")
 
 
 def bad_row(path: Path, row: int, why: str) -> ConfigError:
@@ -367,8 +367,9 @@ def _first_turn(path: Path, n: int, entry: Mapping[str, Any]) -> dict[str, int] 
     turns = entry["conversations"]
     if not isinstance(turns, list):
         raise bad_row(path, n, "conversations is no list; correct it")
-    texts = [t.get("value") for t in turns[:2] if isinstance(t, dict)]
-    if len(texts) < 2 or not all(isinstance(t, str) and t for t in texts):
+    told = [t.get("value") for t in turns[:2] if isinstance(t, dict)]
+    texts = [t for t in told if isinstance(t, str) and t]
+    if len(texts) < 2:
         return None
     tokens = [math.ceil(len(t) / CHARACTERS_PER_TOKEN) for t in texts]
     return {"input_tokens": tokens[0], "output_tokens": tokens[1]}

@@ -138,7 +138,8 @@ class LengthHistogram:
         """Shape (count,), at least 1 token each."""
         i = rng.choice(len(self.weight), size=count, p=self.weight / self.weight.sum())
         exact = self.low[i] + rng.random(count) * (self.high[i] - self.low[i])
-        return np.maximum(1, np.floor(exact + rng.random(count))).astype(np.int32)
+        drawn: TokenArray = np.maximum(1, np.floor(exact + rng.random(count))).astype(np.int32)
+        return drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
