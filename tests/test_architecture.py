@@ -78,7 +78,9 @@ def test_formats_store_what_their_names_say() -> None:
         ({"quant_method": "awq"}, "int4", "int4"),
     ],
 )
-def test_a_config_says_how_its_weights_are_stored(quantization: dict[str, object], attention: str, experts: str) -> None:
+def test_a_config_says_how_its_weights_are_stored(
+    quantization: dict[str, object], attention: str, experts: str
+) -> None:
     shape = ModelShape.from_config({**config("Qwen--Qwen3-30B-A3B"), "quantization_config": quantization})
 
     assert (shape.attention_format, shape.expert_format) == (attention, experts)

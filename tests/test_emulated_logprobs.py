@@ -11,8 +11,8 @@ import pytest
 from benchmarks.scheduler_harness import Driver, engine_config, make_scheduler, request
 
 from pals.engines.emulated_device import BookedStep, EmulatedDevice
-from pals.plant.boards import BoardBank
 from pals.plant.architecture import ModelShape
+from pals.plant.boards import BoardBank
 from pals.plant.llm_step import StepModel
 from pals.plant.specs import board_specs
 

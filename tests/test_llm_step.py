@@ -160,7 +160,9 @@ def test_layouts_divide_the_work() -> None:
     assert stages.seconds > one  # the stages come one after the other
     assert stages.load.busy == pytest.approx(qwen().step(DECODE_64, 1980).load.busy / 2, rel=0.05)
     ranks = qwen(data_parallel=2, expert_parallel=True)
-    assert ranks.step(DECODE_64, 1980).seconds < one  # each rank holds half of the experts, all ranks' tokens visit them
+    assert (
+        ranks.step(DECODE_64, 1980).seconds < one
+    )  # each rank holds half of the experts, all ranks' tokens visit them
 
 
 def test_without_cuda_graphs_the_host_sets_the_pace_and_the_clock_does_nothing() -> None:

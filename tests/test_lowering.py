@@ -15,8 +15,8 @@ from benchmarks.scheduler_harness import Driver, block_hasher, engine_config, gr
 
 from pals.core.quantities import LOWERINGS
 from pals.engines.emulated_device import EmulatedDevice
-from pals.plant.boards import BoardBank
 from pals.plant.architecture import ModelShape
+from pals.plant.boards import BoardBank
 from pals.plant.llm_step import StepModel
 from pals.plant.specs import board_specs
 from pals.runtime.channel import AgentChannel, EngineChannel

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from pals.core.errors import ConfigError, DeviceLostError, PermissionDeniedError
 from pals.core.quantities import LATENCY_BOUNDS_S
 from pals.engines.model_zoo import shipped_config
+from pals.plant.architecture import ModelShape
 from pals.plant.fleet import ROUTERS, FleetSpec, route, simulate
-from pals.plant.llm_step import ModelShape, StepModel
+from pals.plant.llm_step import StepModel
 from pals.plant.replica import Replica
 from pals.plant.specs import BoardSpec, board_specs
 from pals.plant.workload import Workload
@@ -39,7 +40,10 @@ def make(**more: Any) -> Replica:
 
 def load(arrival_s: Any, prompt: Any, output: Any, prefix: Any = None) -> Workload:
     arrival_s = np.asarray(arrival_s, float)
-    fill = lambda v: np.broadcast_to(np.asarray(v, np.int32), arrival_s.shape).copy()  # noqa: E731
+
+    def fill(values: Any) -> np.ndarray:
+        return np.broadcast_to(np.asarray(values, np.int32), arrival_s.shape).copy()
+
     return Workload(
         name="a test's load",
         arrival_s=arrival_s,

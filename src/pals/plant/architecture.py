@@ -216,7 +216,7 @@ def _gqa(layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int) -> 
     }
 
 
-def _window_of(c: Mapping[str, Any], layers: int) -> dict[str, int]:
+def _window_of(c: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """Sliding-window layers, where the config has and uses them."""
     if not c.get("sliding_window") or not c.get("use_sliding_window", True):
         return {}
@@ -246,7 +246,7 @@ def _from_row(r: Mapping[str, Any]) -> ModelShape:
     moe_layers = int(r["moe_layers"])
     gated = 2 if str(r["model"]).startswith("gpt2") else 3
     experts = int(float(r["experts"])) if moe_layers else 0
-    parts: dict[str, float] = {
+    parts: dict[str, Any] = {
         "ffn_params": float(gated * hidden * float(r.get("dense_inter", 0))),
         "shared_params": float(3 * hidden * float(r.get("shared_inter", 0))) if moe_layers else 0.0,
         "router_params": float(hidden * experts),
@@ -280,7 +280,7 @@ def _from_row(r: Mapping[str, Any]) -> ModelShape:
     return shape.stored_as("fp8_block" if native == "fp8" else native)  # releases in 8 bits scale blocks
 
 
-def _family_window(model: str, layers: int) -> dict[str, int]:
+def _family_window(model: str, layers: int) -> dict[str, Any]:
     """The table has no column for it: gpt-oss looks back 128 tokens in every second layer (its config.json)."""
     return {"window": 128, "window_layers": layers // 2} if "gpt-oss" in model else {}
 

@@ -53,4 +53,4 @@ def _hottest(mean: FloatArray, variance: FloatArray, ranks: int, most: float) ->
     by_rank = np.array([part.sum(axis=1) for part in np.array_split(mean, ranks, axis=1)])
     own = np.array([part.sum(axis=1) for part in np.array_split(variance, ranks, axis=1)]).mean(axis=0)
     z = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
-    return np.minimum(most, by_rank.mean(axis=0) + z * np.sqrt(by_rank.var(axis=0) + own))
+    return np.asarray(np.minimum(most, by_rank.mean(axis=0) + z * np.sqrt(by_rank.var(axis=0) + own)))

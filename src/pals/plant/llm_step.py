@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from pals.plant.step_kernels import ParallelGroup
 FloatArray = NDArray[np.float64]
 
 NO_TIME_S = 1e-15  # keeps ratios finite where there is no work
+GIB = 2**30
 RESERVED_BYTES = 2e9  # activations, CUDA graphs, context: what vLLM keeps of a board besides weights and KV cache
 
 
@@ -89,16 +90,16 @@ class StepTables(NamedTuple):
 
 
 def step_cost(
-    t: StepTables, prefill_tokens: int, prefill_sequences: int, decode_sequences: int, context_tokens: float,
-    attention_pairs: float, clock_mhz: float,
-) -> tuple[float, float, float, float]:  # fmt: skip
+    t: StepTables, prefill_tokens: Any, prefill_sequences: Any, decode_sequences: Any, context_tokens: Any,
+    attention_pairs: Any, clock_mhz: Any,
+) -> tuple[Any, Any, Any, Any]:  # fmt: skip
     """Seconds of a step, and its compute, memory and busy shares per board; see `StepBatch` for the arguments.
 
     Busy is the time in which kernels fill the SMs; waiting for links and for a hotter rank is not part of it. Plain
     arithmetic on numbers or arrays alike: the emulated engine calls it as it is, the simulator compiled.
     """
 
-    def overlapped(memory_s: FloatArray, core_s: FloatArray, p: FloatArray) -> FloatArray:  # inside: compiled with it
+    def overlapped(memory_s: Any, core_s: Any, p: Any) -> Any:  # inside: compiled with it
         most = np.maximum(memory_s, core_s) + NO_TIME_S
         return most * (1.0 + (np.minimum(memory_s, core_s) / most) ** p) ** (1.0 / p)
 
@@ -199,7 +200,7 @@ class StepModel:
         other_bytes = self.shape.weight_bytes - expert_bytes
         ranks = self.group.expert_ranks if self.group.expert else self.group.tensor
         weights = (other_bytes / self.group.tensor + expert_bytes / ranks) / self.group.pipeline
-        usable = self.spec.memory_gb * 1e9 * utilization - RESERVED_BYTES
+        usable = self.spec.memory_gb * GIB * utilization - RESERVED_BYTES  # boards are named in GB and hold about so many GiB
         if weights >= usable:
             raise ConfigError(
                 f"weights need {weights / 1e9:.1f} GB per board, {self.spec.nvml_name} leaves {usable / 1e9:.1f} GB of "

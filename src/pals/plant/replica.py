@@ -292,14 +292,14 @@ def requests_of(workload: Workload) -> NDArray[Any]:
 def numbers(constants: Constants) -> Constants:
     """The same constants with every number a float and every array contiguous: one compiled signature for all."""
     hints = get_type_hints(type(constants))
-    return type(constants)(
-        *(
-            np.ascontiguousarray(v, dtype=np.float64)
-            if isinstance(v, np.ndarray)
-            else (int(v) if hints[name] is int else float(v))
-            for name, v in zip(constants._fields, constants, strict=True)
-        )
-    )
+    values: list[Any] = []
+    for name, value in zip(constants._fields, constants, strict=True):
+        given: Any = value
+        if isinstance(given, np.ndarray):
+            values.append(np.ascontiguousarray(given, dtype=np.float64))
+        else:
+            values.append(int(given) if hints[name] is int else float(given))
+    return type(constants)(*values)
 
 
 def _compiled() -> Callable[..., bool]:

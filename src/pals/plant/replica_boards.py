@@ -80,7 +80,7 @@ class ReplicaBoards:
         """The clock that boards locked to `wanted_mhz` run at, MHz, shape (boards,)."""
         stepped = wanted_mhz // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ
         top_mhz = self._m.boards["top_mhz"] // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ
-        return np.clip(stepped, self._spec.min_sm_clock_mhz, top_mhz)
+        return np.asarray(np.clip(stepped, self._spec.min_sm_clock_mhz, top_mhz))
 
     def set_limit_w(self, watts: float, only: int | None = None) -> None:
         """See `Replica.set_limit_w`."""

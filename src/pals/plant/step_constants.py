@@ -15,7 +15,6 @@ from pals.core.errors import ConfigError
 from pals.core.quantities import Checked
 from pals.plant.specs import BoardSpec
 
-
 HOST_TIMES = ("host_s", "host_per_sequence_s", "launch_layer_s", "launch_moe_layer_s")
 
 

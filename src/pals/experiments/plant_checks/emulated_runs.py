@@ -23,7 +23,8 @@ from pals.engines.emulated_world import emulating
 from pals.engines.model_zoo import full_name, local_folder, shipped_config
 from pals.engines.openai_client import RequestSpec
 from pals.experiments.trace import load_slice
-from pals.plant.llm_step import ModelShape, StepModel
+from pals.plant.architecture import ModelShape
+from pals.plant.llm_step import StepModel
 from pals.plant.specs import BoardSpec, parse_boards
 from pals.plant.workload import Workload
 
@@ -63,9 +64,9 @@ CASES: tuple[Case, ...] = (
     Case(model="Mixtral-8x7B-v0.1", boards="4xa100-sxm4-80gb", max_num_seqs=128, max_num_batched_tokens=8192,
          seconds=120.0, time_scale=0.5, power_limit_w=250.0),
     Case(model="Qwen3-30B-A3B", boards="h100-sxm5-80gb", max_num_seqs=256, max_num_batched_tokens=8192,
-         seconds=120.0, time_scale=0.5, power_limit_w=700.0, sm_clock_mhz=1410),
+         seconds=60.0, time_scale=1.0, power_limit_w=700.0, sm_clock_mhz=1410),
     Case(model="Qwen3-30B-A3B", boards="h100-sxm5-80gb", max_num_seqs=256, max_num_batched_tokens=8192,
-         seconds=180.0, time_scale=0.25, power_limit_w=700.0),
+         seconds=120.0, time_scale=1 / 3, power_limit_w=700.0),
     Case(model="DeepSeek-V3", boards="8xh200-sxm5-141gb", max_num_seqs=256, max_num_batched_tokens=8192,
          seconds=60.0, time_scale=1.0, power_limit_w=700.0),
     Case(model="DeepSeek-V3", boards="8xh200-sxm5-141gb", max_num_seqs=256, max_num_batched_tokens=8192,

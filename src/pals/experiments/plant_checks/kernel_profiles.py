@@ -12,12 +12,21 @@ from typing import Any
 import numpy as np
 
 from pals.core.errors import ConfigError
-from pals.experiments.plant_checks.kernel_cases import Cases, held_out
+from pals.experiments.plant_checks.kernel_cases import Cases, held_out, joined, read_cases
 from pals.experiments.plant_checks.measured import Table, read_table
 
 BOARDS = {"RTX4090": "rtx-4090", "RTXPRO6000": "rtx-pro-6000"}
 HELD_OUT_MODEL = "Qwen3-32B"
 PROFILES = ("attention", "dense", "per_sequence", "moe")
+
+
+def read_everything(folder: Path) -> list[Cases]:
+    """Kernel tables and layer profiles, one set for each operation, board and data type.
+
+    Raises:
+        ConfigError: the data are missing or broken.
+    """
+    return joined([*read_cases(folder), *read_profiles(folder)])
 
 
 def read_profiles(folder: Path) -> list[Cases]:

@@ -1,29 +1,34 @@
 """Request timelines of real vLLM 0.19 (LLMServingSim's ground truth) against the simulated replica: same arrivals, same lengths.
 
 What the runs do not state is read off their own time series, never off their latencies: the most sequences that ran while others
-waited, and the KV capacity from its usage. The token budget of 2,048 a step shows in all of them: 10,200 and 22,300 prompt tokens/s
-come in steps of 0.20 and 0.092 s.
+waited, the KV capacity from its usage, and of a MoE model how unevenly this text uses the experts, from the seconds in which the
+run drains (nothing waits, no prompt is computed). The token budget of 2,048 a step shows in all of them: 10,200 and 22,300
+prompt tokens/s come in steps of 0.20 and 0.092 s. Host time is fitted on one run (`FITTED_ON`) and judged on the others.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import csv
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.optimize import least_squares, minimize_scalar
 
 from pals.core.errors import ConfigError
 from pals.experiments.plant_checks.measured import read_table
 from pals.experiments.plant_checks.row import CheckRow, Residual, error_row
 from pals.plant.architecture import ModelShape, row_for
-from pals.plant.llm_step import StepModel
+from pals.plant.llm_step import StepBatch, StepModel
 from pals.plant.replica import Replica
 from pals.plant.specs import board_specs
 from pals.plant.workload import Workload
 
 FOLDER = "llmservingsim-vllm-ground-truth"
 BATCHED_TOKENS, DEFAULT_SEQS, BLOCK = 2048, 256, 16
+FITTED_ON = ("RTXPRO6000", "Llama-3.1-8B")
+LEAST_RUNNING = 4  # of a second that tells the step time: fewer, and tokens a second are too few to count
 BOARDS = {"RTX4090": "rtx-4090", "RTXPRO6000": "rtx-pro-6000"}
 
 
@@ -34,6 +39,7 @@ class Run:
     board: str  # as the files spell it
     model: str
     requests: dict[str, Any]
+    series: dict[str, Any]  # by second
     max_num_seqs: int
     kv_blocks: int | None  # None: it never mattered, memory decides
 
@@ -53,13 +59,15 @@ def read_runs(folder: Path) -> list[Run]:
         order = np.argsort(requests["arrival_s"], kind="stable")
         requests = {k: v[order] for k, v in requests.items()}
         series = read_table(
-            path.with_name(f"{board}__{model}__timeseries.csv"), ("t", "running", "waiting", "kv_cache_pct")
+            path.with_name(f"{board}__{model}__timeseries.csv"),
+            ("t", "prompt_throughput", "gen_throughput", "running", "waiting", "kv_cache_pct"),
         )
         runs.append(
             Run(
                 board=board,
                 model=model,
                 requests=requests,
+                series=series,
                 max_num_seqs=most_sequences(series),
                 kv_blocks=kv_blocks(series, requests),
             )
@@ -99,26 +107,59 @@ def kv_blocks(series: dict[str, Any], requests: dict[str, Any]) -> int | None:
 
 
 def step_model(folder: Path, run: Run) -> StepModel:
-    """The plant's step times of the run's model on its board.
+    """The plant's step times of the run's model on its board, experts used as unevenly as this text uses them.
 
     Raises:
         ConfigError: a board or model the plant does not know.
     """
     path = folder / "model-architectures" / "models.csv"
-    import csv
-
     with path.open(encoding="utf-8", newline="") as f:
         rows = {row["model"]: row for row in csv.DictReader(f)}
     found = row_for(run.model, rows)
     spec = board_specs().get(BOARDS.get(run.board, run.board.lower()))
     if found is None or spec is None:
-        raise ConfigError(f"{run.name}: the plant knows no such {'model' if found is None else 'board'}; add it to {path}")
-    return StepModel(ModelShape.from_row(rows[found]), spec, tensor_parallel=1)
+        unknown = f"model {run.model}; add it to {path}" if found is None else f"board {run.board}"
+        raise ConfigError(f"a measured run names a {unknown}: the plant does not know it")
+    model = StepModel(ModelShape.from_row(rows[found]), spec, tensor_parallel=1, max_tokens=BATCHED_TOKENS)
+    return routed(model, run) if model.shape.experts else model
 
 
-def simulate(folder: Path, run: Run) -> dict[str, Any]:
-    """First and last token of every request in the simulator, s."""
-    model = step_model(folder, run)
+def routed(model: StepModel, run: Run) -> StepModel:
+    """The model with the popularity spread of experts that the run's draining seconds tell."""
+    sequences, context, step_s = draining(run)
+    if len(step_s) < 3:
+        return model
+
+    def error(cv: float) -> float:
+        tried = model.changed(replace(model.constants, popularity_cv=float(cv)))
+        batches = [
+            StepBatch(decode_sequences=int(n), context_tokens=int(c)) for n, c in zip(sequences, context, strict=True)
+        ]
+        said_s = np.array([tried.step(b, float(model.spec.max_sm_clock_mhz)).seconds for b in batches])
+        return float(np.mean(np.abs(np.log(said_s / step_s))))
+
+    best = minimize_scalar(error, bounds=(0.1, 5.0), method="bounded", options={"xatol": 0.02})
+    return model.changed(replace(model.constants, popularity_cv=round(float(best.x), 2)))
+
+
+def draining(run: Run) -> tuple[Any, Any, Any]:
+    """Running sequences, KV tokens they hold, and seconds of a step, of each second after the last prompt."""
+    s, r = run.series, run.requests
+    last_prompt_s = float(r["first_token_s"].max())
+    chosen = (s["t"] > last_prompt_s + 1.0) & (s["waiting"] == 0) & (s["prompt_throughput"] == 0)
+    chosen &= (s["running"] >= LEAST_RUNNING) & (s["gen_throughput"] > 0)
+    middle_s = s["t"][chosen] - 0.5
+    sequences = np.array([((r["first_token_s"] <= t) & (t < r["last_token_s"])).sum() for t in middle_s])
+    context = []
+    for t in middle_s:
+        done = np.clip((t - r["first_token_s"]) / np.maximum(1e-9, r["last_token_s"] - r["first_token_s"]), 0.0, 1.0)
+        here = (r["first_token_s"] <= t) & (t < r["last_token_s"])
+        context.append(float((r["input_tokens"] + done * r["output_tokens"])[here].sum()))
+    return sequences, np.array(context), sequences / s["gen_throughput"][chosen]
+
+
+def simulate(run: Run, model: StepModel) -> dict[str, Any]:
+    """The run's requests with the simulator's first and last tokens, s."""
     replica = Replica(
         model, model.spec, boards=1, max_num_seqs=run.max_num_seqs, max_num_batched_tokens=BATCHED_TOKENS,
         kv_blocks=run.kv_blocks, gpu_memory_utilization=0.9,
@@ -158,16 +199,72 @@ AT_MOST = {"TPOT mean": 3.0, "TPOT p99": 3.0, "TTFT mean": 12.0, "TTFT p90": 12.
 def timeline_rows(folder: Path) -> list[CheckRow]:
     """One row a latency, one residual a run."""
     runs = read_runs(folder)
-    pairs = [(run, latencies(run.requests), latencies(simulate(folder, run))) for run in runs]
-    settings = "; ".join(f"{r.name}: {r.max_num_seqs} sequences, KV blocks {r.kv_blocks or 'from memory'}" for r in runs)
+    models = [step_model(folder, run) for run in runs]
+    pairs = [
+        (run, latencies(run.requests), latencies(simulate(run, model))) for run, model in zip(runs, models, strict=True)
+    ]
+    settings = "; ".join(described(run, model) for run, model in zip(runs, models, strict=True))
     return [
         error_row(
             f"request timelines of vLLM 0.19, {name}",
-            f"{FOLDER}; nothing fitted on these runs",
-            [Residual(group=run.name, x=float(i), measured=a[name], predicted=b[name]) for i, (run, a, b) in enumerate(pairs)],
+            f"{FOLDER}; host time fitted on {' '.join(FITTED_ON)}",
+            [
+                Residual(group=run.name, x=float(i), measured=a[name], predicted=b[name])
+                for i, (run, a, b) in enumerate(pairs)
+            ],
             at_most=at_most,
             x_axis="run",
             note=f"read off the time series: {settings}",
         )
         for name, at_most in AT_MOST.items()
     ]
+
+
+def described(run: Run, model: StepModel) -> str:
+    """The settings that were read off a run's time series."""
+    blocks = f"{run.kv_blocks} KV blocks" if run.kv_blocks else "KV blocks from memory"
+    spread = f", popularity spread {model.constants.popularity_cv:.2f}" if model.shape.experts else ""
+    return f"{run.name}: {run.max_num_seqs} sequences, {blocks}{spread}"
+
+
+def fit(folder: Path) -> dict[str, dict[str, Any]]:
+    """Host time of a step on the workstation boards, from the requests' TPOT of the run `FITTED_ON`, for `step_constants.json`.
+
+    Kernels were profiled in this very engine, layer by layer, so nothing is between a kernel and what the engine makes of it.
+
+    Raises:
+        ConfigError: the run is not in `folder`.
+    """
+    run = next((r for r in read_runs(folder) if (r.board, r.model) == FITTED_ON), None)
+    if run is None:
+        raise ConfigError(
+            f"the run {' on '.join(FITTED_ON[::-1])} is not in {folder / FOLDER}; host time cannot be fitted"
+        )
+    plain = step_model(folder, run)
+    tokens = np.maximum(1, run.requests["output_tokens"] - 1)
+    measured_s = (run.requests["last_token_s"] - run.requests["first_token_s"]) / tokens
+
+    def errors(x: Any) -> Any:
+        model = plain.changed(
+            replace(plain.constants, **IN_ENGINE, host_s=x[0] * 1e-3, host_per_sequence_s=x[1] * 1e-5)
+        )
+        served = simulate(run, model)
+        return np.log((served["last_token_s"] - served["first_token_s"]) / tokens / measured_s)
+
+    found = least_squares(errors, [0.8, 1.0], bounds=([0.0, 0.0], [5.0, 5.0]), diff_step=0.05)
+    host = {"host_s": float(f"{found.x[0] * 1e-3:.4g}"), "host_per_sequence_s": float(f"{found.x[1] * 1e-5:.4g}")}
+    values = {**asdict(plain.constants), **IN_ENGINE, **host}
+    return {
+        BOARDS[board]: {
+            "source": f"vLLM 0.19, host time of {' '.join(FITTED_ON)}; kernels profiled in the engine",
+            "confidence": confidence,
+            "values": values,
+        }
+        for board, confidence in (("RTXPRO6000", "B"), ("RTX4090", "C"))
+    }
+
+
+#: Of kernels profiled in the engine.
+IN_ENGINE = {
+    "layer_gap_s": 0.0, "moe_gap_s": 0.0, "expert_factor": 1.0, "attention_factor": 1.0,
+}  # fmt: skip
