@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pals.core.errors import ConfigError
@@ -43,7 +43,7 @@ class VirtualNode:
     count: int
     board_seed: int
     folder: Path
-    faults: FaultSchedule = FaultSchedule()  # times from the run's start
+    faults: FaultSchedule = field(default_factory=FaultSchedule)  # times from the run's start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
