@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pals.experiments.plant_checks import silicon
 from pals.experiments.plant_checks.row import CheckRow, Residual, error_row
 from pals.experiments.plant_checks.silicon import B300, FOLDER, GEMM_MEMORY, h100_rails, physics_constants
 from pals.plant.boards import BoardBank
@@ -54,6 +55,7 @@ def check(folder: Path) -> list[CheckRow]:
         ),
         adherence_row(means),
         burst_row(b300),
+        *silicon.check(folder),
     ]  # fmt: skip
 
 
