@@ -1,4 +1,4 @@
-"""The governor against measured boards: the clocks a limit holds, how well it is kept, and what a burst draws beyond it.
+"""The governor against measured boards: the clocks a limit holds, how well it is kept, what a burst draws beyond it; and power.
 
 Everything here comes out of a `BoardBank`, tick by tick; the references are read from the data folder.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pals.experiments.plant_checks import silicon
+from pals.experiments.plant_checks import kernel_power, silicon
 from pals.experiments.plant_checks.row import CheckRow, Residual, error_row
 from pals.experiments.plant_checks.silicon import B300, FOLDER, GEMM_MEMORY, h100_rails, physics_constants
 from pals.plant.boards import BoardBank
@@ -56,6 +56,7 @@ def check(folder: Path) -> list[CheckRow]:
         adherence_row(means),
         burst_row(b300),
         *silicon.check(folder),
+        *kernel_power.check(folder),
     ]  # fmt: skip
 
 
