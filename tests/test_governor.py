@@ -119,17 +119,36 @@ def test_a_limit_wins_over_a_lock_that_asks_for_more(tmp_path: Path) -> None:
         assert bank.reading(0, 60.0).sm_clock_mhz == 1350  # where the lock lets it rest
 
 
-def test_a_raised_limit_is_used_at_a_slow_ramp(tmp_path: Path) -> None:
-    with boards(tmp_path, A100) as bank:
-        bank.set_limit(0, 150.0, 0.0)
+def test_clocks_rise_more_slowly_than_they_fall(tmp_path: Path) -> None:
+    with boards(tmp_path, H100) as bank:
         bank.book([0], 0.0, 20.0, FULL, 0.0)
-        low_mhz = bank.reading(0, 5.0).sm_clock_mhz
-        bank.set_limit(0, 400.0, 5.0)
-        clocks = [bank.pace_mhz([0], 5.0 + n * TICK_S) for n in range(1, 40)]
+        high_mhz = bank.pace_mhz([0], 3.0)
+        bank.set_limit(0, 200.0, 3.0)
+        falling = [bank.pace_mhz([0], 3.0 + n * TICK_S) for n in range(1, 60)]
+        bank.set_limit(0, 700.0, 3.6)
+        rising = [bank.pace_mhz([0], 3.6 + n * TICK_S) for n in range(1, 60)]
 
-    steps = np.diff([low_mhz, *clocks])
-    assert steps.max() <= 4 * 15 + 15  # the reading was on the clock grid
-    assert clocks[-1] > low_mhz + 300
+    g = H100.firmware
+    assert 0.0 < np.diff(rising).max() <= g.steps_up * 15 + 1e-6
+    assert 0.0 < -np.diff(falling).min() <= g.steps_down * 15 + 1e-6
+    assert g.steps_up < g.steps_down
+    assert rising[-1] == pytest.approx(high_mhz, abs=30)
+
+
+@pytest.mark.parametrize("period_s", [1.0, 0.2, 0.06])
+@pytest.mark.parametrize("limit_w", [200.0, 250.0])
+def test_a_load_that_comes_and_goes_has_its_mean_at_the_limit(period_s: float, limit_w: float, tmp_path: Path) -> None:
+    with boards(tmp_path, A100) as bank:
+        bank.set_limit(0, limit_w, 0.0)
+        joules = []
+        for n in range(round(8.0 / period_s)):  # prefill for a third of the time, decode for the rest
+            start_s = n * period_s
+            bank.book([0], start_s, start_s + 0.3 * period_s, Load(compute=0.9, memory=0.3), start_s)
+            bank.book([0], start_s + 0.3 * period_s, start_s + period_s, Load(compute=0.1, memory=0.8), start_s)
+            joules.append(bank.energy_integral_j(0, start_s))
+
+    settled = np.array(joules[len(joules) // 2 :])
+    assert limit_w - 4.0 < (settled[-1] - settled[0]) / ((len(settled) - 1) * period_s) < limit_w + 1.0
 
 
 def test_near_natural_draw_a_limit_clips_the_peaks_of_a_fluctuating_load_alone(tmp_path: Path) -> None:

@@ -135,7 +135,8 @@ def bursts(spec: BoardSpec, burst_s: float) -> tuple[list[float], float]:
         ends_s = np.arange(0, round(burst_s * 2 * count / TICK_S) + 1) * TICK_S
         powers = np.diff([bank.energy_integral_j(0, t) for t in ends_s]) / TICK_S
     beyond_j = np.maximum(powers - BURST_LIMIT_W, 0.0) * TICK_S
-    joined_w = np.convolve(powers, np.full(JOINED_TICKS, 1.0 / JOINED_TICKS), "valid")
+    steady_w = powers[len(powers) // 2 :]  # a burst that follows others finds the clock where they left it
+    joined_w = np.convolve(steady_w, np.full(JOINED_TICKS, 1.0 / JOINED_TICKS), "valid")
     return [float(part.sum()) for part in np.array_split(beyond_j, count)], float(joined_w.max())
 
 
