@@ -40,7 +40,9 @@ def row(at_most: float) -> CheckRow:
 
 
 def test_the_value_is_the_mean_of_absolute_errors() -> None:
-    assert (row(7).value, row(7).worst, row(7).cases) == (pytest.approx(6.0), pytest.approx(10.0), 2)
+    assert row(7).value == pytest.approx(6.0)
+    assert row(7).worst == pytest.approx(10.0)
+    assert row(7).cases == 2
     assert (row(7).reached, row(5).reached) == (True, False)
 
 
@@ -76,7 +78,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown part of the plant 'sevring'"):
         list(run_checks(["sevring"], tmp_path))
     with pytest.raises(ConfigError, match="unknown part of the plant"):
-        refit("caps!", tmp_path, tmp_path)
+        refit("cap", tmp_path, tmp_path)
     with pytest.raises(ConfigError, match="--data DIR"):
         data_folder(tmp_path / "none")
     with pytest.raises(ConfigError, match=r"cannot read the measured data.*none\.csv"):
@@ -84,5 +86,4 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ConfigError, match="lacks the columns c; it has a, b"):
         read_table(tmp_path / "t.csv", ["a", "c"])
-    with pytest.raises(ConfigError, match="pals plant validate --record"):
-        validation_note(tmp_path / "none.json")
+    assert "pals plant validate --record" in validation_note(tmp_path / "none.json")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from pals.core.errors import ConfigError, PalsError
 from pals.experiments.plant_checks.measured import data_folder
 from pals.experiments.simulated_load import LoadWish, workload_of
 from pals.experiments.simulated_policies import run_policies
-from pals.experiments.simulated_run import PolicyTask, Simulation, capacity_per_s, validation_note
+from pals.experiments.simulated_run import PolicyTask, Simulation, capacity_per_s
 from pals.plant.workload import lengths_of
 from pals.runtime.budgets import parse_budget
 
@@ -299,22 +298,6 @@ def test_steps_are_as_large_as_vllms_server_makes_them() -> None:
     assert batched_tokens("h100-sxm5-80gb", 80.0, 64) == 8192
     assert batched_tokens("b200-180gb", 180.0, 64) == 16384
     assert batched_tokens("l4-24gb", 24.0, 4096) == 4096
-
-
-def test_the_plants_errors_stand_beside_the_results(tmp_path: Path) -> None:
-    folder = tmp_path / "docs"
-    folder.mkdir()
-    assert "no figures of the plant against measurements" in validation_note(tmp_path)
-    rows = [{"check": "TPOT", "value": 7.25, "unit": "%", "reached": True}, {"check": "TTFT", "value": 30.0, "unit": "%", "reached": False}]  # fmt: skip
-    (folder / "plant-validation.json").write_text(json.dumps({"rows": rows}))
-    assert (
-        validation_note(tmp_path) == "the plant against measurements, 1 of 2 targets reached: TPOT: 7.2 %; TTFT: 30.0 %"
-    )
-    (folder / "plant-validation.json").write_text(json.dumps({"summary": "all is well"}))
-    assert validation_note(tmp_path) == "all is well"
-    (folder / "plant-validation.json").write_text("[")
-    assert "cannot be read" in validation_note(tmp_path)
-    shutil.rmtree(folder)
 
 
 FAULTS = """time_s,kind,board,value

@@ -162,6 +162,7 @@ def faults_of(args: argparse.Namespace) -> FaultSchedule:
 
 def conclude(args: argparse.Namespace, folder: Path, results: Sequence[VirtualResult]) -> int:
     """Print the table and where things are."""
+    from pals.experiments.plant_checks.validation import validation_note
     from pals.views.report import outcome_table, wide_console
 
     outcomes = [r.outcome for r in results]
@@ -169,6 +170,7 @@ def conclude(args: argparse.Namespace, folder: Path, results: Sequence[VirtualRe
     console = wide_console()
     title = f"EMULATED, virtual clock: real vLLM serves {args.model}, simulated boards ({args.boards})"
     console.print(outcome_table(outcomes, title=title))
+    console.print(validation_note(), soft_wrap=True)
     total_s, wall_s = sum(r.virtual_s for r in results), sum(r.wall_s for r in results)
     console.print(f"{total_s:.0f} s of virtual time in {wall_s:.1f} s: {total_s / wall_s:.1f}x real time")
     console.print(f"journals, for `pals replay`: {folder}", soft_wrap=True)

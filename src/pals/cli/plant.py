@@ -38,9 +38,9 @@ def add_plant(commands: Any) -> None:
     f = kinds.add_parser(
         "fit",
         help="fit constants anew from the training part of the data",
-        description="Write the file of constants into --out; the plant goes on with its own until you copy the file into src/pals/plant.",
+        description="Write the file of constants into --out; the plant goes on with its own until you copy the file into src/pals/plant. Silicon comes before serving, which finds the activity of H100 and B200 anew.",
     )
-    f.add_argument("part", metavar="PART", help="kernels or serving")
+    f.add_argument("part", metavar="PART", help="silicon, caps, kernels, serving or timelines")
     f.add_argument("--data", type=Path, metavar="DIR", help="the measured data (default: data/ of the checkout)")
     f.add_argument(
         "--out", type=Path, default=Path("out/plant"), metavar="DIR", help="where the file goes (default out/plant)"
@@ -94,9 +94,10 @@ def validate(args: argparse.Namespace) -> int:
 
 def fit(args: argparse.Namespace) -> int:
     """Write the constants."""
-    require("scipy", "pyarrow")
+    require("scipy", "pyarrow", "numba")
     from pals.experiments.plant_checks.measured import data_folder
     from pals.experiments.plant_checks.validation import refit
 
-    print(f"wrote {refit(args.part, data_folder(args.data), args.out)}")
+    for path in refit(args.part, data_folder(args.data), args.out):
+        print(f"wrote {path}")
     return 0

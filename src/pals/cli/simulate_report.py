@@ -76,7 +76,7 @@ def conclude(
     args: argparse.Namespace, sim: Simulation, tasks: Sequence[PolicyTask], results: Sequence[PolicyResult]
 ) -> int:
     """Write the files, print the table and where things are."""
-    from pals.experiments.simulated_run import validation_note
+    from pals.experiments.plant_checks.validation import validation_note
     from pals.views.report import outcome_table, wide_console
 
     folder, console = Path(args.out), wide_console()
@@ -86,7 +86,7 @@ def conclude(
     if seen:
         title = f"SIMULATED: {sim.model} on {sim.boards} × {sim.spec.nvml_name}, {sim.workload.name}"
         console.print(outcome_table([o for _, o in seen], title=title))
-    console.print(f"Plant: {validation_note()}", soft_wrap=True)
+    console.print(validation_note(), soft_wrap=True)
     for r in results:
         console.print(
             f"{r.task.name}: {hours_text(r.event_s)} simulated in {r.wall_s:.1f} s, {r.event_s / r.wall_s:,.0f}x real time"

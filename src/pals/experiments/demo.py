@@ -30,6 +30,7 @@ from pals.core.quantities import Slo
 from pals.engines.openai_client import RequestSpec, replay
 from pals.engines.vllm_launcher import die_with_parent, tail
 from pals.experiments.outcome import Outcome, outcome
+from pals.experiments.plant_checks.validation import validation_note
 from pals.experiments.scenarios import HEADROOM, TPOT_TARGET_S, TTFT_TARGET_S, Scenario, scenario_of, slo_for
 from pals.experiments.trace import describe, load_slice
 from pals.runtime.agent import load_profile
@@ -117,6 +118,7 @@ def conclude(
     )
     (folder / "outcomes.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
     console.print(outcome_table(outcomes, title=f"Emulated: real vLLM, {name} on {scenario.title}, simulated boards"))
+    console.print(validation_note(), soft_wrap=True)
     unanswered = sum(o.failed + o.wrong_length for o in outcomes)
     if unanswered:
         console.print(f"[bold red]{unanswered} requests were not answered with exactly the tokens asked for[/bold red]")

@@ -6,7 +6,6 @@ same twice. Figures that come from here are simulated.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -43,7 +42,6 @@ from pals.runtime.tick import Rig, TickRecord, TickState, tick
 T = TypeVar("T")
 TAIL_S = 1.0  # ticks after the last token, so that they cover it
 LOOK_EVERY = 256  # ticks between two looks at whether to stop, and two reports
-VALIDATION = "docs/plant-validation.json"
 EMPTY = Workload(
     name="nothing", arrival_s=np.zeros(0), prompt_tokens=np.zeros(0, np.int32), output_tokens=np.zeros(0, np.int32),
     prefix_tokens=np.zeros(0, np.int32),
@@ -334,20 +332,3 @@ def capacity_per_s(sim: Simulation, lengths: LengthSource, rng: np.random.Genera
     ended_s = np.sort(replica.results().last_token_s)
     first, last = count // 4, 3 * count // 4  # neither filling nor running dry
     return float((last - first) / (ended_s[last] - ended_s[first]))
-
-
-def validation_note(checkout: Path | None = None) -> str:
-    """How far the plant is from measurements, in one line: what `pals plant validate` wrote into the checkout."""
-    path = (checkout or Path(__file__).resolve().parents[3]) / VALIDATION
-    if not path.is_file():
-        return f"no figures of the plant against measurements are beside this installation ({VALIDATION}); `pals plant validate` makes them"
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        if "summary" in told:
-            return str(told["summary"])
-        rows = told["rows"]
-        reached = sum(bool(r["reached"]) for r in rows)
-        errors = "; ".join(f"{r['check']}: {r['value']:.1f} {r['unit']}" for r in rows)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        return f"the figures of the plant against measurements in {path} cannot be read ({e}); make them anew with `pals plant validate`"
-    return f"the plant against measurements, {reached} of {len(rows)} targets reached: {errors}"

@@ -200,7 +200,9 @@ class StepModel:
         other_bytes = self.shape.weight_bytes - expert_bytes
         ranks = self.group.expert_ranks if self.group.expert else self.group.tensor
         weights = (other_bytes / self.group.tensor + expert_bytes / ranks) / self.group.pipeline
-        usable = self.spec.memory_gb * GIB * utilization - RESERVED_BYTES  # boards are named in GB and hold about so many GiB
+        usable = (
+            self.spec.memory_gb * GIB * utilization - RESERVED_BYTES
+        )  # boards are named in GB and hold about so many GiB
         if weights >= usable:
             raise ConfigError(
                 f"weights need {weights / 1e9:.1f} GB per board, {self.spec.nvml_name} leaves {usable / 1e9:.1f} GB of "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ CHECKS: dict[str, str] = {
     "governor": "what a limit does to the clock",
     "discrete_events": "the simulated replica against real vLLM",
 }
-#: Modules with `fit(folder)`, and the file of constants under `pals/plant` that it makes.
-FITS: dict[str, str] = {
-    "caps": "steady_constants.json",
-    "kernels": "kernel_constants.json",
-    "serving": "step_constants.json",
+#: What can be fitted, the module with `fit(folder)`, and the file of constants under `pals/plant` that it makes. Silicon comes before
+#: serving, which finds the activity of H100 and B200 anew.
+FITS: dict[str, tuple[str, str]] = {
+    "silicon": ("silicon", "board_specs.json"),
+    "caps": ("caps", "steady_constants.json"),
+    "kernels": ("kernel_fit", "kernel_constants.json"),
+    "serving": ("serving", "step_constants.json"),
+    "timelines": ("request_timelines", "step_constants.json"),
 }
 #: What the last `pals plant validate --record` found; quoted beside simulated figures.
 RECORDED = Path(__file__).parents[1] / "data" / "plant-validation.json"
@@ -40,26 +44,59 @@ def run_checks(names: Sequence[str], folder: Path) -> Iterator[tuple[str, list[C
     Raises:
         ConfigError: unknown check, or data that cannot be read.
     """
-    for name in names or CHECKS:
-        yield name, _module(name, CHECKS).check(folder)
+    for name in [known(name, CHECKS) for name in names or CHECKS]:
+        yield name, _module(name).check(folder)
 
 
-def refit(name: str, folder: Path, into: Path) -> Path:
-    """Fit the constants of one module anew and write their file into the folder `into`; return its path.
+def refit(name: str, folder: Path, into: Path) -> list[Path]:
+    """Fit the constants of one part anew; write their files, whole, into the folder `into` and return the paths.
 
     Raises:
-        ConfigError: unknown fit, or data that cannot be read.
+        ConfigError: unknown part, or data that cannot be read.
     """
-    path = into / FITS.get(name, name)
-    constants = _module(name, FITS).fit(folder)
+    module, file = FITS[known(name, FITS)]
+    found = _module(module).fit(folder)
+    contents = {file: found}
+    if file == "step_constants.json":
+        contents = _with_steps(found)
     into.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(constants, indent=1) + "\n", encoding="utf-8")
-    return path
+    for name, constants in contents.items():
+        (into / name).write_text(json.dumps(constants, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return [into / name for name in contents]
 
 
-def _module(name: str, known: dict[str, str]) -> Any:
-    if name not in known:
-        raise ConfigError(f"unknown part of the plant {name!r}; known: {', '.join(known)}. Nothing was done")
+def _with_steps(found: dict[str, Any]) -> dict[str, Any]:
+    """The files of a fit of step times: its values in the constants of steps, its activity in those of boards."""
+    plant = files("pals.plant")
+    steps, boards = (
+        json.loads((plant / name).read_text(encoding="utf-8")) for name in ("step_constants.json", "board_specs.json")
+    )
+    for board, values in found.items():
+        if board.startswith("_"):
+            steps[board] = values
+            continue
+        activity = values.pop("activity", None)
+        steps[board] = {**steps.get(board, {}), **values}
+        if activity is not None:
+            groups = boards[board]["silicon"]
+            for group in groups.values():
+                group |= {name: float(f"{w:.4g}") for name, w in activity.items() if name in group}
+    changed = any(board.startswith("_") for board in found)
+    return {"step_constants.json": steps} | ({"board_specs.json": boards} if changed else {})
+
+
+def known(name: str, names: Mapping[str, Any]) -> str:
+    """`name`, if it is one of `names`.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if name not in names:
+        raise ConfigError(f"unknown part of the plant {name!r}; known: {', '.join(names)}. Nothing was done")
+    return name
+
+
+def _module(name: str) -> Any:
     return importlib.import_module(f"pals.experiments.plant_checks.{name}")
 
 
@@ -138,11 +175,7 @@ def write_page(path: Path, results: dict[str, list[CheckRow]]) -> None:
 
 
 def validation_note(recorded: Path = RECORDED) -> str:
-    """One line to print beside a figure that rests on the plant: how far it is from what was measured.
-
-    Raises:
-        ConfigError: the record is not there or not readable.
-    """
+    """One line to print beside a figure that rests on the plant: how far it is from what was measured."""
     try:
         rows = json.loads(recorded.read_text(encoding="utf-8"))["rows"]
         errors = [f"{r['headline']} {r['value']:.1f} %" for r in rows if r["headline"]]
