@@ -21,6 +21,7 @@ from pals.plant.silicon import Silicon, board_power_w, voltage
 from pals.plant.specs import board_specs
 
 FOLDER = "gpu-physics-constants"
+OWNED = "pals plant fit silicon"  # in the source of a group of constants: found here
 A100, A100_SXM = "A100-PCIe-80GB", "A100-SXM4-40/80GB"
 H100, H200 = "H100-SXM5-80GB", "H200-SXM5-141GB"
 B200, B300 = "B200-SXM-180GB", "B300-SXM6"
@@ -79,11 +80,16 @@ def factor_at(mhz: float, curve: Mapping[str, float]) -> float:
 
 
 def fit(folder: Path) -> dict[str, Any]:
-    """`plant/board_specs.json` with the groups that `fitted` derives; the rest as it is."""
+    """`plant/board_specs.json` with the groups that are this fit's, as their sources say; the rest as it is.
+
+    What `fitted` derives beyond them are first guesses for other fits, which know more: serving power against batch.
+    """
     specs = dict(json.loads((files("pals.plant") / "board_specs.json").read_text(encoding="utf-8")))
     for board, groups in fitted(folder).items():
-        for group, constants in groups.items():
-            specs[board]["silicon"][group] |= {name: float(f"{value:.4g}") for name, value in constants.items()}
+        for name, constants in groups.items():
+            group = specs[board]["silicon"][name]
+            if OWNED in group["source"]:
+                group |= {constant: float(f"{value:.4g}") for constant, value in constants.items()}
     return specs
 
 
