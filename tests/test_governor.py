@@ -72,14 +72,20 @@ def test_the_checks_take_other_rows_and_see_a_board_that_differs(tmp_path: Path)
     source, folder = data_folder() / "gpu-physics-constants", tmp_path / "gpu-physics-constants"
     shutil.copytree(source, folder)
     (tmp_path / "aiconfigurator-silicon").symlink_to(data_folder() / "aiconfigurator-silicon")
-    rows = (folder / "h100_rails.csv").read_text().splitlines()
-    (folder / "h100_rails.csv").write_text("\n".join([rows[0], rows[2], "450,1200,400,105", rows[6]]) + "\n")
+    (folder / "h100_rails.csv").unlink()  # the job is then the checkout's
+    constants = json.loads((folder / "constants.json").read_text())
+    constants["gpus"]["H100-SXM5-80GB"]["cap_to_sm_mhz_vit_tf32"] = {
+        "250": 900,
+        "450": 1200,
+    }  # the second of another board
+    (folder / "constants.json").write_text(json.dumps(constants))
 
     first = governor_check.check(tmp_path)[0]
 
-    assert (first.cases, first.reached) == (3, False)
-    (folder / "h100_rails.csv").unlink()
-    with pytest.raises(ConfigError, match=r"h100_rails\.csv"):
+    assert (first.cases, first.reached) == (2, False)
+    assert [abs(r.error_pct) < 5.0 for r in first.residuals] == [True, False]
+    (folder / "constants.json").unlink()
+    with pytest.raises(ConfigError, match=r"constants\.json"):
         governor_check.check(tmp_path)
 
 
