@@ -30,9 +30,11 @@ BF16_BYTES = 2.0
 
 
 def check(folder: Path) -> list[CheckRow]:
-    """One row over both boards; `folder` is the data folder."""
+    """One row over both boards, or none where no bin of `folder` holds rows enough to have a decile."""
     constants = physics_constants(folder)
     residuals = [r for gpu, (board, key) in BOARDS.items() for r in bins(folder, gpu, board, constants[key])]
+    if not residuals:
+        return []
     return [
         error_row(
             "power of memory-bound BF16 products at default clocks", f"{FOLDER}; none of these rows was fitted", residuals,

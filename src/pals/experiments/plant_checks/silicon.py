@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from pals.core.errors import ConfigError
-from pals.experiments.plant_checks.measured import Table, read_table
+from pals.experiments.plant_checks.measured import Table, data_folder, read_table
 from pals.experiments.plant_checks.row import CheckRow, Residual, error_row
 from pals.plant.silicon import Silicon, board_power_w, voltage
 from pals.plant.specs import board_specs
 
 FOLDER = "gpu-physics-constants"
+RAILS = "h100_rails.csv"
+OWNED = "pals plant fit silicon"  # in the source of a group of constants: found here
 A100, A100_SXM = "A100-PCIe-80GB", "A100-SXM4-40/80GB"
 H100, H200 = "H100-SXM5-80GB", "H200-SXM5-141GB"
 B200, B300 = "B200-SXM-180GB", "B300-SXM6"
@@ -31,22 +33,31 @@ B300_KNEE_GHZ = 0.9  # stated as at most 0.93; the sweep begins there
 FLAT = Silicon(**dict.fromkeys(Silicon._fields, 0.0))
 
 
-def physics_constants(folder: Path) -> dict[str, Any]:
-    """What was derived from public measurements, by board.
+def physics_constants(folder: Path, part: str = "gpus") -> dict[str, Any]:
+    """What was derived from public measurements: by board, or of the governor.
 
     Raises:
         ConfigError: the file is missing or broken.
     """
     path = folder / FOLDER / "constants.json"
     try:
-        return dict(json.loads(path.read_text())["gpus"])
+        return dict(json.loads(path.read_text())[part])
     except (OSError, ValueError, KeyError) as e:
         raise ConfigError(f"cannot read the measured constants {path}: {e!r}") from e
 
 
 def h100_rails(folder: Path) -> Table:
-    """SM clock, core rail and memory rail of an H100 under six limits."""
-    return read_table(folder / FOLDER / "h100_rails.csv", ("limit_w", "sm_mhz", "core_rail_w", "memory_rail_w"))
+    """SM clock, core rail and memory rail of an H100 under some limits; where `folder` has none, the checkout's."""
+    path = folder / FOLDER / RAILS
+    if not path.exists():
+        path = data_folder() / FOLDER / RAILS
+    return read_table(path, ("limit_w", "sm_mhz", "core_rail_w", "memory_rail_w"))
+
+
+def bound_clocks(curve: Mapping[str, float], top_mhz: float) -> tuple[np.ndarray, np.ndarray]:
+    """Limits W and clocks GHz of a curve stored by limit, without the limits that left the clock at its top."""
+    rows = [(float(w), mhz / 1000.0) for w, mhz in curve.items() if mhz < top_mhz]
+    return np.array([w for w, _ in rows]), np.array([ghz for _, ghz in rows])
 
 
 def by_clock(curve: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -79,11 +90,16 @@ def factor_at(mhz: float, curve: Mapping[str, float]) -> float:
 
 
 def fit(folder: Path) -> dict[str, Any]:
-    """`plant/board_specs.json` with the groups that `fitted` derives; the rest as it is."""
+    """`plant/board_specs.json` with the groups that are this fit's, as their sources say; the rest as it is.
+
+    What `fitted` derives beyond them are first guesses for other fits, which know more: serving power against batch.
+    """
     specs = dict(json.loads((files("pals.plant") / "board_specs.json").read_text(encoding="utf-8")))
     for board, groups in fitted(folder).items():
-        for group, constants in groups.items():
-            specs[board]["silicon"][group] |= {name: float(f"{value:.4g}") for name, value in constants.items()}
+        for name, constants in groups.items():
+            group = specs[board]["silicon"][name]
+            if OWNED in group["source"]:
+                group |= {constant: float(f"{value:.4g}") for constant, value in constants.items()}
     return specs
 
 
@@ -216,11 +232,10 @@ def fit_b200(c: Mapping[str, Any], b300: Mapping[str, Any], h200: Mapping[str, A
 
 
 def fit_b300(c: Mapping[str, Any]) -> dict[str, Any]:
-    """Matrix products under four binding limits (the highest did not bind); idle fixes the static part."""
-    watts = np.array([float(w) for w in c["cap_to_sm_mhz_gemm_bf16"]])[:-1]
-    ghz = np.array(list(c["cap_to_sm_mhz_gemm_bf16"].values()))[:-1] / 1000.0
-    static_w = float(np.mean(c["idle_w"]))
-    hbm_w = HBM_J_PER_BYTE * board_specs()["b300-sxm-288gb"].hbm_bytes_s
+    """Matrix products under the limits that bind; idle fixes the static part."""
+    spec = board_specs()["b300-sxm-288gb"]
+    watts, ghz = bound_clocks(c["cap_to_sm_mhz_gemm_bf16"], spec.max_sm_clock_mhz)
+    static_w, hbm_w = float(np.mean(c["idle_w"])), HBM_J_PER_BYTE * spec.hbm_bytes_s
     rest_w = static_w + GEMM_MEMORY * hbm_w
     x = relative_fit(
         lambda x: rest_w + x[0] * core_factor(ghz, B300_KNEE_GHZ, x[1], 0.0), watts, [290, 0.2], [100, 0], [500, 1]
@@ -245,11 +260,12 @@ def with_b200_activity(b300: dict[str, Any], b200: Mapping[str, Any]) -> dict[st
 def check(folder: Path) -> list[CheckRow]:
     """Board power against clock: the plant's own constants on the rows of the sweeps, one number per job given."""
     constants, rails = physics_constants(folder), h100_rails(folder)
-    a100, b300 = constants[A100], constants[B300]["cap_to_sm_mhz_gemm_bf16"]
+    a100, top_mhz = constants[A100], board_specs()["b300-sxm-288gb"].max_sm_clock_mhz
+    b300_w, b300_ghz = bound_clocks(constants[B300]["cap_to_sm_mhz_gemm_bf16"], top_mhz)
     jobs = [
         _job("A100 PCIe compute", "a100-pcie-80gb", *by_clock(a100["compute_uncapped_w"]), memory=0.0),
         _job("A100 PCIe STREAM", "a100-pcie-80gb", *by_clock(a100["stream_uncapped_w"]), memory=1.0),
-        _job("B300 BF16 GEMM", "b300-sxm-288gb", *by_clock({c: float(w) for w, c in b300.items() if w != max(b300, key=float)})),
+        _job("B300 BF16 GEMM", "b300-sxm-288gb", b300_ghz, b300_w),
         _h100_job(rails),
     ]  # fmt: skip
     return [
