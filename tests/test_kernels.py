@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,14 +24,16 @@ def every(family: str) -> list[tuple[str, str]]:
 
 def mixtral(board: BoardKernels, dtype: str, tokens: np.ndarray, *, tp: int = 1, ranks: int = 1) -> KernelTime:
     load = expected_load(8, 2, tokens, ranks=ranks)
-    sizes = {"hidden": 4096, "inter": 14336 // tp, "experts": 8, "top_k": 2, "ranks": ranks}
-    return kernels.moe(board.moe[dtype], load, tokens=tokens, **sizes)
+    return kernels.moe(
+        board.moe[dtype], load, tokens=tokens, hidden=4096, inter=14336 // tp, experts=8, top_k=2, ranks=ranks
+    )
 
 
 def adds_up(t: KernelTime) -> None:
     """Fixed time and the p-norm of the two bounds are the whole; nothing is negative; useful FLOPs fit into core work."""
     for part in t:
-        assert np.all(np.isfinite(part)) and np.all(part >= 0)
+        assert np.all(np.isfinite(part))
+        assert np.all(part >= 0)
     assert kernels.seconds(t) == pytest.approx(t.total_s, rel=1e-6)
     assert np.all(t.total_s >= t.fixed_s + np.maximum(t.memory_s, t.core_s) * (1 - 1e-9))
     assert np.all(t.total_s <= t.fixed_s + t.memory_s + t.core_s + 1e-12)
@@ -91,7 +95,7 @@ def test_a_layer_takes_longer_the_more_experts_its_tokens_touch(board: str, dtyp
 @pytest.mark.parametrize(("board", "dtype"), every("generation"))
 def test_decode_attention_grows_with_sequences_context_and_heads(board: str, dtype: str) -> None:
     c = board_kernels(board).generation[dtype]
-    sizes = {"batch": 16, "kv_tokens": 2048, "heads": 32, "kv_heads": 8, "head_dim": 128}
+    sizes: dict[str, Any] = {"batch": 16, "kv_tokens": 2048, "heads": 32, "kv_heads": 8, "head_dim": 128}
     for name, values in (("batch", TOKENS[:7]), ("kv_tokens", TOKENS), ("kv_heads", np.array([1, 2, 4, 8, 16]))):
         t = kernels.generation_attention(c, **{**sizes, name: values})
         adds_up(t)
@@ -101,7 +105,7 @@ def test_decode_attention_grows_with_sequences_context_and_heads(board: str, dty
 @pytest.mark.parametrize(("board", "dtype"), every("context"))
 def test_prefill_attention_grows_with_the_chunk_and_with_what_is_cached(board: str, dtype: str) -> None:
     c = board_kernels(board).context[dtype]
-    sizes = {"batch": 1, "tokens": 512, "cached": 0, "heads": 32, "kv_heads": 8, "head_dim": 128}
+    sizes: dict[str, Any] = {"batch": 1, "tokens": 512, "cached": 0, "heads": 32, "kv_heads": 8, "head_dim": 128}
     for name, values in (("batch", np.arange(1, 9)), ("tokens", TOKENS[3:]), ("cached", np.append(0, TOKENS))):
         t = kernels.context_attention(c, **{**sizes, name: values})
         adds_up(t)
@@ -110,7 +114,7 @@ def test_prefill_attention_grows_with_the_chunk_and_with_what_is_cached(board: s
 
 def test_a_window_bounds_what_attention_reads() -> None:
     c = board_kernels("h100-sxm5-80gb")
-    sizes = {"batch": 8, "heads": 32, "kv_heads": 8, "head_dim": 128, "window": 1024}
+    sizes: dict[str, Any] = {"batch": 8, "heads": 32, "kv_heads": 8, "head_dim": 128, "window": 1024}
     near, far = kernels.generation_attention(
         c.generation["bfloat16"], kv_tokens=np.array([1024, 65536]), **sizes
     ).total_s
@@ -177,7 +181,8 @@ def test_distinct_experts_follow_their_formula() -> None:
     tokens = np.array([0, 1, 8, 64, 4096])
     assert distinct_experts(64, 8, tokens, cv=0.0) == pytest.approx(64 * (1 - (1 - 8 / 64) ** tokens))
     skewed = distinct_experts(64, 8, tokens, cv=0.7)
-    assert skewed[0] == 0 and np.all(skewed[2:4] < distinct_experts(64, 8, tokens, cv=0.0)[2:4])
+    assert skewed[0] == 0
+    assert np.all(skewed[2:4] < distinct_experts(64, 8, tokens, cv=0.0)[2:4])
     assert pytest.approx(distinct_experts(64, 8, 8, cv=0.7), rel=0.05) == 38.3  # OLMoE's routing log, batch 8
 
 
@@ -196,7 +201,8 @@ def test_expected_load_pads_within_reason_and_the_hottest_rank_has_at_least_its_
 
     assert np.all(load.slots >= pairs * (1 - 1e-9))
     assert np.all(load.slots <= pairs + load.touched[:, None] * np.array(BLOCKS))
-    assert np.all(np.diff(load.touched) >= 0) and np.all(load.touched <= experts / ranks + 1e-9)
+    assert np.all(np.diff(load.touched) >= 0)
+    assert np.all(load.touched <= experts / ranks + 1e-9)
     if cv == 0:
         assert load.assignments == pytest.approx(TOKENS * top_k / ranks)
     elif ranks > 1:

@@ -68,7 +68,7 @@ def _expected_blocks(mean: FloatArray, variance: FloatArray, some: FloatArray, b
     for j in range(1, 9):
         z = (mean - j * block - 0.5) / spread
         blocks += np.minimum(some, 1.0 / (1.0 + np.exp(-1.702 * np.clip(z, -30, 30))))
-    return np.maximum(np.where(mean > 6.0 * block, mean / block + 0.5, blocks), mean / block)
+    return np.asarray(np.maximum(np.where(mean > 6.0 * block, mean / block + 0.5, blocks), mean / block))
 
 
 def counted_load(counts: NDArray[np.int64], ranks: int = 1) -> ExpertLoad:

@@ -229,7 +229,8 @@ def merge(*kernels: KernelTime) -> KernelTime:
 def times(t: KernelTime, count: ArrayLike) -> KernelTime:
     """The same kernel `count` times, one after another."""
     n = np.asarray(count, dtype=np.float64)
-    return KernelTime(*(np.asarray(part) * n for part in t[:5]), t.overlap_p)
+    total, memory, core, fixed, tensor = (np.asarray(part) * n for part in t[:5])
+    return KernelTime(total, memory, core, fixed, tensor, t.overlap_p)
 
 
 def elementwise(c: ElementwiseConstants, moved_bytes: ArrayLike) -> KernelTime:
@@ -253,7 +254,7 @@ def in_a_loop(c: GemmConstants | MoeConstants | ContextConstants, t: KernelTime)
 
 def on_the_host(c: GemmConstants, m: ArrayLike, total_s: FloatArray) -> FloatArray:
     """Seconds of a loop without CUDA graphs: never faster than the host launches."""
-    return np.maximum(total_s, np.where(np.asarray(m) < 64, c.host_s, c.host_large_s))
+    return np.asarray(np.maximum(total_s, np.where(np.asarray(m) < 64, c.host_s, c.host_large_s)))
 
 
 def _kernel(
@@ -383,7 +384,7 @@ def has_tuned_experts(board: str, local_experts: ArrayLike, inter: ArrayLike) ->
     e, n = np.broadcast_arrays(np.asarray(local_experts), np.asarray(inter))
     if listed is None:
         return np.ones(e.shape, dtype=bool)
-    return np.any([(e == a) & (n == b) for a, b in listed], axis=0)
+    return np.asarray(np.any([(e == a) & (n == b) for a, b in listed], axis=0))
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -425,8 +426,8 @@ def context_attention(
     head_dim: ArrayLike, window: ArrayLike = 0, cached: ArrayLike = 0,
 ) -> KernelTime:  # fmt: skip
     """Causal prefill attention of `batch` chunks of `tokens` tokens each, after `cached` tokens that KV already holds."""
-    shape, sizes = _columns(batch, tokens, heads, kv_heads, head_dim, window, cached)
-    work, longest, moved, tensor = _context_work(c, *sizes, (c.packed > 0) | (sizes[1] == 1))
+    shape, (b, t, q, g, d, w, past) = _columns(batch, tokens, heads, kv_heads, head_dim, window, cached)
+    work, longest, moved, tensor = _context_work(c, b, t, q, g, d, w, past, (c.packed > 0) | (t == 1))
     core = np.maximum(work / c.sms, longest)
     return _fastest(shape, moved / c.hbm_bytes_s, core, c.fixed_s, tensor, c.overlap_p)
 
