@@ -47,7 +47,6 @@ GEMM_SPLITS = (1, 2, 4, 8, 16)  # parts of k computed by different SMs and added
 MOE_COLUMNS = (64, 128, 256)
 KV_SPLITS = (1, 2, 4, 8, 16, 32, 64, 128)
 K_STEP = 64  # elements of the inner dimension a tile advances by
-QUERY_TILE = 128
 KV_TILE = 64
 
 
@@ -93,10 +92,14 @@ class MoeConstants(NamedTuple):
     wave_s: float
     fixed_s: float
     sort_s: float  # sorting tokens by expert, left out for few tokens on a full set of experts
+    masked_s: float  # the same with the experts of other ranks masked out
     pass_bytes_s: float  # activation, quantisation and sum of the experts' outputs
     overlap_p: float
     weight_bytes: float
     activation_bytes: float
+    untuned: float  # factor on the work of a tile where the engine ships no tuned configuration for these experts
+    l2_bytes: float  # expert weights that stay in L2 between runs of a measuring loop
+    l2_bytes_s: float
     unaligned: float  # factor on operand feed where a dimension is no multiple of 16
     binding_share: float
     droop: float
@@ -111,6 +114,7 @@ class GenerationConstants(NamedTuple):
     item_s: float  # one (sequence, KV head, split) item
     token_s: float  # reading one KV token of 128 16-bit elements by one SM
     combine_s: float
+    splits_single: float  # 1: KV is split also where a KV head serves one query head; 0: not (FlashAttention 2)
     fixed_s: float
     overlap_p: float
     kv_bytes: float  # per element
@@ -119,17 +123,22 @@ class GenerationConstants(NamedTuple):
 
 
 class ContextConstants(NamedTuple):
-    """Constants of prefill attention (causal, tiles of 128 queries)."""
+    """Constants of prefill attention (causal, in query tiles)."""
 
     sms: float
     tile_flops_s: float
     hbm_bytes_s: float
+    softmax_s: float  # exponentials of one query and key
     item_s: float  # prologue and epilogue of one query tile
+    tail: float  # of the longest tile, for which SMs idle at the end where there are more tiles than SMs
+    query_tile: float  # rows of a tile
     packed: float  # 1: the query heads of a KV head share a tile; 0: a tile holds one head
+    splits: float  # share of the SMs that a split of the keys may fill; 0: never split
     diagonal: float  # extra keys a query tile works on: masked part of the diagonal, softmax warm-up
     fixed_s: float
     overlap_p: float
     kv_bytes: float
+    resident: float  # tiles an SM works on at once; heads of one KV head that run together read its KV once
     binding_share: float
     droop: float
 
@@ -224,9 +233,9 @@ def times(t: KernelTime, count: ArrayLike) -> KernelTime:
 
 
 def elementwise(c: ElementwiseConstants, moved_bytes: ArrayLike) -> KernelTime:
-    """A kernel that reads and writes `moved_bytes`; the part that fits comes from L2."""
+    """A kernel that reads and writes `moved_bytes`: out of L2 where they fit, from HBM beyond."""
     moved = np.asarray(moved_bytes, dtype=np.float64)
-    near = np.minimum(moved, c.l2_bytes)
+    near = _from_l2(moved, c.l2_bytes)
     none = np.zeros_like(moved)
     fixed = np.where(moved > 0, c.fixed_s, 0.0)
     return _kernel((moved - near) / c.hbm_bytes_s, near / c.l2_bytes_s, fixed, none, 1.0)
@@ -268,6 +277,11 @@ def _overlap_that_gives(total: FloatArray, memory: FloatArray, core: FloatArray)
         under = _seconds(memory, core, np.zeros_like(total), 1.0 / middle) < total
         low, high = np.where(under, middle, low), np.where(under, high, middle)
     return np.asarray(2.0 / (low + high))
+
+
+def _from_l2(moved: FloatArray, l2_bytes: float) -> FloatArray:
+    """Bytes that a repeated pass finds in L2: all of a set that fits, none of one that evicts itself."""
+    return np.asarray(moved / (1.0 + (moved / l2_bytes) ** 4))
 
 
 def _columns(*values: ArrayLike) -> tuple[tuple[int, ...], list[FloatArray]]:
@@ -315,7 +329,8 @@ def _quantise(c: GemmConstants, rows: FloatArray, depth: FloatArray) -> KernelTi
 
 def moe(
     c: MoeConstants, load: ExpertLoad, *, tokens: ArrayLike, hidden: ArrayLike, inter: ArrayLike, experts: ArrayLike,
-    top_k: ArrayLike, ranks: ArrayLike = 1,
+    top_k: ArrayLike, ranks: ArrayLike = 1, gated: ArrayLike = True, tuned: ArrayLike = True,
+    resident: bool = False,
 ) -> KernelTime:  # fmt: skip
     """One layer of gated routed experts on the hottest rank.
 
@@ -328,34 +343,47 @@ def moe(
         experts: routed experts of the layer (all ranks).
         top_k: experts a token uses.
         ranks: of expert parallelism.
+        gated: whether the first product is two matrices wide (SwiGLU); False: one (ReLU²).
+        tuned: whether the engine ships a tuned kernel configuration (`has_tuned_experts`); without one the block is 16
+            rows for at most as many tokens as experts, else 64.
+        resident: True for a benchmark that reads the same few experts again and again out of L2.
     """
-    shape, (t, h, i, e, k, r, touched, pairs) = _columns(
-        tokens, hidden, inter, experts, top_k, ranks, load.touched, load.assignments
+    shape, (t, h, i, e, k, r, wide, known, touched, pairs) = _columns(
+        tokens, hidden, inter, experts, top_k, ranks, np.where(gated, 2.0, 1.0), tuned, load.touched, load.assignments
     )
     block = np.repeat(np.array(BLOCKS, dtype=np.float64), len(MOE_COLUMNS))
     columns = np.tile(np.array(MOE_COLUMNS, dtype=np.float64), len(BLOCKS))
     blocks = np.repeat(np.broadcast_to(load.slots, (t.size, len(BLOCKS))), len(MOE_COLUMNS), axis=1) / block
-    feed = (
-        (block * c.activation_bytes + columns * c.weight_bytes)
-        / c.feed_bytes_s
-        * np.where(i % 16 > 0, c.unaligned, 1.0)
-    )
-    step_s = np.maximum(2.0 * block * columns / c.tile_flops_s, feed)
+    feed = (block * c.activation_bytes + columns * c.weight_bytes) / c.feed_bytes_s
+    step_s = (2.0 * block * columns / c.tile_flops_s + feed) * np.where(known > 0, 1.0, c.untuned)
+    slow = np.where(i % 16 > 0, c.unaligned, 1.0)
     core = sum(
-        np.maximum(1.0, blocks * np.ceil(wide / columns) / c.sms)
-        * (np.ceil(deep / K_STEP) * K_STEP * step_s + c.wave_s)
-        for wide, deep in ((2.0 * i, h), (h, i))
+        np.maximum(1.0, slow * blocks * np.ceil(n / columns) / c.sms)
+        * (np.ceil(depth / K_STEP) * K_STEP * step_s + c.wave_s)
+        for n, depth in ((wide * i, h), (h, i))
     )
-    tensor = 6.0 * pairs * h * i / (c.sms * c.tile_flops_s)
-    products = _fastest(
-        shape, touched * 3.0 * h * i * c.weight_bytes / c.hbm_bytes_s, core, c.fixed_s, tensor, c.overlap_p
-    )
-    passed = 2.0 * (pairs * (5.0 * i + h) + t * k * h + 2.0 * t * h)
+    core = np.where((known > 0) | (block == np.where(t <= e / r, 16.0, 64.0)), core, np.inf)
+    per_expert = (wide + 1.0) * h * i
+    tensor = 2.0 * pairs * per_expert / (c.sms * c.tile_flops_s)
+    weights = touched * per_expert * c.weight_bytes
+    near = _from_l2(weights, c.l2_bytes) if resident else np.zeros_like(weights)
+    memory = (weights - near) / c.hbm_bytes_s + near / c.l2_bytes_s
+    products = _fastest(shape, memory, core, c.fixed_s, tensor, c.overlap_p)
+    passed = 2.0 * (t * k * ((2.0 * wide + 1.0) * i + 2.0 * h) + 2.0 * t * h)  # all rows, local or not
     if c.activation_bytes < 2:
-        passed = passed + 3.0 * pairs * (h + i)
-    sort = np.where((r > 1) | (t * k * 4.0 > e), c.sort_s, 0.0)
+        passed = passed + 3.0 * (pairs * i + t * h)
+    sort = np.where(r > 1, c.masked_s, np.where(t * k * 4.0 > e, c.sort_s, 0.0))
     none = np.zeros(shape)
     return merge(products, _kernel((passed / c.pass_bytes_s).reshape(shape), none, sort.reshape(shape), none, 1.0))
+
+
+def has_tuned_experts(board: str, local_experts: ArrayLike, inter: ArrayLike) -> NDArray[np.bool_]:
+    """Whether vLLM ships a tuned configuration of its grouped product; True where the board's list is not known."""
+    listed = constants_file()[board]["given"].get("tuned_experts")
+    e, n = np.broadcast_arrays(np.asarray(local_experts), np.asarray(inter))
+    if listed is None:
+        return np.ones(e.shape, dtype=bool)
+    return np.any([(e == a) & (n == b) for a, b in listed], axis=0)
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -380,7 +408,7 @@ def generation_attention(
     shape, (b, length, q, g, d, w) = _columns(batch, kv_tokens, heads, kv_heads, head_dim, window)
     length = np.where(w > 0, np.minimum(length, w), length)
     tiles = np.ceil(length / KV_TILE)
-    split = np.minimum(np.array(KV_SPLITS, dtype=np.float64), tiles)
+    split = np.minimum(np.array(KV_SPLITS, dtype=np.float64), np.where((q > g) | (c.splits_single > 0), tiles, 1.0))
     rows = np.maximum(64.0, np.ceil(q / g / 16.0) * 16.0)  # query heads of a KV head, padded to a tensor tile
     token_s = np.maximum(4.0 * rows * d / c.tile_flops_s, c.token_s * d / 128.0 * c.kv_bytes / 2.0)
     core = np.ceil(b * g * split / c.sms) * (c.item_s + np.ceil(tiles / split) * KV_TILE * token_s)
@@ -397,15 +425,9 @@ def context_attention(
     head_dim: ArrayLike, window: ArrayLike = 0, cached: ArrayLike = 0,
 ) -> KernelTime:  # fmt: skip
     """Causal prefill attention of `batch` chunks of `tokens` tokens each, after `cached` tokens that KV already holds."""
-    shape, (b, t, q, g, d, w, past) = _columns(batch, tokens, heads, kv_heads, head_dim, window, cached)
-    items = b * (g * np.ceil(t * q / g / QUERY_TILE) if c.packed else q * np.ceil(t / QUERY_TILE))
-    mean, longest = (t + 1.0) / 2.0 + past, t + past
-    mean, longest = (np.where(w > 0, np.minimum(v, w), v) for v in (mean, longest))
-    key_s = 4.0 * QUERY_TILE * d / c.tile_flops_s
-    one, last = ((np.ceil(v / QUERY_TILE) * QUERY_TILE + c.diagonal) * key_s + c.item_s for v in (mean, longest))
-    core = np.maximum(np.maximum(1.0, items / c.sms) * one, last)
-    moved = 4.0 * b * t * q * d + 2.0 * b * (t + past) * g * d * c.kv_bytes
-    tensor = 4.0 * b * q * t * mean * d / (c.sms * c.tile_flops_s)
+    shape, sizes = _columns(batch, tokens, heads, kv_heads, head_dim, window, cached)
+    work, longest, moved, tensor = _context_work(c, *sizes, (c.packed > 0) | (sizes[1] == 1))
+    core = np.maximum(work / c.sms, longest)
     return _fastest(shape, moved / c.hbm_bytes_s, core, c.fixed_s, tensor, c.overlap_p)
 
 
@@ -414,10 +436,31 @@ def mixed_attention(
     heads: ArrayLike, kv_heads: ArrayLike, head_dim: ArrayLike,
 ) -> KernelTime:  # fmt: skip
     """One launch for a prefill chunk and `decodes` decoding sequences: a decode is a chunk of one token, unsplit."""
-    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-    a = context_attention(c, batch=1, tokens=prefill_tokens, cached=cached, **sizes)
-    b = context_attention(c, batch=decodes, tokens=1, cached=np.asarray(kv_tokens) - 1.0, **sizes)
-    return _kernel(a.memory_s + b.memory_s, a.core_s + b.core_s, c.fixed_s, a.tensor_s + b.tensor_s, c.overlap_p)
+    shape, (t, past, b, kv, q, g, d) = _columns(prefill_tokens, cached, decodes, kv_tokens, heads, kv_heads, head_dim)
+    none = np.zeros_like(t)
+    prefill = _context_work(c, np.ones_like(t), t, q, g, d, none, past, c.packed > 0)
+    decode = _context_work(c, b, np.ones_like(t), q, g, d, none, kv - 1.0, c.packed > 0)
+    work, _, moved, tensor = (x + y for x, y in zip(prefill, decode, strict=True))
+    core = np.maximum(work / c.sms, np.maximum(prefill[1], decode[1]))
+    return _fastest(shape, moved / c.hbm_bytes_s, core, c.fixed_s, tensor, c.overlap_p)
+
+
+def _context_work(
+    c: ContextConstants, b: FloatArray, t: FloatArray, q: FloatArray, g: FloatArray, d: FloatArray, w: FloatArray,
+    past: FloatArray, packed: Any,
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:  # fmt: skip
+    """SM-seconds of all query tiles, seconds of the longest one, bytes, and seconds of the useful FLOPs."""
+    items = b * np.where(packed, g * np.ceil(t * q / g / c.query_tile), q * np.ceil(t / c.query_tile))
+    mean, most = (np.where(w > 0, np.minimum(v, w), v) for v in ((t + 1.0) / 2.0 + past, t + past))
+    key_s = c.query_tile * (4.0 * d / c.tile_flops_s + c.softmax_s)
+    one, longest = ((np.ceil(v / KV_TILE) * KV_TILE + c.diagonal) * key_s + c.item_s for v in (mean, most))
+    kv = 2.0 * b * (t + past) * g * d * c.kv_bytes
+    at_once = np.clip(c.resident * c.sms / np.maximum(b * np.ceil(t / c.query_tile), 1.0), 1.0, q / g)
+    moved = 4.0 * b * t * q * d + kv * np.where(packed, 1.0, q / g / at_once)
+    parts = np.clip(np.floor(c.splits * c.sms / np.maximum(items, 1.0)), 1.0, np.ceil(most / KV_TILE))
+    longest = (longest - c.item_s) / parts + c.item_s * (1.0 + (parts > 1))
+    work = items * one + np.where(items > c.sms, c.tail * c.sms * longest, 0.0)
+    return work, longest * (items > 0), moved, 4.0 * b * q * t * mean * d / (c.sms * c.tile_flops_s)
 
 
 # -- between boards ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pals.core.errors import ConfigError
 from pals.experiments.plant_checks.measured import Table, read_table
+from pals.experiments.plant_checks.routing import benchmark_load
 
 FloatArray = NDArray[np.float64]
 BOARDS = {
@@ -65,6 +66,12 @@ class Cases:
         return Cases(
             self.table, self.op, self.board, self.dtype, self.old, columns, self.seconds[chosen], self.held_out[chosen]
         )
+
+    @property
+    def ungated(self) -> NDArray[np.bool_]:
+        """Rows whose experts have no gate: Nemotron's, which the collector measures as they are since vLLM 0.24."""
+        rows = (self.number("topk") == 22) | (self.number("hidden_size") == 2688)
+        return np.asarray(rows & ("vllm0.24" in self.table))
 
     def number(self, column: str) -> FloatArray:
         """A column as floats."""
@@ -141,6 +148,8 @@ def _cases(path: Path, op: str, board: str, constants: Mapping[str, Any], old: b
     read = read_table(path, [c for c in names if c in present or c not in known] + ["latency"])
     rows = len(read["latency"])
     table = {c: read[c] if c in read else np.full(rows, known[c]) for c in names}
+    if op == "moe":
+        table |= _loads(table, old)
     seconds = np.asarray(read["latency"], dtype=np.float64) * 1e-3
     dtype = np.asarray(_dtype(op, table)).astype(str)
     held = held_out(_shape(op, table))
@@ -152,6 +161,15 @@ def _cases(path: Path, op: str, board: str, constants: Mapping[str, Any], old: b
         for d, p in zip(np.unique(dtype), parts, strict=True)
         if len(p.seconds)
     ]
+
+
+def _loads(t: Table, old: bool) -> Table:
+    """What the measured rank was given in each row."""
+    columns = ("distribution", "num_experts", "topk", "num_tokens", "moe_ep_size")
+    rows = zip(*(t[c].tolist() for c in columns), strict=True)
+    loads = [benchmark_load(law, e, k, n, ranks, old) for law, e, k, n, ranks in rows]
+    touched, assignments, slots = (np.concatenate(field) for field in zip(*loads, strict=True))
+    return {"touched": touched, "assignments": assignments, "slots": slots}
 
 
 def _dtype(op: str, t: Table) -> Any:

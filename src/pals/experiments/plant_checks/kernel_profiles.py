@@ -12,12 +12,21 @@ from typing import Any
 import numpy as np
 
 from pals.core.errors import ConfigError
-from pals.experiments.plant_checks.kernel_cases import Cases, held_out
+from pals.experiments.plant_checks.kernel_cases import Cases, held_out, joined, read_cases
 from pals.experiments.plant_checks.measured import Table, read_table
 
 BOARDS = {"RTX4090": "rtx-4090", "RTXPRO6000": "rtx-pro-6000"}
 HELD_OUT_MODEL = "Qwen3-32B"
 PROFILES = ("attention", "dense", "per_sequence", "moe")
+
+
+def read_everything(folder: Path) -> list[Cases]:
+    """Kernel tables and layer profiles, one set for each operation, board and data type.
+
+    Raises:
+        ConfigError: the data are missing or broken.
+    """
+    return joined([*read_cases(folder), *read_profiles(folder)])
 
 
 def read_profiles(folder: Path) -> list[Cases]:
@@ -99,7 +108,12 @@ def _per_sequence(path: Path, board: str, model: str, s: dict[str, float]) -> li
 def _moe(path: Path, board: str, model: str, s: dict[str, float]) -> list[Cases]:
     t = read_table(path, ["tokens", "activated_experts", "time_us"])
     columns = {"num_tokens": t["tokens"], "touched": t["activated_experts"]}
-    sizes = {"hidden_size": s["hidden"], "inter_size": s["expert_inter"], "topk": s["top_k"], "num_experts": s["experts"]}
+    sizes = {
+        "hidden_size": s["hidden"],
+        "inter_size": s["expert_inter"],
+        "topk": s["top_k"],
+        "num_experts": s["experts"],
+    }
     columns |= {k: np.full(len(t["tokens"]), v) for k, v in sizes.items()}
     return [_case(path, "moe_layer", board, model, columns, t["time_us"])]
 
@@ -108,7 +122,12 @@ def _attention(path: Path, board: str, model: str, s: dict[str, float]) -> list[
     names = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
     t = read_table(path, [*names, "time_us"])
     queries, sequences = t["prefill_chunk"], t["n_decode"]
-    heads = {"num_heads": s["heads"], "num_key_value_heads": s["kv_heads"], "head_dim": s["head_dim"], "window_size": 0.0}
+    heads = {
+        "num_heads": s["heads"],
+        "num_key_value_heads": s["kv_heads"],
+        "head_dim": s["head_dim"],
+        "window_size": 0.0,
+    }
     columns = {"isl": queries, "cached": t["kv_prefill"], "batch_size": sequences, "step": t["kv_decode"] - 1}
     columns |= {k: np.full(len(queries), v) for k, v in heads.items()}
     decode, prefill = (queries == 0) & (sequences > 0), (sequences == 0) & (queries > 0)
