@@ -174,14 +174,14 @@ def attention(b: BoardKernels, shape: ModelShape, tp: int) -> AttentionTime:
     queries = max(64.0, np.ceil(heads / kv_heads / 16.0) * 16.0)
     token_s = max(4.0 * queries * width / g.tile_flops_s, g.token_s * kv_bytes / kv_heads / 512.0)
     prefill_width = shape.attention_width / shape.heads
-    pair_s = 4.0 * heads * prefill_width / (c.sms * c.tile_flops_s)
-    item_s = heads / kernels.QUERY_TILE / c.sms * c.item_s
+    pair_s = heads * (4.0 * prefill_width / c.tile_flops_s + c.softmax_s) / c.sms
+    item_s = heads / c.query_tile / c.sms * c.item_s
     return AttentionTime(
         context_s=layers * kv_bytes / g.hbm_bytes_s,
         context_core_s=layers * kv_heads * token_s / g.sms,
         sequence_core_s=layers * kv_heads * (g.item_s + 0.5 * kernels.KV_TILE * token_s) / g.sms,
         pair_s=layers * pair_s,
-        token_s=layers * (pair_s * (0.5 * kernels.QUERY_TILE + c.diagonal) + item_s),
+        token_s=layers * (pair_s * (0.5 * c.query_tile + c.diagonal) + item_s),
         fixed_s=layers * g.fixed_s,
         overlap_p=g.overlap_p,
     )
