@@ -25,7 +25,7 @@ from pals.plant.step_kernels import ParallelGroup
 FloatArray = NDArray[np.float64]
 
 NO_TIME_S = 1e-15  # keeps ratios finite where there is no work
-GIB = 2**30
+GIB = 2**30  # boards are named in GB and hold about so many of these
 RESERVED_BYTES = 2e9  # activations, CUDA graphs, context: what vLLM keeps of a board besides weights and KV cache
 
 
@@ -200,9 +200,7 @@ class StepModel:
         other_bytes = self.shape.weight_bytes - expert_bytes
         ranks = self.group.expert_ranks if self.group.expert else self.group.tensor
         weights = (other_bytes / self.group.tensor + expert_bytes / ranks) / self.group.pipeline
-        usable = (
-            self.spec.memory_gb * GIB * utilization - RESERVED_BYTES
-        )  # boards are named in GB and hold about so many GiB
+        usable = self.spec.memory_gb * GIB * utilization - RESERVED_BYTES
         if weights >= usable:
             raise ConfigError(
                 f"weights need {weights / 1e9:.1f} GB per board, {self.spec.nvml_name} leaves {usable / 1e9:.1f} GB of "
