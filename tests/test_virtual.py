@@ -140,6 +140,27 @@ def test_the_journals_energy_is_the_plants_integral(olmoe: Path, tmp_path: Path)
     assert counted_j > 5.0 * 2 * 100.0
 
 
+def test_a_schedule_of_faults_strikes_the_boards_when_it_says(
+    qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faults = tmp_path / "faults.csv"
+    faults.write_text("time_s,kind,board,value\n1.2,external_limit,1,250\n2.2,lost,0,1\n3.2,lost,0,0\n")
+    command = ["emulate", "run", str(qwen), "--boards", "2xa100-sxm4-80gb", "--seconds", "4", "--out", str(tmp_path)]
+
+    assert main([*command, "--faults", str(faults)]) == 0
+    records = {r.sample.time_s: r for r in records_of(tmp_path / "static.jsonl")}
+    assert records[1.0].enforced_limits_w[1] > 250.0 >= records[1.5].enforced_limits_w[1]
+    assert [records[t].sample.absent for t in (2.0, 2.5, 3.0, 3.5)] == [(), (0,), (0,), ()]
+
+    faults.write_text("time_s,kind,board,value\n1,routing_drift,,0.5\n")
+    capsys.readouterr()
+    assert main([*command, "--faults", str(faults)]) == 2
+    assert "only its boards can fail. Nothing was started" in capsys.readouterr().err
+    faults.write_text("time_s,kind,board\n1,lost,2\n")
+    assert main([*command, "--faults", str(faults)]) == 2
+    assert "names board 2; there are 2" in capsys.readouterr().err
+
+
 def test_a_lost_board_is_noted_and_the_engine_serves_on(olmoe: Path, tmp_path: Path) -> None:
     with node(olmoe) as live:
         live.clock.call_at(2.2, lambda: live.bank.inject(1, "lost", 1, live.clock.now_s()))

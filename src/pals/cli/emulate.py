@@ -20,6 +20,7 @@ from pals.engines.emulated_world import emulating
 
 if TYPE_CHECKING:
     from pals.experiments.virtual_run import VirtualNode, VirtualResult
+    from pals.plant.faults import FaultSchedule
     from pals.runtime.config import Config
 
 
@@ -52,6 +53,11 @@ def add_run(kinds: Any) -> None:
     p.add_argument("--start-s", type=float, default=0.0, metavar="S", help="where in the trace it begins (default 0)")
     p.add_argument("--time-scale", type=float, default=1.0, metavar="X", help="stretch arrivals: 0.5 doubles the rate")
     p.add_argument("--seed", type=int, default=7, help="seed of the prompts (default 7)")
+    p.add_argument(
+        "--faults",
+        metavar="FILE",
+        help="what goes wrong with the boards, and when: .csv or .json (docs/models.md, Faults)",
+    )
     p.add_argument("--out", default="out/emulate", metavar="FOLDER", help="journals, outcomes (default out/emulate)")
     add_agent_options(p)
     p.set_defaults(function=run, takes_engine_options=True)
@@ -90,7 +96,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     if not args.time_scale > 0:
         raise ConfigError(f"--time-scale {args.time_scale} must be above 0. Nothing was started")
     folder = Path(args.out)
-    runs = runs_of(args, folder)
+    runs, faults = runs_of(args, folder), faults_of(args)
     specs = [replace(s, at_s=s.at_s * args.time_scale) for s in load_slice(args.seconds, start_s=args.start_s)]
     results: list[VirtualResult] = []
     stop = threading.Event()
@@ -100,7 +106,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         for name, config in runs:
             result = run_policy(
-                node, specs, config, name=name, seed=args.seed, command=reproducing(args.given, name), stop=stop,
+                replace(node, faults=faults), specs, config, name=name, seed=args.seed, command=reproducing(args.given, name), stop=stop,
                 say=say,
             )  # fmt: skip
             if result is None:
@@ -132,6 +138,26 @@ def runs_of(args: argparse.Namespace, folder: Path) -> list[tuple[str, Config]]:
         output = replace(config.output, journal=str(folder / f"{policy.strip()}.jsonl"))
         runs.append((policy.strip(), replace(config, output=output)))
     return runs
+
+
+def faults_of(args: argparse.Namespace) -> FaultSchedule:
+    """The schedule of --faults; empty where it is not given.
+
+    Raises:
+        ConfigError: the file is wrong, or names what is not here: a board too many, or an event of the engine.
+    """
+    from pals.plant.faults import FaultSchedule, engine_events, load_faults
+    from pals.plant.specs import parse_boards
+
+    if not args.faults:
+        return FaultSchedule()
+    faults = load_faults(Path(args.faults))
+    faults.check_boards(parse_boards(args.boards)[1])
+    if strange := {e.kind for e in engine_events(faults.events)}:
+        raise ConfigError(
+            f"{', '.join(sorted(strange))} in {args.faults}: here a real vLLM runs, only its boards can fail. Nothing was started"
+        )
+    return faults
 
 
 def conclude(args: argparse.Namespace, folder: Path, results: Sequence[VirtualResult]) -> int:

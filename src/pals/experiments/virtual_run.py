@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pals.core.errors import ConfigError
@@ -19,6 +19,7 @@ from pals.engines.virtual_engine import VirtualEngine, VirtualTrace
 from pals.experiments.outcome import Outcome, outcome
 from pals.hardware.nvml import Nvml, open_boards
 from pals.plant.boards import BoardBank
+from pals.plant.faults import FaultEvent, FaultSchedule, apply_to
 from pals.plant.specs import BoardSpec
 from pals.runtime.agent import AgentSetup, Session, open_session
 from pals.runtime.clock import VirtualClock
@@ -42,6 +43,7 @@ class VirtualNode:
     count: int
     board_seed: int
     folder: Path
+    faults: FaultSchedule = field(default_factory=FaultSchedule)  # times from the run's start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +117,19 @@ def run_policy(
         ConfigError: as `serve_trace`.
     """
     with running(node) as live:
+        await_faults(live, node.faults)
         return serve_trace(live, specs, config, name=name, seed=seed, command=command, stop=stop, say=say)
+
+
+def await_faults(live: LiveNode, faults: FaultSchedule) -> None:
+    """Have each fault strike the boards when it is due."""
+    start_s = live.clock.now_s()
+    for event in faults.events:
+
+        def strike(event: FaultEvent = event) -> None:
+            apply_to(live.bank, [event], live.clock.now_s())
+
+        live.clock.call_at(start_s + event.time_s, strike)
 
 
 def serve_trace(

@@ -83,8 +83,9 @@ _SAME_IN_SPEC = (
 _TYPES = {
     "head": HEAD, "board": BOARD, "reading": READING, "process": PROCESS, "segment": SEGMENT, "clockwork": CLOCKWORK,
 }  # fmt: skip
+_MEANING = repr((_TYPES, Silicon._fields, Firmware._fields))
 #: Changes whenever a type above does; a library and a bank of different layouts refuse each other.
-LAYOUT = int.from_bytes(hashlib.blake2b(repr(_TYPES).encode(), digest_size=7).digest())
+LAYOUT = int.from_bytes(hashlib.blake2b(_MEANING.encode(), digest_size=7).digest())
 
 
 @dataclass(slots=True)

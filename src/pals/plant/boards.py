@@ -38,6 +38,7 @@ from pals.plant.silicon import Load, Silicon
 from pals.plant.specs import CLOCK_STEP_MHZ, BoardSpec, board_specs
 
 NO_LIMIT_W = 1e9
+WIDEST = 3.0  # standard deviations by which a specimen may differ
 VALUE_FAULTS = {
     "slow_setter": "setter_extra_s",
     "ambient": "ambient_c",
@@ -331,9 +332,8 @@ def draw_specimens(b: np.ndarray, spec: BoardSpec, seed: int) -> None:
     """Idle boards at their default limits; each differs a little from its type."""
     rng, count, v, firmware = np.random.default_rng(seed), len(b), spec.variation, spec.firmware
     b["uuid"] = [board_uuid(spec.name, i) for i in range(count)]
-    b["core_factor"] = np.clip(rng.normal(1.0, v.core_sd, count), 1.0 - 3.3 * v.core_sd, 1.0 + 3.3 * v.core_sd)
-    b["idle_factor"] = np.clip(rng.normal(1.0, v.idle_sd, count), 1.0 - 3.75 * v.idle_sd, 1.0 + 3.75 * v.idle_sd)
-    b["counter_factor"] = np.clip(rng.normal(1.0, v.counter_sd, count), 1.0 - 2 * v.counter_sd, 1.0 + 2 * v.counter_sd)
+    for name, sd in (("core_factor", v.core_sd), ("idle_factor", v.idle_sd), ("counter_factor", v.counter_sd)):
+        b[name] = 1.0 + sd * np.clip(rng.standard_normal(count), -WIDEST, WIDEST)
     b["top_mhz"] = spec.max_sm_clock_mhz - CLOCK_STEP_MHZ * rng.integers(
         0, int(v.top_clock_steps), count, endpoint=True
     )

@@ -11,7 +11,7 @@ import difflib
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,12 +94,18 @@ class FaultSchedule:
                 )
 
 
-def apply_to(bank: BoardBank, events: Iterable[FaultEvent], now_s: float) -> None:
-    """Inject the boards' faults among `events`; engine events are left to `engine_events`."""
+def board_faults(events: Iterable[FaultEvent], count: int) -> Iterator[tuple[int, str, float]]:
+    """Board, fault and value, as `inject` of a bank (or of a simulated replica) takes them; engine events give nothing."""
     for e in events:
         if e.kind in BOARD_KINDS:
-            for i in range(bank.count) if e.board is None else (e.board,):
-                bank.inject(i, BOARD_KINDS[e.kind], e.value, now_s)
+            for i in range(count) if e.board is None else (e.board,):
+                yield i, BOARD_KINDS[e.kind], e.value
+
+
+def apply_to(bank: BoardBank, events: Iterable[FaultEvent], now_s: float) -> None:
+    """Inject the boards' faults among `events`."""
+    for i, fault, value in board_faults(events, bank.count):
+        bank.inject(i, fault, value, now_s)
 
 
 def engine_events(events: Iterable[FaultEvent]) -> tuple[FaultEvent, ...]:

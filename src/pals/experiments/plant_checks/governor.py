@@ -1,4 +1,4 @@
-"""The governor against measured boards: the clocks a limit holds, how well it is kept, and what a burst draws beyond it.
+"""The governor against measured boards: the clocks a limit holds, how well it is kept, what a burst draws beyond it; and power.
 
 Everything here comes out of a `BoardBank`, tick by tick; the references are read from the data folder.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pals.experiments.plant_checks import kernel_power, silicon
 from pals.experiments.plant_checks.row import CheckRow, Residual, error_row
 from pals.experiments.plant_checks.silicon import B300, FOLDER, GEMM_MEMORY, h100_rails, physics_constants
 from pals.plant.boards import BoardBank
@@ -54,6 +55,8 @@ def check(folder: Path) -> list[CheckRow]:
         ),
         adherence_row(means),
         burst_row(b300),
+        *silicon.check(folder),
+        *kernel_power.check(folder),
     ]  # fmt: skip
 
 
@@ -132,7 +135,8 @@ def bursts(spec: BoardSpec, burst_s: float) -> tuple[list[float], float]:
         ends_s = np.arange(0, round(burst_s * 2 * count / TICK_S) + 1) * TICK_S
         powers = np.diff([bank.energy_integral_j(0, t) for t in ends_s]) / TICK_S
     beyond_j = np.maximum(powers - BURST_LIMIT_W, 0.0) * TICK_S
-    joined_w = np.convolve(powers, np.full(JOINED_TICKS, 1.0 / JOINED_TICKS), "valid")
+    steady_w = powers[len(powers) // 2 :]  # a burst that follows others finds the clock where they left it
+    joined_w = np.convolve(steady_w, np.full(JOINED_TICKS, 1.0 / JOINED_TICKS), "valid")
     return [float(part.sum()) for part in np.array_split(beyond_j, count)], float(joined_w.max())
 
 

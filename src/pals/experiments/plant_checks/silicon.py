@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from pals.plant.silicon import Silicon, board_power_w, voltage
 from pals.plant.specs import board_specs
 
 FOLDER = "gpu-physics-constants"
-A100, H100, H200 = "A100-PCIe-80GB", "H100-SXM5-80GB", "H200-SXM5-141GB"
+OWNED = "pals plant fit silicon"  # in the source of a group of constants: found here
+A100, A100_SXM = "A100-PCIe-80GB", "A100-SXM4-40/80GB"
+H100, H200 = "H100-SXM5-80GB", "H200-SXM5-141GB"
 B200, B300 = "B200-SXM-180GB", "B300-SXM6"
 B200_MEMORY_MHZ = 1597  # where memory-bound kernels of B200 are parked
 HBM_J_PER_BYTE = 25e-12  # memory rail of H200 in Triad above that in DGEMM, over the bytes moved
@@ -77,22 +80,71 @@ def factor_at(mhz: float, curve: Mapping[str, float]) -> float:
 
 
 def fit(folder: Path) -> dict[str, Any]:
-    """The fitted groups of `plant/board_specs.json`, by board and group."""
+    """`plant/board_specs.json` with the groups that are this fit's, as their sources say; the rest as it is.
+
+    What `fitted` derives beyond them are first guesses for other fits, which know more: serving power against batch.
+    """
+    specs = dict(json.loads((files("pals.plant") / "board_specs.json").read_text(encoding="utf-8")))
+    for board, groups in fitted(folder).items():
+        for name, constants in groups.items():
+            group = specs[board]["silicon"][name]
+            if OWNED in group["source"]:
+                group |= {constant: float(f"{value:.4g}") for constant, value in constants.items()}
+    return specs
+
+
+def fitted(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """What the data say of each board's silicon, by board, group and constant."""
     constants = physics_constants(folder)
     h100, b300 = fit_h100(h100_rails(folder), constants[H100]), fit_b300(constants[B300])
     h200 = fit_h200(constants[H200], h100)
     b200 = fit_b200(constants[B200], b300, h200)
     return {
-        "a100-pcie-80gb": fit_a100(constants[A100]),
-        "h100-sxm5-80gb": h100,
-        "h200-sxm5-141gb": h200,
-        "b200-sxm-180gb": b200,
+        **a100_boards(constants[A100], constants[A100_SXM], h200["activity"]),
+        "h100-sxm5-80gb": h100 | {"activity": h100_activity(constants[H100], h100, h200["activity"])},
+        "h200-sxm5-141gb": h200 | {"voltage": h100["voltage"]},
+        "b200-sxm-180gb": b200 | {"voltage": b300["voltage"]},
         "b300-sxm-288gb": with_b200_activity(b300, b200),
     }
 
 
-def fit_a100(c: Mapping[str, Any]) -> dict[str, Any]:
-    """Compute and STREAM kernels at five clocks; idle fixes the static part."""
+def a100_boards(
+    pcie: Mapping[str, Any], sxm: Mapping[str, Any], h200: Mapping[str, float]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """The PCIe board's sweeps for all three; STREAM's activity divided into busy and memory as on H200."""
+    curve, stream, hbm_w = fit_a100(pcie)
+    idle_w = float(np.mean(sxm["idle_w"]))
+    tree = (float(np.mean(sxm["loaded_idle_w"])) - idle_w) / factor_at(sxm["sm_mhz"]["max"], curve)
+    busy_part = h200["busy_w_per_ghz"] / (h200["busy_w_per_ghz"] + h200["memory_w_per_ghz"])
+    joules_per_byte = hbm_w / (pcie["stream_gb_s"] * 1e9)
+    return {
+        name: {
+            "voltage": dict(curve),
+            "static": {"tree_w_per_ghz": tree},
+            "activity": {
+                "busy_w_per_ghz": (stream - tree) * busy_part,
+                "memory_w_per_ghz": (stream - tree) * (1.0 - busy_part),
+                "hbm_w": joules_per_byte * spec.hbm_bytes_s,
+            },
+        }
+        for name, spec in board_specs().items()
+        if name.startswith("a100-")
+    }
+
+
+def h100_activity(c: Mapping[str, Any], h100: Mapping[str, Any], h200: Mapping[str, float]) -> dict[str, float]:
+    """Busy and memory terms of the same die in H200; tensor from the clock that matrix products keep at the limit."""
+    curve, static = h100["voltage"], h100["static"]
+    terms = {name: h200[name] for name in ("busy_w_per_ghz", "memory_w_per_ghz")}
+    hbm_w = HBM_J_PER_BYTE * board_specs()["h100-sxm5-80gb"].hbm_bytes_s
+    core_w = c["limit_w"]["max"] - static["static_w"] - GEMM_MEMORY * hbm_w
+    others = static["tree_w_per_ghz"] + terms["busy_w_per_ghz"]
+    at = factor_at(float(np.mean(c["gemm_bf16_sustained_mhz"])), curve)
+    return {**terms, "tensor_w_per_ghz": core_w / at - others, "hbm_w": hbm_w}
+
+
+def fit_a100(c: Mapping[str, Any]) -> tuple[dict[str, float], float, float]:
+    """Voltage curve, activity of STREAM W/GHz, and its HBM W; idle fixes the static part."""
     ghz, compute_w = by_clock(c["compute_uncapped_w"])
     stream_ghz, stream_w = by_clock(c["stream_uncapped_w"])
     static_w = float(np.mean(c["idle_w"]))
@@ -106,11 +158,8 @@ def fit_a100(c: Mapping[str, Any]) -> dict[str, Any]:
 
     measured = np.concatenate([compute_w, stream_w])
     x = relative_fit(power, measured, [1.0, 0.4, 1.6, 85, 45, 50], [0.9, 0, 0, 20, 10, 0], [1.2, 3, 8, 200, 100, 100])
-    return {
-        "voltage": dict(zip(("knee_ghz", "voltage_per_ghz", "voltage_per_ghz2"), map(float, x[:3]), strict=True)),
-        "static": {"static_w": static_w},
-        "sweeps": {"compute_w_per_ghz": float(x[3]), "stream_w_per_ghz": float(x[4]), "hbm_w": float(x[5])},
-    }
+    curve = {"knee_ghz": float(x[0]), "voltage_per_ghz": float(x[1]), "voltage_per_ghz2": float(x[2])}
+    return curve, float(x[4]), float(x[5])
 
 
 def fit_h100(rails: Table, c: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,14 +169,12 @@ def fit_h100(rails: Table, c: Mapping[str, Any]) -> dict[str, Any]:
         lambda x: x[0] + x[1] * core_factor(ghz, x[2], 0.0, x[3]), rails["core_rail_w"],
         [35, 150, 1.2, 0.3], [0, 50, 0.9, 0], [80, 250, 1.7, 5],
     )  # fmt: skip
-    slope, rest_w = np.polyfit(ghz, rails["memory_rail_w"], 1)
-    static_w = float(x[0] + rest_w)
+    static_w = float(x[0] + np.polyfit(ghz, rails["memory_rail_w"], 1)[1])
     curve = {"knee_ghz": float(x[2]), "voltage_per_ghz": 0.0, "voltage_per_ghz2": float(x[3])}
     tree = (np.mean(c["loaded_idle_w"]) - static_w) / factor_at(c["sm_mhz"]["max"], curve)
     return {
         "voltage": curve,
         "static": {"static_w": static_w, "tree_w_per_ghz": float(tree)},
-        "sweeps": {"core_w_per_ghz": float(x[1]), "memory_rail_w_per_ghz": float(slope)},
     }
 
 
@@ -187,8 +234,7 @@ def fit_b300(c: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "voltage": {"knee_ghz": B300_KNEE_GHZ, "voltage_per_ghz": float(x[1]), "voltage_per_ghz2": 0.0},
         "static": {"static_w": static_w},
-        "activity": {"hbm_w": hbm_w},
-        "sweeps": {"gemm_w_per_ghz": float(x[0])},
+        "activity": {"hbm_w": hbm_w, "tensor_w_per_ghz": float(x[0])},  # with all else that a product sets going
     }
 
 
@@ -197,7 +243,7 @@ def with_b200_activity(b300: dict[str, Any], b200: Mapping[str, Any]) -> dict[st
     terms = {name: b200["activity"][name] for name in ("busy_w_per_ghz", "memory_w_per_ghz")}
     tree = b200["static"]["tree_w_per_ghz"]
     others = tree + terms["busy_w_per_ghz"] + GEMM_MEMORY * terms["memory_w_per_ghz"]
-    tensor = b300["sweeps"]["gemm_w_per_ghz"] - others
+    tensor = b300["activity"]["tensor_w_per_ghz"] - others
     static = {**b300["static"], "tree_w_per_ghz": tree}
     return {**b300, "static": static, "activity": {**terms, **b300["activity"], "tensor_w_per_ghz": tensor}}
 
