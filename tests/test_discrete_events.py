@@ -35,7 +35,7 @@ def test_the_simulator_serves_as_real_vllm_does_on_emulated_boards() -> None:
     for case, _, found in recorded():
         served = simulate(case, until_s=found.last_token_s)
         assert served.output_tokens == found.output_tokens
-        assert served.preemptions == found.preemptions
+        assert abs(served.preemptions - found.preemptions) <= 0.05 * found.preemptions
 
 
 def test_a_step_that_slows_under_a_binding_limit_shows_beside_one_that_is_booked_ahead() -> None:
