@@ -1,6 +1,6 @@
 """How fast the discrete-event simulator is: one replica-day at 65 % load, with and without a controller, and against others.
 
-Command: `python -m benchmarks.simulator` (`--days 0.1` for a quick look, `--fleet` for a week of eight replicas, `--vidur PYTHON`
+Command: `python -m benchmarks.simulator` (`--days 0.1` for a quick look, `--fleet 7` for a week of eight replicas, `--vidur PYTHON`
 for the comparison with Vidur, installed in an environment of its own).
 Pass: at least 10,000 times real time at a fixed point and 2,000 with a call every 500 ms, in processor time of one core.
 Compiling is counted apart. Everything here is simulated.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -131,19 +132,21 @@ def against_vidur(python: str, work: Workload) -> None:
     print(f"ours is {VIDUR_S / quick_s / speed:,.0f} times faster")
 
 
-def week(hour: Workload, rate_per_s: float, workers: int) -> None:
-    """Eight replicas for seven days."""
+def fleet_of_eight(hour: Workload, rate_per_s: float, days: float, workers: int) -> None:
+    """Eight replicas behind one router."""
     spec = board_specs()[BOARDS]
     model = StepModel(ModelShape.from_config(shipped_config(MODEL)), spec, tensor_parallel=COUNT)
     fleet = FleetSpec(model=model, spec=spec, replicas=8, boards=COUNT, engine={"max_num_seqs": SEQUENCES})
     rng = np.random.default_rng(2)
-    work = tiled(at_rate(hour, 8 * rate_per_s, how="thin", rng=rng), 7 * DAY_S, rng=rng)
+    work = tiled(at_rate(hour, 8 * rate_per_s, how="thin", rng=rng), days * DAY_S, rng=rng)
     began_s = time.perf_counter()
-    result = simulate(fleet, work, router="least-outstanding", until_s=7 * DAY_S, workers=workers)
+    result = simulate(fleet, work, router="least-outstanding", until_s=days * DAY_S, workers=workers)
     wall_s = time.perf_counter() - began_s
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"processor time of the fleet's processes: {children.ru_utime + children.ru_stime:.0f} s")
     print(
-        f"week of 8 replicas, {workers} processes: {wall_s:.0f} s, {len(work):,} requests, "
-        f"{7 * DAY_S * 8 / wall_s:,.0f}x real time, mean node power {result.node_power_w.mean() / fleet.nodes:.0f} W a node"
+        f"{days:g} days of 8 replicas, {workers} processes: {wall_s:.0f} s, {len(work):,} requests, "
+        f"{days * DAY_S * 8 / wall_s:,.0f}x real time, mean node power {result.node_power_w.mean() / fleet.nodes:.0f} W a node"
     )
 
 
@@ -152,7 +155,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--days", type=float, default=1.0, help="simulated days of the static run (default 1)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the traces (default data)")
-    parser.add_argument("--fleet", action="store_true", help="a week of eight replicas too")
+    parser.add_argument(
+        "--fleet", type=float, default=0.0, metavar="DAYS", help="eight replicas too, for so many days (7)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes of the fleet (default 2)")
     parser.add_argument("--vidur", metavar="PYTHON", help="interpreter of an environment in which Vidur is installed")
     args = parser.parse_args()
@@ -181,7 +186,7 @@ def main() -> int:
     if args.vidur:
         against_vidur(args.vidur, work)
     if args.fleet:
-        week(hour, LOAD * sustained, args.workers)
+        fleet_of_eight(hour, LOAD * sustained, args.fleet, args.workers)
     return 0 if static_speed >= STATIC_PASS and controlled_speed >= CONTROLLED_PASS and ratio > 0 else 1
 
 

@@ -27,14 +27,14 @@ def main() -> None:
         total_time = model_time = step_s
         num_layers = 1
 
-    class Fixed(BaseExecutionTimePredictor):
-        def get_execution_time(self, batch, pipeline_stage):
+    class Fixed(BaseExecutionTimePredictor):  # type: ignore[misc]
+        def get_execution_time(self, batch: object, pipeline_stage: int) -> type:
             return Constant
 
     Fixed.__abstractmethods__ = frozenset()  # of single operations: a constant step has none
 
-    class Trace(BaseRequestGenerator):
-        def generate_requests(self):
+    class Trace(BaseRequestGenerator):  # type: ignore[misc]
+        def generate_requests(self) -> list[object]:
             with open(trace, newline="") as f:
                 return [Request(float(t), int(p), int(o)) for t, p, o in csv.reader(f)]
 

