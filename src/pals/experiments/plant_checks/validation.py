@@ -73,16 +73,23 @@ def _with_steps(found: dict[str, Any]) -> dict[str, Any]:
     )
     for board, values in found.items():
         if board.startswith("_"):
-            steps[board] = values
+            steps[board] = _rounded(values)
             continue
         activity = values.pop("activity", None)
-        steps[board] = {**steps.get(board, {}), **values}
+        steps[board] = {**steps.get(board, {}), **_rounded(values)}
         if activity is not None:
             groups = boards[board]["silicon"]
             for group in groups.values():
-                group |= {name: float(f"{w:.4g}") for name, w in activity.items() if name in group}
+                group |= _rounded({name: w for name, w in activity.items() if name in group})
     changed = any(board.startswith("_") for board in found)
     return {"step_constants.json": steps} | ({"board_specs.json": boards} if changed else {})
+
+
+def _rounded(values: Any) -> Any:
+    """Every number to four digits, which is more than any fit knows."""
+    if isinstance(values, dict):
+        return {name: _rounded(v) for name, v in values.items()}
+    return float(f"{values:.4g}") if isinstance(values, float) else values
 
 
 def known(name: str, names: Mapping[str, Any]) -> str:
