@@ -14,6 +14,7 @@ from pals.core.errors import ConfigError
 
 # Bytes a stored parameter takes, scales included: a row (fp8), blocks of 128 × 128 (fp8_block), groups of 128 (int4) and of 32 (mxfp4).
 FORMAT_BYTES = {"bf16": 2.0, "fp8": 1.0, "fp8_block": 1.0 + 4 / 128**2, "int4": 0.5 + 2.5 / 128, "mxfp4": 0.5 + 1 / 32}
+CHUNKED_BUT_EVERY = 4  # Llama 4: of so many layers one attends to the whole context
 KV_BYTES = 2.0  # of one number in the KV cache
 SPELLINGS = {"bfloat16": "bf16", "float16": "bf16", "half": "bf16", "float8": "fp8", "fp8_e4m3": "fp8", "awq": "int4", "gptq": "int4"}  # fmt: skip
 
@@ -44,6 +45,7 @@ class ModelShape:
     tied: bool = False  # the embedding is the output matrix
     window: int = 0  # tokens a sliding-window layer looks back; 0: none
     window_layers: int = 0
+    chunked_layers: int = 0  # layers that attend to chunks: engines cut their batch anew on the host at each step
     attention_format: str = "bf16"
     ffn_format: str = "bf16"  # dense feed-forward and shared experts
     expert_format: str = "bf16"
@@ -176,6 +178,7 @@ def _from_config(c: Mapping[str, Any]) -> ModelShape:
         top_k=int(c["num_experts_per_tok"]) if experts else 0,
         tied=bool(c.get("tie_word_embeddings", c.get("model_type") == "gpt2")),
         **_window_of(c, layers),
+        chunked_layers=_chunked_of(c, layers),
     )
     weights, attention = _format_of(c.get("quantization_config", {}))
     return shape.stored_as(weights, attention=attention)
@@ -223,6 +226,14 @@ def _window_of(c: Mapping[str, Any], layers: int) -> dict[str, Any]:
     kinds = c.get("layer_types")
     windowed = sum(kind == "sliding_attention" for kind in kinds) if kinds else layers
     return {"window": int(c["sliding_window"]), "window_layers": windowed}
+
+
+def _chunked_of(c: Mapping[str, Any], layers: int) -> int:
+    """Layers of chunked attention; Llama 4's config leaves out which where every fourth looks at everything."""
+    kinds = c.get("layer_types")
+    if kinds:
+        return sum(kind == "chunked_attention" for kind in kinds)
+    return layers - layers // CHUNKED_BUT_EVERY if c.get("attention_chunk_size") else 0
 
 
 def _format_of(quantization: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -273,16 +284,18 @@ def _from_row(r: Mapping[str, Any]) -> ModelShape:
         moe_layers=moe_layers,
         experts=experts,
         top_k=int(float(r["top_k"])) if moe_layers else 0,
-        **_family_window(str(r["model"]), layers),
+        **_family(str(r["model"]), layers),
     )
     shape = replace(shape, tied=total < shape.total_params - shape.head_params / 2)
     native = format_name(str(r["native_dtype"]))
     return shape.stored_as("fp8_block" if native == "fp8" else native)  # releases in 8 bits scale blocks
 
 
-def _family_window(model: str, layers: int) -> dict[str, Any]:
-    """The table has no column for it: gpt-oss looks back 128 tokens in every second layer (its config.json)."""
-    return {"window": 128, "window_layers": layers // 2} if "gpt-oss" in model else {}
+def _family(model: str, layers: int) -> dict[str, Any]:
+    """What the table has no column for: gpt-oss looks back 128 tokens in every second layer, Llama 4 attends to chunks in three of four."""
+    if "gpt-oss" in model:
+        return {"window": 128, "window_layers": layers // 2}
+    return {"chunked_layers": layers - layers // CHUNKED_BUT_EVERY} if "Llama-4" in model else {}
 
 
 # ---- which row of the table a hub name means

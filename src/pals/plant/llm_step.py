@@ -224,7 +224,7 @@ def step_tables(
     narrow = shape.moe_layers * (shape.expert_format != "bf16")
     gaps = shape.layers * k.layer_gap_s + shape.moe_layers * k.moe_gap_s + narrow * k.narrow_moe_gap_s
     launch = (shape.layers - shape.moe_layers) * k.launch_layer_s + shape.moe_layers * k.launch_moe_layer_s
-    a = parts.attention
+    a, chunked = parts.attention, bool(shape.chunked_layers)
 
     def table(values: FloatArray | float) -> FloatArray:
         return np.where(tokens > 0, np.interp(tokens, grid, np.broadcast_to(values, grid.shape)), 0.0)
@@ -250,8 +250,8 @@ def step_tables(
         attention_p=a.overlap_p,
         pair_s=a.pair_s,
         prefill_token_s=a.token_s,
-        host_s=k.host_s,
-        host_per_sequence_s=k.host_per_sequence_s,
+        host_s=k.host_s + chunked * k.chunked_host_s,
+        host_per_sequence_s=k.host_per_sequence_s + chunked * k.chunked_host_per_sequence_s,
         expert_activity=k.expert_activity if shape.expert_format == "bf16" else k.narrow_expert_activity,
         expert_slack=factor,
         top_clock_mhz=float(spec.max_sm_clock_mhz),

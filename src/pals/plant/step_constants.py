@@ -15,7 +15,9 @@ from pals.core.errors import ConfigError
 from pals.core.quantities import Checked
 from pals.plant.specs import BoardSpec
 
-HOST_TIMES = ("host_s", "host_per_sequence_s", "launch_layer_s", "launch_moe_layer_s")
+HOST_TIMES = (
+    "host_s", "host_per_sequence_s", "chunked_host_s", "chunked_host_per_sequence_s", "launch_layer_s", "launch_moe_layer_s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +26,8 @@ class StepConstants(Checked):
 
     host_s: float  # scheduler, input and output of a step; clock-free
     host_per_sequence_s: float  # the same, per running sequence
+    chunked_host_s: float  # further host time of a step, where layers attend to chunks
+    chunked_host_per_sequence_s: float
     layer_gap_s: float  # between the kernels of a layer
     moe_gap_s: float  # further, in a MoE layer
     narrow_moe_gap_s: float  # further, where its experts have less than 16 bits

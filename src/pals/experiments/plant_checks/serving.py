@@ -109,6 +109,8 @@ def _note(left: Counter[str]) -> str:
 TIME_PRIORS = {  # start, and how far (σ of the logarithm) the data may easily move it
     "host_s": (1e-3, 0.5),
     "host_per_sequence_s": (2e-5, 0.7),
+    "chunked_host_s": (2e-3, 0.7),
+    "chunked_host_per_sequence_s": (2e-5, 0.7),
     "layer_gap_s": (5e-6, 0.7),
     "moe_gap_s": (1e-5, 0.7),
     "narrow_moe_gap_s": (5e-5, 0.7),
