@@ -86,10 +86,10 @@ def test_every_run_there_is_is_compared_and_unknown_names_are_refused(tmp_path: 
     runs = timelines.read_runs(folder)
     assert len(runs) == len(list((folder / timelines.FOLDER).glob("*__requests.csv.gz")))
     rows = timelines.timeline_rows(folder)
-    assert [r.cases for r in rows] == [len(runs)] * len(timelines.AT_MOST)
+    assert [r.cases for r in rows] == [len(runs) - 1] * len(timelines.AT_MOST)  # one is fitted on
     by_check = {r.check.rsplit(", ", 1)[1]: r for r in rows}
     dense = [r for r in by_check["TPOT mean"].residuals if "Llama" in r.group]
-    assert len(dense) >= 2
+    assert len(dense) >= 1
     assert max(abs(r.error_pct) for r in dense) < 5.0
     with pytest.raises(ConfigError, match="board RTX9999: the plant does not know it"):
         timelines.step_model(folder, replace(runs[0], board="RTX9999"))
