@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         raise ConfigError(f"--time-scale {args.time_scale} must be above 0. Nothing was started")
     folder = Path(args.out)
     runs, faults = runs_of(args, folder), faults_of(args)
-    specs = [replace(s, at_s=s.at_s * args.time_scale) for s in load_slice(args.seconds, start_s=args.start_s)]
+    specs = load_slice(args.seconds, start_s=args.start_s, time_scale=args.time_scale)
     results: list[VirtualResult] = []
     stop = threading.Event()
     with stopping(stop), node_of(args, rest) as node:

@@ -70,12 +70,12 @@ def demo(*, model: str | None, seconds: float, out: str) -> int:
     scenario = scenario_of(model)
     folder = Path(out).resolve() / ("" if model is None else scenario.slug)
     folder.mkdir(parents=True, exist_ok=True)
-    specs = load_slice(seconds, start_s=TRACE_START_S)
+    specs = load_slice(seconds * scenario.load, start_s=TRACE_START_S, time_scale=1.0 / scenario.load)
     slo = slo_of(specs, seconds)
     profile = load_profile(scenario.profile)
     console.print(
         f"EMULATED: real vLLM serves {scenario.model} on {scenario.boards}; no GPU is used, watts and step times come from a simulated board.\n"
-        f"Load: {describe(specs)}, seed {SEED}.\n"
+        f"Load: {describe(specs)}, at {scenario.load:g} of the trace's rate, seed {SEED}.\n"
         f"Profile: committed, {profile.source}, {len(profile.rows)} rows of {profile.made_at}; make it anew with `{profile.command}`.\n"
         f"Targets: {slo.throughput_tokens_s:.0f} tokens/s ({HEADROOM} × what the slice asks for), TTFT p95 {TTFT_TARGET_S:g} s, "
         f"TPOT p95 {TPOT_TARGET_S * 1e3:g} ms."

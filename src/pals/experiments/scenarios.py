@@ -28,6 +28,7 @@ class Scenario:
     title: str  # boards as a person writes them
     high_budget_w: float  # all boards; does not bind
     low_budget_w: float  # all boards; well below what this load draws by default
+    load: float  # arrivals as a share of the trace's own rate: two thirds or so of what the engine can answer
 
     @property
     def slug(self) -> str:
@@ -46,21 +47,24 @@ SCENARIOS: tuple[Scenario, ...] = (
         boards="4xa100-sxm4-80gb",
         title="4 × A100 SXM4 80 GB",
         high_budget_w=1600.0,
-        low_budget_w=650.0,
+        low_budget_w=800.0,
+        load=0.8,
     ),
     Scenario(
         model="Qwen/Qwen3-30B-A3B",
         boards="h100-sxm5-80gb",
         title="1 × H100 SXM5 80 GB",
         high_budget_w=700.0,
-        low_budget_w=340.0,
+        low_budget_w=360.0,
+        load=0.9,
     ),
     Scenario(
         model="deepseek-ai/DeepSeek-V3",
         boards="8xh200-sxm5-141gb",
         title="8 × H200 SXM5 141 GB",
         high_budget_w=5600.0,
-        low_budget_w=2200.0,
+        low_budget_w=2800.0,
+        load=0.5,
     ),
 )
 

@@ -13,8 +13,8 @@ SLICE = "azure-2023-conversation-slice.csv"
 SLICE_S = 600.0
 
 
-def load_slice(duration_s: float, *, start_s: float = 0.0) -> list[RequestSpec]:
-    """Requests that arrive in [start_s, start_s + duration_s) of the slice, times from `start_s`.
+def load_slice(duration_s: float, *, start_s: float = 0.0, time_scale: float = 1.0) -> list[RequestSpec]:
+    """Requests that arrive in [start_s, start_s + duration_s) of the slice, times from `start_s`, stretched by `time_scale`.
 
     Raises:
         ConfigError: the window is empty or leaves the slice.
@@ -28,7 +28,9 @@ def load_slice(duration_s: float, *, start_s: float = 0.0) -> list[RequestSpec]:
     if not len(part):
         raise ConfigError(f"no request arrives between {start_s:g} and {start_s + duration_s:g} s of the trace slice")
     columns = (part.arrival_s.tolist(), part.prompt_tokens.tolist(), part.output_tokens.tolist())
-    return [RequestSpec(at_s=t, prompt_tokens=p, output_tokens=o) for t, p, o in zip(*columns, strict=True)]
+    return [
+        RequestSpec(at_s=t * time_scale, prompt_tokens=p, output_tokens=o) for t, p, o in zip(*columns, strict=True)
+    ]
 
 
 def describe(specs: Sequence[RequestSpec]) -> str:

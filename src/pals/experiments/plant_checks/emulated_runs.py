@@ -55,7 +55,7 @@ class Case:
     @property
     def specs(self) -> list[RequestSpec]:
         """The requests, times from the start of the run."""
-        return [replace(s, at_s=LEAD_S + s.at_s * self.time_scale) for s in load_slice(self.seconds)]
+        return [replace(s, at_s=LEAD_S + s.at_s) for s in load_slice(self.seconds, time_scale=self.time_scale)]
 
 
 CASES: tuple[Case, ...] = (
