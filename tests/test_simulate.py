@@ -132,7 +132,7 @@ def test_the_table_marks_every_column_as_simulated(tmp_path: Path, capsys: pytes
     told, t = capsys.readouterr(), ticks_of(tmp_path, "static")
 
     assert "static (simulated)" in told.out
-    assert "Plant: " in told.out
+    assert "the plant's" in told.out
     assert "x real time" in told.out
     assert "SIMULATED: mistralai/Mixtral-8x7B-v0.1 on 4 ×" in told.err
     assert "Gamma CV 2" in told.err

@@ -76,10 +76,12 @@ class BankPhysics:
         """Many ticks at once in which boards do nothing but cool."""
         b, g = self._all.boards, self._spec.firmware
         b["energy_j"] += b["power_w"] * (ticks * TICK_S)
-        b["published_j"] = b["energy_j"] * b["counter_factor"]
+        self._all.clockwork["ticks"] += ticks
+        since = int(self._all.clockwork["ticks"][0]) % max(1, round(self._spec.energy_refresh_s / TICK_S))
+        if since < ticks:  # on the boards' own grid
+            b["published_j"] = (b["energy_j"] - b["power_w"] * (since * TICK_S)) * b["counter_factor"]
         resting_c = self._ambient_c() + g.thermal_k_per_w * b["power_w"]
         b["temperature_c"] = resting_c + (b["temperature_c"] - resting_c) * (1.0 - g.thermal_share) ** ticks
-        self._all.clockwork["ticks"] += ticks
 
     def _notice_writes(self, time_s: float) -> None:
         """A register that changed begins to act after a while, or at once where setters take no time."""

@@ -128,7 +128,7 @@ def sleep_through(m: Memory, g: Firmware, until_s: float) -> None:
         b = m.boards[i]
         resting_c = b["ambient_c"] + g.thermal_k_per_w * b["power_w"]
         b["energy_j"] += b["power_w"] * (ticks * TICK_S)
-        b["published_j"] = b["energy_j"] * b["counter_factor"]
+        b["published_j"] = (b["energy_j"] - b["power_w"] * (s["ticks"] % s["refresh"] * TICK_S)) * b["counter_factor"]
         b["temperature_c"] = resting_c + (b["temperature_c"] - resting_c) * cold
         b["filtered_w"] = b["power_w"]
         for j in range(RING):

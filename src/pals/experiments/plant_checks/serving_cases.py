@@ -1,7 +1,7 @@
 """Rows of ML.ENERGY's serving sweep as cases, and what the plant says of an engine in steady state.
 
 A step computes `batch` sequences, of which a Poisson number are new (batch / output length a step); so the mean step time is
-batch / throughput, prefill included. Assumptions: docs/models.md, "Step time".
+batch / throughput, prefill included. Assumptions: docs/models/step.md.
 """
 
 from __future__ import annotations
