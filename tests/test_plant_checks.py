@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from pals.core.errors import ConfigError
 from pals.experiments.plant_checks.measured import data_folder, read_table
 from pals.experiments.plant_checks.row import CheckRow, Residual, error_row
 from pals.experiments.plant_checks.validation import (
+    QUOTED,
+    RECORDED,
     draw,
     print_rows,
     refit,
@@ -34,7 +37,6 @@ def row(at_most: float) -> CheckRow:
         points,
         at_most=at_most,
         x_axis="batch",
-        headline="power",
         note="odd rows left out: 3",
     )
 
@@ -63,7 +65,8 @@ def test_the_table_shows_what_is_missed_and_the_note() -> None:
 def test_residuals_are_drawn_and_the_summary_is_quoted(tmp_path: Path) -> None:
     drawn = draw(tmp_path / "power.png", [row(7)])
     write_page(tmp_path / "page.md", {"caps": [row(7), row(5)]})
-    write_summary(tmp_path / "summary.json", {"power": [row(7)]})
+    quoted = replace(row(7), check=next(iter(QUOTED)))
+    write_summary(tmp_path / "summary.json", {"power": [row(7), quoted]})
 
     page = (tmp_path / "page.md").read_text()
     assert drawn
@@ -71,7 +74,13 @@ def test_residuals_are_drawn_and_the_summary_is_quoted(tmp_path: Path) -> None:
     assert "| watts | folder, b held out | 2 | 6.0 % | 10.0 % | ≤ 5 % | **missed** |" in page
     assert page.count("odd rows left out: 3") == 1
     assert json.loads((tmp_path / "summary.json").read_text())["rows"][0]["value"] == 6.0
-    assert "power 6.0 %" in validation_note(tmp_path / "summary.json")
+    assert validation_note(tmp_path / "summary.json").endswith(f"fitted to: {QUOTED[quoted.check]} 6.0 %")
+
+
+def test_every_row_that_is_quoted_is_in_the_record() -> None:
+    recorded = {r["check"] for r in json.loads(RECORDED.read_text(encoding="utf-8"))["rows"]}
+
+    assert set(QUOTED) <= recorded
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ def add_plant(commands: Any) -> None:
         help="page, plots, summary.json (default out/plant)",
     )
     v.add_argument(
-        "--record", action="store_true", help="also keep the figures as what the demo and `pals simulate` quote"
+        "--record",
+        action="store_true",
+        help="also keep the figures: for the demo and `pals simulate` to quote, and in docs/models",
     )
     v.set_defaults(function=validate)
     f = kinds.add_parser(
@@ -61,6 +64,7 @@ def validate(args: argparse.Namespace) -> int:
     from pals.experiments.plant_checks.measured import data_folder
     from pals.experiments.plant_checks.validation import (
         CHECKS,
+        PAGES,
         RECORDED,
         SILICON_NOTE,
         draw,
@@ -82,6 +86,8 @@ def validate(args: argparse.Namespace) -> int:
     write_page(args.out / "validation.md", results)
     if args.record:
         write_summary(RECORDED, results)
+        for page in args.out.glob("validation*"):
+            shutil.copy2(page, PAGES / page.name)
     found = [row for rows in results.values() for row in rows]
     missed = sum(not row.reached for row in found)
     console.print(f"{SILICON_NOTE}", highlight=False)

@@ -39,7 +39,6 @@ class CheckRow(Checked):
     basis: str = "silicon"  # what the plant is compared with: "silicon", "emulated"
     note: str = ""  # rows left out, and why; why a target is missed
     x_axis: str = ""
-    headline: str = ""  # a few words under which simulated figures quote this row, e.g. "TPOT"; "": they do not
     residuals: tuple[Residual, ...] = ()
 
     @property
@@ -56,7 +55,6 @@ def error_row(
     at_most: float,
     x_axis: str,
     note: str = "",
-    headline: str = "",
 ) -> CheckRow:
     """The row of a mean absolute percentage error.
 
@@ -75,6 +73,5 @@ def error_row(
         target=(0.0, at_most),
         note=note,
         x_axis=x_axis,
-        headline=headline,
         residuals=tuple(residuals),
     )

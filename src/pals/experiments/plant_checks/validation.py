@@ -35,6 +35,16 @@ FITS: dict[str, tuple[str, str]] = {
 }
 #: What the last `pals plant validate --record` found; quoted beside simulated figures.
 RECORDED = Path(__file__).parents[1] / "data" / "plant-validation.json"
+PAGES = Path(__file__).parents[4] / "docs" / "models"  # of the checkout
+#: Rows that simulated figures quote, and as what.
+QUOTED = {
+    "TPOT against batch, H100, held-out models": "TPOT on H100",
+    "power against batch, H100, held-out models": "power on H100",
+    "TPOT against batch, B200, held-out models": "TPOT on B200",
+    "power against batch, B200, held-out models": "power on B200",
+    "throughput against limit, RTX PRO 6000 Blackwell, MoE": "throughput under a limit, RTX PRO 6000",
+    "request timelines of vLLM 0.19, TTFT mean": "mean TTFT, RTX boards",
+}
 SILICON_NOTE = "rows of our own on silicon: none, no data-centre GPU was at hand"
 
 
@@ -144,8 +154,7 @@ def write_summary(path: Path, results: dict[str, list[CheckRow]]) -> None:
     rows = [
         {
             "part": name, "check": r.check, "data": r.data, "basis": r.basis, "cases": r.cases, "value": round(r.value, 2),
-            "worst": round(r.worst, 2), "unit": r.unit, "target": list(r.target), "reached": r.reached, "headline": r.headline,
-            "note": r.note,
+            "worst": round(r.worst, 2), "unit": r.unit, "target": list(r.target), "reached": r.reached, "note": r.note,
         }
         for name, found in results.items()
         for r in found
@@ -185,10 +194,10 @@ def validation_note(recorded: Path = RECORDED) -> str:
     """One line to print beside a figure that rests on the plant: how far it is from what was measured."""
     try:
         rows = json.loads(recorded.read_text(encoding="utf-8"))["rows"]
-        errors = [f"{r['headline']} {r['value']:.1f} %" for r in rows if r["headline"]]
+        errors = [f"{QUOTED[r['check']]} {r['value']:.1f} %" for r in rows if r["check"] in QUOTED]
     except (OSError, ValueError, KeyError, TypeError) as e:
         return f"{recorded} does not hold the plant's errors ({e}); `pals plant validate --record` makes it"
-    return f"the boards are simulated; the plant's mean error on measurements it was not fitted to: {', '.join(errors)}"
+    return f"the boards are simulated; the plant's mean error on measurements it was not fitted to: {'; '.join(errors)}"
 
 
 def draw(path: Path, rows: Sequence[CheckRow]) -> bool:
