@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench matrix clean
+.PHONY: help install demo test test-slow check validate bench bench-simulator matrix clean
 BIN := .venv/bin
 
 help: ## this list
@@ -23,12 +23,19 @@ check: install ## lint, format, types, import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+validate: install ## the simulated boards and engines against measured data: tables and plots in out/plant; fails where a target is missed
+	$(BIN)/pals plant validate
+
 bench: install ## overhead of the plugin and the controller, pacing of the emulated device
 	$(BIN)/python -m benchmarks.plugin_overhead
 	$(BIN)/python -m benchmarks.controller_step
 	$(BIN)/python -m benchmarks.throughput_ratio
 	$(BIN)/python -m benchmarks.pacing
 	$(BIN)/python -m benchmarks.lowering
+
+bench-simulator: install ## a day on the simulated replica, and policies on it: steps a second, times real time
+	$(BIN)/python -m benchmarks.simulator
+	$(BIN)/python -m benchmarks.simulated_policies
 
 matrix: install ## every feature on vLLM 0.28 to 0.33, writes docs/releases.md; a quarter of an hour, not part of CI
 	$(BIN)/python -m benchmarks.release_matrix
