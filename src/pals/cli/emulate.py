@@ -56,7 +56,7 @@ def add_run(kinds: Any) -> None:
     p.add_argument(
         "--faults",
         metavar="FILE",
-        help="what goes wrong with the boards, and when: .csv or .json (docs/models.md, Faults)",
+        help="what goes wrong with the boards, and when: .csv or .json (docs/models/boards.md, Faults)",
     )
     p.add_argument("--out", default="out/emulate", metavar="FOLDER", help="journals, outcomes (default out/emulate)")
     add_agent_options(p)

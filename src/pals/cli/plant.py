@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pals.cli.extras import require
+from pals.core.errors import ConfigError
 
 
 def add_plant(commands: Any) -> None:
@@ -70,9 +71,16 @@ def validate(args: argparse.Namespace) -> int:
         write_summary,
     )  # fmt: skip
 
+    if args.record and (args.parts or args.data):
+        raise ConfigError(
+            "--record keeps every part, on the data of the checkout; leave out PART and --data. Nothing was done"
+        )
     folder = data_folder(args.data)
     console = Console() if sys.stdout.isatty() else Console(width=150)
-    console.print(f"the plant against {folder}; mean absolute errors on what was not fitted\n", highlight=False)
+    console.print(
+        f"the plant against {folder}; mean absolute errors, on what was not fitted unless a row says otherwise\n",
+        highlight=False,
+    )
     results = {}
     for name, rows in run_checks(args.parts, folder):
         results[name] = rows

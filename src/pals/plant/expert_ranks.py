@@ -1,7 +1,7 @@
 """What the hottest rank of expert parallelism has to do: the step waits for it, the others draw less meanwhile.
 
 Ranks differ because experts differ in popularity, and because few tokens fall unevenly even where they do not.
-Derivation: docs/models.md, "Step time".
+Derivation: docs/models/step.md.
 """
 
 from __future__ import annotations

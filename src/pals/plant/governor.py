@@ -2,7 +2,7 @@
 
 Plain arithmetic on numbers or on arrays of shape (boards,), positional and without `where`, so that the emulated boards call
 it for all boards at once and the compiled simulator for each board by itself. `tick` is the whole; `govern` and
-`thermal_ceiling_mhz` are its parts. Equations and acceptance tests: docs/models.md, "Governor".
+`thermal_ceiling_mhz` are its parts. Equations and acceptance tests: docs/models/boards.md, "Governor".
 
 Near the limit real clocks dither between neighbouring steps faster than a tick; a fractional clock stands for that mean.
 """

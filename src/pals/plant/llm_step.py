@@ -1,7 +1,7 @@
 """How long one engine step takes and what it asks of its boards: its kernels by class, links, gaps and host time.
 
 t = Σ (t_mem^p + (t_core·f_max/f)^p)^(1/p) over dense products, experts and decode attention, + prefill attention·f_max/f + latencies +
-links + host. Memory, links, latencies and host do not follow the SM clock. Derivation and errors: docs/models.md, "Step time".
+links + host. Memory, links, latencies and host do not follow the SM clock. Derivation and errors: docs/models/step.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a board draws at a clock and a load: P = static + core activity·f·v(f)² + HBM traffic.
 
 Plain arithmetic on floats or arrays alike, so that the emulated boards and the compiled simulator run the same lines.
-Equation, constants and residuals: docs/models.md, "Board power".
+Equation, constants and residuals: docs/models/boards.md, "Board power".
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a board settles at when the same work repeats under a power limit and a clock lock; pure, on floats or arrays alike.
 
 The governor of `plant/governor.py` in its limit: no ticks, no filter, the mean of its dither. Equations, valid range and
-residuals: docs/models.md, "Power limits and clock locks".
+residuals: docs/models/caps.md.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def shares(work: Work, clock_mhz: Any) -> tuple[Any, Any, Any]:
 
 
 def draw_w(k: Silicon, work: Work, clock_mhz: Any, temperature_c: Any) -> Any:
-    """Mean board power of the repeated step at a clock, W. It never falls with the clock: see docs/models.md."""
+    """Mean board power of the repeated step at a clock, W. It never falls with the clock: see docs/models/caps.md."""
     compute, memory, busy = shares(work, clock_mhz)
     return board_power_w(k, compute, memory, busy, clock_mhz, temperature_c)
 

@@ -64,7 +64,7 @@ def adherence_row(means: list[tuple[float, float]]) -> CheckRow:
     bound = [(limit_w, mean_w) for limit_w, mean_w in means if mean_w > 0.98 * limit_w]
     off_w = np.array([mean_w - limit_w for limit_w, mean_w in bound])
     return CheckRow(
-        check="mean power less a binding limit", data="published steady behaviour: -4 to +1 W",
+        check="mean power less a binding limit", data="published steady behaviour: -4 to +1 W; the governor was made to keep it",
         value=float(off_w.mean()), worst=float(off_w[np.argmax(np.abs(off_w))]), cases=len(off_w), target=(-4.0, 1.0), unit="W",
         note="H100 and B300, constant load", x_axis="limit, W",
         residuals=tuple(Residual(group="limit", x=w, measured=w, predicted=m) for w, m in bound),
@@ -79,7 +79,7 @@ def burst_row(spec: BoardSpec, measured: Mapping[str, float]) -> CheckRow:
         for ms, ratio in measured.items()
     ]
     return CheckRow(
-        check="energy beyond the limit in a burst, B300", data=f"published bursts under {BURST_LIMIT_W:.0f} W: about 21 J",
+        check="energy beyond the limit in a burst, B300", data=f"published bursts under {BURST_LIMIT_W:.0f} W: about 21 J; the governor's constants were chosen on them",
         value=float(np.mean(beyond_j)), worst=float(max(beyond_j)), cases=len(beyond_j), target=(10.0, 35.0), unit="J",
         note=f"highest mean over 50 ms by length of the burst, W (measured): {', '.join(peaks)}",
     )  # fmt: skip

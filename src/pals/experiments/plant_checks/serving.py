@@ -1,6 +1,6 @@
 """The LLM step against ML.ENERGY's serving sweep: time per output token and power against batch, held out by model name.
 
-Split, constants and errors: docs/models.md, "Step time".
+Split, constants and errors: docs/models/step.md.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def _row(what: str, board: str, which: str, residuals: Sequence[Residual], at_mo
         residuals,
         at_most=at_most,
         x_axis="batch",
-        note=f"engines over the target: {missed or 'none'} (why: docs/models.md, Step time); {note}",
+        headline="" if which == "models of the fit" else f"{what} on {board}",
+        note=f"engines over the target: {missed or 'none'} (why: docs/models/step.md); {note}",
     )
 
 

@@ -1,7 +1,7 @@
 """Board power against SM clock: constants fitted to the published sweeps, and what they say of the same rows.
 
 P = static + A·f·v(f)² + HBM. Each sweep has one A; the voltage curve is shared. What idle or awake boards read fixes the
-static part, since a sweep alone cannot tell it from the voltage (docs/models.md, "Board power").
+static part, since a sweep alone cannot tell it from the voltage (docs/models/boards.md, "Board power").
 """
 
 from __future__ import annotations

@@ -188,6 +188,8 @@ def validation_note(recorded: Path = RECORDED) -> str:
         errors = [f"{r['headline']} {r['value']:.1f} %" for r in rows if r["headline"]]
     except (OSError, ValueError, KeyError, TypeError) as e:
         return f"{recorded} does not hold the plant's errors ({e}); `pals plant validate --record` makes it"
+    if not errors:
+        return f"{recorded} holds no row to quote; `pals plant validate --record` makes it anew"
     return f"the boards are simulated; the plant's mean error on measurements it was not fitted to: {', '.join(errors)}"
 
 
