@@ -22,6 +22,7 @@ from pals.cli.main import parser
 from pals.cli.simulate import batched_tokens, simulation_of, tasks_of
 from pals.core.errors import ConfigError, PalsError
 from pals.experiments.plant_checks.measured import data_folder
+from pals.experiments.plant_checks.validation import validation_note
 from pals.experiments.simulated_load import LoadWish, workload_of
 from pals.experiments.simulated_policies import run_policies
 from pals.experiments.simulated_run import PolicyTask, Simulation, capacity_per_s
@@ -132,7 +133,7 @@ def test_the_table_marks_every_column_as_simulated(tmp_path: Path, capsys: pytes
     told, t = capsys.readouterr(), ticks_of(tmp_path, "static")
 
     assert "static (simulated)" in told.out
-    assert "Plant: " in told.out
+    assert validation_note() in told.out
     assert "x real time" in told.out
     assert "SIMULATED: mistralai/Mixtral-8x7B-v0.1 on 4 ×" in told.err
     assert "Gamma CV 2" in told.err
