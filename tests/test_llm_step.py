@@ -218,6 +218,6 @@ def test_every_board_runs_every_kind_of_model(board: str) -> None:
 
 
 def test_what_does_not_fit_is_refused_with_the_way_out() -> None:
-    with pytest.raises(ConfigError, match="emulate more boards"):
+    with pytest.raises(ConfigError, match="take more boards"):
         StepModel(shape("mistralai--Mixtral-8x7B-v0.1"), A100, tensor_parallel=1).kv_capacity_bytes(0.9)
     assert mixtral().kv_capacity_bytes(0.9) > 40e9

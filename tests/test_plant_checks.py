@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pals.cli.plant import validate
 from pals.core.errors import ConfigError
 from pals.experiments.plant_checks.measured import data_folder, read_table
 from pals.experiments.plant_checks.row import CheckRow, Residual, error_row
@@ -96,3 +98,12 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lacks the columns c; it has a, b"):
         read_table(tmp_path / "t.csv", ["a", "c"])
     assert "pals plant validate --record" in validation_note(tmp_path / "none.json")
+
+
+def test_a_record_holds_every_part_and_one_without_rows_to_quote_says_so(tmp_path: Path) -> None:
+    write_summary(tmp_path / "summary.json", {})
+    assert "no row to quote" in validation_note(tmp_path / "summary.json")
+
+    args = argparse.Namespace(parts=["caps"], data=None, out=tmp_path, record=True)
+    with pytest.raises(ConfigError, match="--record keeps every part"):
+        validate(args)

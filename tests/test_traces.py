@@ -212,3 +212,10 @@ def test_servegens_clients_keep_rate_and_burstiness_and_lend_lengths() -> None:
         models.workload(start_s=0.0, duration_s=600.0, rate_per_s=0.0, rng=np.random.default_rng(1))
     with pytest.raises(ConfigError, match="cannot read ServeGen"):
         read_client_models(TRACES, "m-tiny")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    path = tmp_path / "marked.csv"
+    path.write_text("\ufeffarrival_s,input_tokens,output_tokens\n0,10,5\n", encoding="utf-8")
+
+    assert read_trace(path).prompt_tokens.tolist() == [10]

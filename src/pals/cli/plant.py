@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pals.cli.extras import require
+from pals.core.errors import ConfigError
 
 
 def add_plant(commands: Any) -> None:
@@ -74,27 +75,41 @@ def validate(args: argparse.Namespace) -> int:
         write_summary,
     )  # fmt: skip
 
+    if args.record and (args.parts or args.data):
+        raise ConfigError(
+            "--record keeps every part, on the data of the checkout; leave out PART and --data. Nothing was done"
+        )
     folder = data_folder(args.data)
     console = Console() if sys.stdout.isatty() else Console(width=150)
-    console.print(f"the plant against {folder}; mean absolute errors on what was not fitted\n", highlight=False)
-    results = {}
+    console.print(
+        f"the plant against {folder}; mean absolute errors, on what was not fitted unless a row says otherwise\n",
+        highlight=False,
+    )
+    results, failed = {}, []
     for name, rows in run_checks(args.parts, folder):
+        if isinstance(rows, ConfigError):
+            failed.append(name)
+            console.print(f"[red]{name}[/red]: {rows}\n", highlight=False)
+            continue
         results[name] = rows
         print_rows(console, CHECKS[name], rows)
         draw(args.out / f"validation-{name}.png", rows)
     write_summary(args.out / "summary.json", results)
     write_page(args.out / "validation.md", results)
-    if args.record:
+    if args.record and not failed:
         write_summary(RECORDED, results)
         for page in args.out.glob("validation*"):
             shutil.copy2(page, PAGES / page.name)
-    found = [row for rows in results.values() for row in rows]
-    missed = sum(not row.reached for row in found)
+    judged = [row for rows in results.values() for row in rows if not row.in_sample]
+    missed = sum(not row.reached for row in judged)
     console.print(f"{SILICON_NOTE}", highlight=False)
     console.print(
-        f"{len(found) - missed} of {len(found)} targets reached; validation.md with plots of the residuals, and summary.json, are in {args.out}",
+        f"{len(judged) - missed} of {len(judged)} targets reached, rows in sample not counted; validation.md with plots of the "
+        f"residuals, and summary.json, are in {args.out}",
         highlight=False,
     )
+    if failed:
+        raise ConfigError(f"not checked: {', '.join(failed)}; see above. The other parts are in {args.out}")
     return 1 if missed else 0
 
 

@@ -16,7 +16,12 @@ HEADROOM = 1.15  # throughput target over what a load asks for on average
 
 def slo_for(tokens_per_s: float) -> Slo:
     """Targets for a load that asks for so many output tokens per second, where nobody gave others."""
-    return Slo(throughput_tokens_s=round(HEADROOM * tokens_per_s), ttft_p95_s=TTFT_TARGET_S, tpot_p95_s=TPOT_TARGET_S)
+    target = HEADROOM * tokens_per_s
+    return Slo(
+        throughput_tokens_s=round(target) if target >= 10 else float(f"{target:.2g}"),
+        ttft_p95_s=TTFT_TARGET_S,
+        tpot_p95_s=TPOT_TARGET_S,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

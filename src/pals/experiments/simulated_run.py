@@ -98,10 +98,9 @@ class Simulation:
     def step_model(self, popularity_cv: float | None = None, host_factor: float = 1.0) -> StepModel:
         """Step times; with another popularity of experts, or more or less host time, where something drifted."""
         k = self.moved(step_constants(self.spec))
-        k = replace(
-            k, popularity_cv=k.popularity_cv if popularity_cv is None else popularity_cv, host_s=k.host_s * host_factor,
-            host_per_sequence_s=k.host_per_sequence_s * host_factor,
-        )  # fmt: skip
+        k = k.with_host_factor(host_factor)
+        if popularity_cv is not None:
+            k = replace(k, popularity_cv=popularity_cv)
         return StepModel(
             ModelShape.from_config(self.config), self.moved(self.spec), tensor_parallel=self.boards, constants=k,
             max_tokens=self.max_num_batched_tokens,

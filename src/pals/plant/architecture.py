@@ -82,11 +82,6 @@ class ModelShape:
         return self.dense_params + self.embedding_params + self.expert_total
 
     @property
-    def active_params(self) -> float:
-        """Parameters that work on one token."""
-        return self.dense_params + self.moe_layers * self.top_k * self.expert_params
-
-    @property
     def dense_bytes(self) -> float:
         """Weight bytes read on every step, all layers."""
         attention = self.layers * self.attention_params * FORMAT_BYTES[self.attention_format]

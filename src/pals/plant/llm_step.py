@@ -154,8 +154,16 @@ class StepModel:
             cuda_graphs: False is vLLM's `--enforce-eager`: the host launches every kernel.
             constants: None takes the board's own; see `StepConstants`.
             max_tokens: of a step; more makes larger tables on the way.
+
+        Raises:
+            ConfigError: the attention heads cannot be divided among the boards.
         """
         self.shape, self.spec, self.cuda_graphs = shape, spec, cuda_graphs
+        if shape.heads % tensor_parallel:
+            raise ConfigError(
+                f"{shape.heads} attention heads cannot be divided among {tensor_parallel} tensor-parallel boards; take a number "
+                "that divides them. Nothing was simulated"
+            )
         shared = expert_parallel and shape.experts > 0
         self.group = ParallelGroup(tensor_parallel, pipeline_parallel, data_parallel, shared)
         self.constants = constants or step_constants(spec)
@@ -204,7 +212,7 @@ class StepModel:
         if weights >= usable:
             raise ConfigError(
                 f"weights need {weights / 1e9:.1f} GB per board, {self.spec.nvml_name} leaves {usable / 1e9:.1f} GB of "
-                f"{self.spec.memory_gb:.0f} GB; emulate more boards (--emulate Nx{self.spec.name})"
+                f"{self.spec.memory_gb:.0f} GB; take more boards (Nx{self.spec.name})"
             )
         return usable - weights
 

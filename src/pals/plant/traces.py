@@ -231,7 +231,7 @@ def opened(path: Path) -> Iterator[IO[str]]:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         plain = gzip.GzipFile(fileobj=raw) if packed else raw
-        yield io.TextIOWrapper(plain, encoding="utf-8", newline="")
+        yield io.TextIOWrapper(plain, encoding="utf-8-sig", newline="")
 
 
 def bad_row(path: Path, row: int, why: str) -> ConfigError:

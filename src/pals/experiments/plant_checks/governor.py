@@ -46,11 +46,11 @@ def check(folder: Path) -> list[CheckRow]:
     return [
         error_row(
             "SM clock under a limit, H100", f"{FOLDER}; voltage fitted on these rows", by_board[0],
-            at_most=5.0, x_axis="limit, W", note="the job's two activities are those of the row that no limit binds",
+            at_most=5.0, x_axis="limit, W", in_sample=True, note="the job's two activities are those of the row that no limit binds",
         ),
         error_row(
             "SM clock under a limit, B300", f"{FOLDER}; voltage fitted on these rows", by_board[1],
-            at_most=5.0, x_axis="limit, W", note="linear voltage; the measured 1935 MHz at 900 W lies off any smooth curve",
+            at_most=5.0, x_axis="limit, W", in_sample=True, note="linear voltage; the measured 1935 MHz at 900 W lies off any smooth curve",
         ),
         adherence_row(means),
         burst_row(b300, physics_constants(folder, "governor")["instant_peak_over_cap_ratio_for_50pct_duty"]),
@@ -64,9 +64,9 @@ def adherence_row(means: list[tuple[float, float]]) -> CheckRow:
     bound = [(limit_w, mean_w) for limit_w, mean_w in means if mean_w > 0.98 * limit_w]
     off_w = np.array([mean_w - limit_w for limit_w, mean_w in bound])
     return CheckRow(
-        check="mean power less a binding limit", data="published steady behaviour: -4 to +1 W",
+        check="mean power less a binding limit", data="published steady behaviour: -4 to +1 W; the governor was made to keep it",
         value=float(off_w.mean()), worst=float(off_w[np.argmax(np.abs(off_w))]), cases=len(off_w), target=(-4.0, 1.0), unit="W",
-        note="H100 and B300, constant load", x_axis="limit, W",
+        note="H100 and B300, constant load", x_axis="limit, W", in_sample=True,
         residuals=tuple(Residual(group="limit", x=w, measured=w, predicted=m) for w, m in bound),
     )  # fmt: skip
 
@@ -79,9 +79,9 @@ def burst_row(spec: BoardSpec, measured: Mapping[str, float]) -> CheckRow:
         for ms, ratio in measured.items()
     ]
     return CheckRow(
-        check="energy beyond the limit in a burst, B300", data=f"published bursts under {BURST_LIMIT_W:.0f} W: about 21 J",
+        check="energy beyond the limit in a burst, B300", data=f"published bursts under {BURST_LIMIT_W:.0f} W: about 21 J; the governor's constants were chosen on them",
         value=float(np.mean(beyond_j)), worst=float(max(beyond_j)), cases=len(beyond_j), target=(10.0, 35.0), unit="J",
-        note=f"highest mean over 50 ms by length of the burst, W (measured): {', '.join(peaks)}",
+        in_sample=True, note=f"highest mean over 50 ms by length of the burst, W (measured): {', '.join(peaks)}",
     )  # fmt: skip
 
 

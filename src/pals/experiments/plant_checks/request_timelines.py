@@ -1,14 +1,15 @@
 """Request timelines of real vLLM 0.19 (LLMServingSim's ground truth) against the simulated replica: same arrivals, same lengths.
 
-What the runs do not state is read off their own time series, never off their latencies: the most sequences that ran while others
-waited, the KV capacity from its usage, and of a MoE model how unevenly this text uses the experts, from the seconds in which the
-run drains (nothing waits, no prompt is computed). The token budget of 2,048 a step shows in all of them: 10,200 and 22,300
+What the runs do not state is read off their own time series: the most sequences that ran while others waited, and the KV capacity from
+its usage. A MoE run is judged with the routing of the board's own constants, and shown beside that, in sample, with the spread of popularity
+that its step times tell in the seconds in which it drains (nothing waits, no prompt is computed). The token budget of 2,048 a step shows in all of them: 10,200 and 22,300
 prompt tokens/s come in steps of 0.20 and 0.092 s. Host time is fitted on one run (`FITTED_ON`) and judged on the others.
 """
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pals.plant.architecture import ModelShape, row_for
 from pals.plant.llm_step import StepBatch, StepModel
 from pals.plant.replica import Replica
 from pals.plant.specs import board_specs
+from pals.plant.step_constants import StepConstants, fitted_constants, step_constants
 from pals.plant.workload import Workload
 
 FOLDER = "llmservingsim-vllm-ground-truth"
@@ -125,8 +127,7 @@ def step_model(folder: Path, run: Run) -> StepModel:
     if found is None or spec is None:
         unknown = f"model {run.model}; add it to {path}" if found is None else f"board {run.board}"
         raise ConfigError(f"a measured run names a {unknown}: the plant does not know it")
-    model = StepModel(ModelShape.from_row(rows[found]), spec, tensor_parallel=1, max_tokens=BATCHED_TOKENS)
-    return routed(model, run) if model.shape.experts else model
+    return StepModel(ModelShape.from_row(rows[found]), spec, tensor_parallel=1, max_tokens=BATCHED_TOKENS)
 
 
 def routed(model: StepModel, run: Run) -> StepModel:
@@ -202,30 +203,55 @@ AT_MOST = {"TPOT mean": 3.0, "TPOT p99": 3.0, "TTFT mean": 12.0, "TTFT p90": 12.
 
 
 def timeline_rows(folder: Path) -> list[CheckRow]:
-    """One row a latency, one residual a run that host time was not fitted on."""
+    """One row a latency of the runs that nothing was fitted on, and one of the MoE runs with the popularity their own draining seconds tell."""
     runs = read_runs(folder)
     models = [step_model(folder, run) for run in runs]
-    settings = "; ".join(described(run, model) for run, model in zip(runs, models, strict=True))
-    measured = [latencies(run.requests) for run in runs]
-    said = [latencies(simulate(run, model)) for run, model in zip(runs, models, strict=True)]
-    rows = []
-    for name, at_most in AT_MOST.items():
-        residuals = [
-            Residual(group=run.name, x=float(i), measured=measured[i][name], predicted=said[i][name])
-            for i, run in enumerate(runs)
-        ]
-        fitted = [r.error_pct for r, run in zip(residuals, runs, strict=True) if run.fitted]
-        on_itself = f"on that run itself {fitted[0]:+.1f} %; " if fitted else ""
-        row = error_row(
-            f"request timelines of vLLM 0.19, {name}",
-            f"{FOLDER}; host time fitted on {' '.join(FITTED_ON)} alone, experts' popularity from a run's own draining seconds",
-            [r for r, run in zip(residuals, runs, strict=True) if not run.fitted],
+    judged = [(run, model) for run, model in zip(runs, models, strict=True) if not run.fitted]
+    fitted = "; ".join(
+        f"on the fitted run {told(run, model)}" for run, model in zip(runs, models, strict=True) if run.fitted
+    )
+    dense, moe = ([case for case in judged if bool(case[1].shape.experts) == experts] for experts in (False, True))
+    routing = [(run, routed(model, run)) for run, model in moe]
+    data = f"{FOLDER}; host time fitted on {' '.join(FITTED_ON)} alone"
+    return [
+        *_rows(", dense", data, dense, fitted, in_sample=False),
+        *_rows(", MoE", f"{data}, routing as on the default board", moe, SPREAD, in_sample=False),
+        *_rows(
+            ", MoE with its own routing", f"{FOLDER}; popularity of experts fitted to the step times in which this run drains",
+            routing, "", in_sample=True,
+        ),
+    ]  # fmt: skip
+
+
+def told(run: Run, model: StepModel) -> str:
+    """The signed errors of a run, in words."""
+    measured, said = latencies(run.requests), latencies(simulate(run, model))
+    return ", ".join(f"{name} {100.0 * (said[name] / measured[name] - 1.0):+.1f} %" for name in AT_MOST)
+
+
+def _rows(
+    which: str, data: str, cases: Sequence[tuple[Run, StepModel]], note: str, *, in_sample: bool
+) -> list[CheckRow]:
+    """One row a latency, one residual a run; none where there is no run."""
+    if not cases:
+        return []
+    settings = "; ".join(described(run, model) for run, model in cases)
+    pairs = [(run, latencies(run.requests), latencies(simulate(run, model))) for run, model in cases]
+    return [
+        error_row(
+            f"request timelines of vLLM 0.19{which}, {name}",
+            data,
+            [
+                Residual(group=run.name, x=float(i), measured=measured[name], predicted=said[name])
+                for i, (run, measured, said) in enumerate(pairs)
+            ],
             at_most=at_most,
             x_axis="run",
-            note=f"{EDGE if name == 'TTFT p90' else ''}{on_itself}read off the time series: {settings}",
+            note=f"{EDGE if name == 'TTFT p90' else ''}{f'{note}; ' if note else ''}read off the time series: {settings}",
+            in_sample=in_sample,
         )
-        rows.append(row)
-    return rows
+        for name, at_most in AT_MOST.items()
+    ]
 
 
 def described(run: Run, model: StepModel) -> str:
@@ -248,23 +274,22 @@ def fit(folder: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(
             f"the run {' on '.join(FITTED_ON[::-1])} is not in {folder / FOLDER}; host time cannot be fitted"
         )
-    plain = step_model(folder, run)
+    plain, base = step_model(folder, run), asdict(step_constants(board_specs()[fitted_constants()["_default"]]))
     tokens = np.maximum(1, run.requests["output_tokens"] - 1)
     measured_s = (run.requests["last_token_s"] - run.requests["first_token_s"]) / tokens
 
     def errors(x: Any) -> Any:
-        model = plain.changed(
-            replace(plain.constants, **IN_ENGINE, host_s=x[0] * 1e-3, host_per_sequence_s=x[1] * 1e-5)
-        )
+        host = {"host_s": x[0] * 1e-3, "host_per_sequence_s": x[1] * 1e-5}
+        model = plain.changed(StepConstants(**{**base, **IN_ENGINE, **host}))
         served = simulate(run, model)
         return np.log((served["last_token_s"] - served["first_token_s"]) / tokens / measured_s)
 
     found = least_squares(errors, [0.8, 1.0], bounds=([0.0, 0.0], [5.0, 5.0]), diff_step=0.05)
     host = {"host_s": float(f"{found.x[0] * 1e-3:.4g}"), "host_per_sequence_s": float(f"{found.x[1] * 1e-5:.4g}")}
-    values = {**asdict(plain.constants), **IN_ENGINE, **host}
+    values = {**base, **IN_ENGINE, **host}
     return {
         BOARDS[board]: {
-            "source": f"vLLM 0.19, host time of {' '.join(FITTED_ON)}; kernels profiled in the engine",
+            "source": f"vLLM 0.19, host time of {' '.join(FITTED_ON)}; kernels profiled in the engine; experts as the default board",
             "confidence": confidence,
             "values": values,
         }
@@ -272,6 +297,11 @@ def fit(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+#: Why a MoE run misses as long as nobody tells how its text is routed.
+SPREAD = (
+    "how unevenly this text uses the experts decides the step time, and nothing but the run tells it: forced output lengths make the model "
+    "repeat itself"
+)
 #: Why the p90 can miss where mean and end-to-end are met.
 EDGE = (
     "where about a tenth of the requests wait for a slot, p90 lies on the edge between a step's wait and a queue of seconds, and a "

@@ -39,12 +39,18 @@ class CheckRow(Checked):
     basis: str = "silicon"  # what the plant is compared with: "silicon", "emulated"
     note: str = ""  # rows left out, and why; why a target is missed
     x_axis: str = ""
+    in_sample: bool = False  # constants were fitted on these very rows
     residuals: tuple[Residual, ...] = ()
 
     @property
     def reached(self) -> bool:
         """Whether the target is reached."""
         return self.target[0] <= self.value <= self.target[1]
+
+    @property
+    def verdict(self) -> str:
+        """What the table says."""
+        return f"{'reached' if self.reached else 'MISSED'}{', in sample' if self.in_sample else ''}"
 
 
 def error_row(
@@ -55,6 +61,7 @@ def error_row(
     at_most: float,
     x_axis: str,
     note: str = "",
+    in_sample: bool = False,
 ) -> CheckRow:
     """The row of a mean absolute percentage error.
 
@@ -73,5 +80,6 @@ def error_row(
         target=(0.0, at_most),
         note=note,
         x_axis=x_axis,
+        in_sample=in_sample,
         residuals=tuple(residuals),
     )

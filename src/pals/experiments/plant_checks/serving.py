@@ -96,6 +96,7 @@ def _row(what: str, board: str, which: str, residuals: Sequence[Residual], at_mo
         residuals,
         at_most=at_most,
         x_axis="batch",
+        in_sample=which == "models of the fit",
         note=f"engines over the target: {missed or 'none'} (why: docs/models/step.md); {note}",
     )
 

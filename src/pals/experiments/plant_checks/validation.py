@@ -43,19 +43,22 @@ QUOTED = {
     "TPOT against batch, B200, held-out models": "TPOT on B200",
     "power against batch, B200, held-out models": "power on B200",
     "throughput against limit, RTX PRO 6000 Blackwell, MoE": "throughput under a limit, RTX PRO 6000",
-    "request timelines of vLLM 0.19, TTFT mean": "mean TTFT, RTX boards",
+    "request timelines of vLLM 0.19, dense, TTFT mean": "mean TTFT on RTX 4090",
 }
 SILICON_NOTE = "rows of our own on silicon: none, no data-centre GPU was at hand"
 
 
-def run_checks(names: Sequence[str], folder: Path) -> Iterator[tuple[str, list[CheckRow]]]:
-    """The rows of each check as it is done.
+def run_checks(names: Sequence[str], folder: Path) -> Iterator[tuple[str, list[CheckRow] | ConfigError]]:
+    """The rows of each check as it is done, or why it cannot be: one part's data may lack while the others' are there.
 
     Raises:
-        ConfigError: unknown check, or data that cannot be read.
+        ConfigError: unknown check.
     """
     for name in [known(name, CHECKS) for name in names or CHECKS]:
-        yield name, _module(name).check(folder)
+        try:
+            yield name, _module(name).check(folder)
+        except ConfigError as e:
+            yield name, e
 
 
 def refit(name: str, folder: Path, into: Path) -> list[Path]:
@@ -127,7 +130,7 @@ def print_rows(console: Console, title: str, rows: Sequence[CheckRow]) -> None:
     table.add_column("data", justify="right", no_wrap=True)
     notes = list(dict.fromkeys(note for row in rows for note in (row.data, row.note) if note))
     for row in rows:
-        verdict = "reached" if row.reached else "[red]MISSED[/red]"
+        verdict = row.verdict if row.reached else f"[red]{row.verdict}[/red]"
         marks = " ".join(f"({notes.index(note) + 1})" for note in (row.data, row.note) if note)
         table.add_row(
             row.check, str(row.cases), told(row.value, row.unit), told(row.worst, row.unit), wanted(row), verdict, marks
@@ -154,7 +157,8 @@ def write_summary(path: Path, results: dict[str, list[CheckRow]]) -> None:
     rows = [
         {
             "part": name, "check": r.check, "data": r.data, "basis": r.basis, "cases": r.cases, "value": round(r.value, 2),
-            "worst": round(r.worst, 2), "unit": r.unit, "target": list(r.target), "reached": r.reached, "note": r.note,
+            "worst": round(r.worst, 2), "unit": r.unit, "target": list(r.target), "reached": r.reached, "in_sample": r.in_sample,
+            "note": r.note,
         }
         for name, found in results.items()
         for r in found
@@ -179,7 +183,7 @@ def write_page(path: Path, results: dict[str, list[CheckRow]]) -> None:
             "| --- | --- | ---: | ---: | ---: | ---: | --- |",
         ]
         for r in rows:
-            verdict = "reached" if r.reached else "**missed**"
+            verdict = r.verdict if r.reached else f"**{r.verdict}**"
             cells = (r.check, r.data, str(r.cases), told(r.value, r.unit), told(r.worst, r.unit), wanted(r), verdict)
             lines.append(f"| {' | '.join(cells)} |")
         notes = dict.fromkeys(r.note for r in rows if r.note)
@@ -197,6 +201,8 @@ def validation_note(recorded: Path = RECORDED) -> str:
         errors = [f"{QUOTED[r['check']]} {r['value']:.1f} %" for r in rows if r["check"] in QUOTED]
     except (OSError, ValueError, KeyError, TypeError) as e:
         return f"{recorded} does not hold the plant's errors ({e}); `pals plant validate --record` makes it"
+    if not errors:
+        return f"{recorded} holds no row to quote; `pals plant validate --record` makes it anew"
     return f"the boards are simulated; the plant's mean error on measurements it was not fitted to: {'; '.join(errors)}"
 
 
