@@ -73,7 +73,7 @@ def test_residuals_are_drawn_and_the_summary_is_quoted(tmp_path: Path) -> None:
     page = (tmp_path / "page.md").read_text()
     assert drawn
     assert (tmp_path / "power.png").read_bytes().startswith(b"\x89PNG")
-    assert "| watts | folder, b held out | 2 | 6.0 % | 10.0 % | ≤ 5 % | **missed** |" in page
+    assert "| watts | folder, b held out | 2 | 6.0 % | 10.0 % | ≤ 5 % | **MISSED** |" in page
     assert page.count("odd rows left out: 3") == 1
     assert json.loads((tmp_path / "summary.json").read_text())["rows"][0]["value"] == 6.0
     assert validation_note(tmp_path / "summary.json").endswith(f"fitted to: {QUOTED[quoted.check]} 6.0 %")

@@ -148,6 +148,7 @@ HEADER = "arrival_s,input_tokens,output_tokens\n"
     ("", r"trace\.csv is empty"),
     (HEADER, r"trace\.csv holds no request"),
     (HEADER + "0,1,1\n-1,1,1\n", r"trace\.csv, row 2: the time -1 lies before the start; count times"),
+    (HEADER + "1700000000,1,1\n", r"row 1: the first request comes after 1\.7e\+09 s, as in Unix times; count times"),
     (HEADER + "5,1,1\n4.5,1,1\n", r"row 2: the time falls from 5 s to 4\.5 s; sort the file by time"),
     (HEADER + "0,1.5,1\n", r"row 1: input_tokens is '1\.5', not a whole number"),
     (HEADER + "0,1,many\n", r"row 1: output_tokens is 'many', not a whole number"),

@@ -102,6 +102,7 @@ FORMATS: tuple[Format, ...] = (
     ),
     Format(name="lengths", prompt="input_tokens", output="output_tokens"),
 )
+LATEST_START_S = 30 * 86400.0  # of the first request: later than this it is no time from the start
 MOONCAKE, CONVERSATIONS = "mooncake", "json-lengths"
 NAMES = (*(f.name for f in FORMATS), MOONCAKE, CONVERSATIONS)
 
@@ -125,6 +126,12 @@ class Rows:
         if time_s is not None:
             if not 0 <= time_s < math.inf:
                 raise bad_row(self.path, row, f"the time {time_s:g} lies before the start; count times from the start")
+            if not self.time_s and time_s > LATEST_START_S:
+                raise bad_row(
+                    self.path,
+                    row,
+                    f"the first request comes after {time_s:g} s, as in Unix times; count times from the start",
+                )
             if self.time_s and time_s < self.time_s[-1]:
                 raise bad_row(
                     self.path, row, f"the time falls from {self.time_s[-1]:g} s to {time_s:g} s; sort the file by time"
