@@ -13,6 +13,7 @@ import numpy as np
 
 from pals.plant.bank_layout import REGISTERS, RING, Sections
 from pals.plant.governor import TICK_S, tick
+from pals.plant.setter_time import effect_delay_s
 from pals.plant.specs import CLOCK_STEP_MHZ, BoardSpec
 
 IDLE, POWER_CAP, HARDWARE_SLOWDOWN, SOFTWARE_THERMAL, HARDWARE_THERMAL = 0x1, 0x4, 0x8, 0x20, 0x40
@@ -90,9 +91,9 @@ class BankPhysics:
         for i in np.flatnonzero(changed):
             for name in REGISTERS:
                 b[f"seen_{name}"][i] = b[name][i]
-            timing, rng = self._spec.setter, np.random.default_rng([self._seed, int(i), int(b["writes"][i])])
-            delay_s = rng.uniform(timing.effect_from_s, timing.effect_to_s) if self._delayed else 0.0
-            b["acts_at_s"][i] = time_s + delay_s
+            timing, call = self._spec.setter, int(b["writes"][i])
+            delay_s = effect_delay_s(timing.effect_from_s, timing.effect_to_s, self._seed, int(i), call)
+            b["acts_at_s"][i] = time_s + (delay_s if self._delayed else 0.0)
 
     def _take_effect(self, time_s: float) -> None:
         b = self._all.boards

@@ -19,7 +19,7 @@ from pals.plant.bank_physics import SAMPLE_TICKS
 from pals.plant.boards import NO_LIMIT_W, draw_specimens
 from pals.plant.governor import TICK_S
 from pals.plant.replica_state import RING, Memory
-from pals.plant.setter_time import setter_time_s
+from pals.plant.setter_time import effect_delay_s, setter_time_s
 from pals.plant.specs import CLOCK_STEP_MHZ, BoardSpec
 
 FLAGS = ("lost", "denied", "stuck", "thermal")  # 1 or 0
@@ -128,8 +128,8 @@ class ReplicaBoards:
         )
         if self._latency_s <= 0.0:
             return now_s + call_s
-        rng = np.random.default_rng([self._seed, i, self._writes[i]])
-        return now_s + call_s + float(rng.uniform(timing.effect_from_s, timing.effect_to_s))
+        effect = effect_delay_s(timing.effect_from_s, timing.effect_to_s, self._seed, i, self._writes[i])
+        return now_s + call_s + effect
 
     def inject(self, i: int, fault: str, value: float) -> None:
         """See `Replica.inject`."""

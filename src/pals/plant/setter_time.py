@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 _MASK = (1 << 64) - 1
+_EFFECT = 0x5851F42D4C957F2D  # keeps the draws of a call's time and of its effect apart
 
 
 def setter_time_s(
@@ -20,10 +21,19 @@ def setter_time_s(
     return extra_s + min(max(longest_s, shortest_s), shortest_s * math.exp(tail_sigma * z))
 
 
+def effect_delay_s(from_s: float, to_s: float, seed: int, board: int, call: int) -> float:
+    """Seconds from a call's end until the board acts on it, evenly between the two, drawn as the call's own time is."""
+    return from_s + (to_s - from_s) * _uniform(_key(seed, board, call) ^ _EFFECT)
+
+
 def _normal(seed: int, board: int, call: int) -> float:
     """A standard normal number (Box-Muller)."""
-    key = (seed * 0x9E3779B97F4A7C15 + board * 0xD1B54A32D192ED03 + call * 2) & _MASK
+    key = _key(seed, board, call)
     return math.sqrt(-2.0 * math.log(_uniform(key))) * math.cos(2.0 * math.pi * _uniform(key + 1))
+
+
+def _key(seed: int, board: int, call: int) -> int:
+    return (seed * 0x9E3779B97F4A7C15 + board * 0xD1B54A32D192ED03 + call * 2) & _MASK
 
 
 def _uniform(x: int) -> float:
