@@ -6,10 +6,13 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pals.cli.extras import require
 from pals.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pals.experiments.plant_checks.row import CheckRow
 
 
 def add_plant(commands: Any) -> None:
@@ -63,17 +66,7 @@ def validate(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from pals.experiments.plant_checks.measured import data_folder
-    from pals.experiments.plant_checks.validation import (
-        CHECKS,
-        PAGES,
-        RECORDED,
-        SILICON_NOTE,
-        draw,
-        print_rows,
-        run_checks,
-        write_page,
-        write_summary,
-    )  # fmt: skip
+    from pals.experiments.plant_checks.validation import SILICON_NOTE
 
     if args.record and (args.parts or args.data):
         raise ConfigError(
@@ -85,24 +78,11 @@ def validate(args: argparse.Namespace) -> int:
         f"the plant against {folder}; mean absolute errors, on what was not fitted unless a row says otherwise\n",
         highlight=False,
     )
-    results, failed = {}, []
-    for name, rows in run_checks(args.parts, folder):
-        if isinstance(rows, ConfigError):
-            failed.append(name)
-            console.print(f"[red]{name}[/red]: {rows}\n", highlight=False)
-            continue
-        results[name] = rows
-        print_rows(console, CHECKS[name], rows)
-        draw(args.out / f"validation-{name}.png", rows)
-    write_summary(args.out / "summary.json", results)
-    write_page(args.out / "validation.md", results)
-    if args.record and not failed:
-        write_summary(RECORDED, results)
-        for page in args.out.glob("validation*"):
-            shutil.copy2(page, PAGES / page.name)
+    results, failed = checked(args, folder, console)
+    keep(results, args.out, record=args.record and not failed)
     judged = [row for rows in results.values() for row in rows if not row.in_sample]
     missed = sum(not row.reached for row in judged)
-    console.print(f"{SILICON_NOTE}", highlight=False)
+    console.print(SILICON_NOTE, highlight=False)
     console.print(
         f"{len(judged) - missed} of {len(judged)} targets reached, rows in sample not counted; validation.md with plots of the "
         f"residuals, and summary.json, are in {args.out}",
@@ -111,6 +91,35 @@ def validate(args: argparse.Namespace) -> int:
     if failed:
         raise ConfigError(f"not checked: {', '.join(failed)}; see above. The other parts are in {args.out}")
     return 1 if missed else 0
+
+
+def checked(args: argparse.Namespace, folder: Path, console: Any) -> tuple[dict[str, list[CheckRow]], list[str]]:
+    """Each part's rows, shown and drawn as they come, and the parts that could not be checked."""
+    from pals.experiments.plant_checks.validation import CHECKS, draw, print_rows, run_checks
+
+    results: dict[str, list[CheckRow]] = {}
+    failed: list[str] = []
+    for name, rows in run_checks(args.parts, folder):
+        if isinstance(rows, ConfigError):
+            failed.append(name)
+            console.print(f"[red]{name}[/red]: {rows}\n", highlight=False)
+            continue
+        results[name] = rows
+        print_rows(console, CHECKS[name], rows)
+        draw(args.out / f"validation-{name}.png", rows)
+    return results, failed
+
+
+def keep(results: dict[str, list[CheckRow]], out: Path, *, record: bool) -> None:
+    """Write page and summary; with `record` also where the demo, `pals simulate` and the documentation find them."""
+    from pals.experiments.plant_checks.validation import PAGES, RECORDED, write_page, write_summary
+
+    write_summary(out / "summary.json", results)
+    write_page(out / "validation.md", results)
+    if record:
+        write_summary(RECORDED, results)
+        for page in out.glob("validation*"):
+            shutil.copy2(page, PAGES / page.name)
 
 
 def fit(args: argparse.Namespace) -> int:
