@@ -40,7 +40,7 @@ def check(folder: Path) -> list[CheckRow]:
             "power of memory-bound BF16 products at default clocks", f"{FOLDER}; none of these rows was fitted", residuals,
             at_most=10.0, x_axis="HBM share",
             note="upper decile of bins with an HBM share from 0.7 that the limit does not hold; FP8 products, left out, "
-            "draw 10-30 % more than their shares say",
+            "draw more than their shares say (docs/models/boards.md)",
         )
     ]  # fmt: skip
 

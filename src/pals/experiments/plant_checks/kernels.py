@@ -56,7 +56,7 @@ UNTUNED = (
     "name only, and those of expert-parallel Mixtral (1 expert a board) behave unlike the others"
 )
 MANY_SHARDS = (
-    "missed by expert shards of at most 96 columns and by ranks of 1 to 4 experts; whole layers: 4 to 6 %, on B200 8 %"
+    "missed most by narrow expert shards and by ranks of few experts; what was found by hand: docs/models/kernels.md"
 )
 GROUPS = (
     Group(name="Matrix products, bf16", ops=("gemm",), at_most=12),
