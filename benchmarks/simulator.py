@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pals.core.architecture import ModelShape
 from pals.engines.model_zoo import shipped_config
-from pals.plant.architecture import ModelShape
 from pals.plant.fleet import FleetSpec, simulate
 from pals.plant.llm_step import StepModel
 from pals.plant.replica import Replica

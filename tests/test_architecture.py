@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pals.core.architecture import FORMAT_BYTES, ModelShape, row_for
 from pals.core.errors import ConfigError
-from pals.plant.architecture import FORMAT_BYTES, ModelShape, row_for
 
 TABLE = Path(__file__).parents[1] / "data" / "model-architectures" / "models.csv"
 CONFIGS = {  # file in the package -> row of the table
@@ -116,7 +116,7 @@ def test_a_release_is_found_by_its_architecture(hub: str, row: str | None) -> No
 def test_what_cannot_be_sized_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"config\.json lacks"):
         ModelShape.from_config({"model_type": "mystery"})
-    with pytest.raises(ConfigError, match="the plant knows bf16"):
+    with pytest.raises(ConfigError, match="known: bf16"):
         ModelShape.from_row(rows()["gpt2"]).stored_as("fp3")
     with pytest.raises(ConfigError, match=r"gpt2 of models\.csv lacks"):
         ModelShape.from_row({"model": "gpt2", "layers": "12"})

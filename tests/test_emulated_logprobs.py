@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from benchmarks.scheduler_harness import Driver, engine_config, make_scheduler, request
 
+from pals.core.architecture import ModelShape
 from pals.engines.emulated_device import BookedStep, EmulatedDevice
-from pals.plant.architecture import ModelShape
 from pals.plant.boards import BoardBank
 from pals.plant.llm_step import StepModel
 from pals.plant.specs import board_specs

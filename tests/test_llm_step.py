@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pals.core.architecture import ModelShape
 from pals.core.errors import ConfigError
-from pals.plant.architecture import ModelShape
 from pals.plant.expert_ranks import rank_load
 from pals.plant.experts import distinct_experts
 from pals.plant.llm_step import StepBatch, StepModel, StepTables, step_cost

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from benchmarks.scheduler_harness import Driver, block_hasher, engine_config, greedy, make_scheduler, request
 
+from pals.core.architecture import ModelShape
 from pals.core.quantities import LOWERINGS
 from pals.engines.emulated_device import EmulatedDevice
-from pals.plant.architecture import ModelShape
 from pals.plant.boards import BoardBank
 from pals.plant.llm_step import StepModel
 from pals.plant.specs import board_specs

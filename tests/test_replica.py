@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pals.core.architecture import ModelShape
 from pals.core.errors import ConfigError, DeviceLostError, PermissionDeniedError
 from pals.core.quantities import LATENCY_BOUNDS_S
 from pals.engines.model_zoo import shipped_config
-from pals.plant.architecture import ModelShape
 from pals.plant.fleet import ROUTERS, FleetSpec, route, simulate
 from pals.plant.llm_step import StepModel
 from pals.plant.replica import Replica

@@ -14,10 +14,10 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
+from pals.core.architecture import ModelShape
 from pals.engines.emulated_device import BookedStep, EmulatedDevice, open_bank
 from pals.engines.emulated_world import clock_of, world_of
 from pals.engines.vllm_plugin import boards_of
-from pals.plant.architecture import ModelShape
 from pals.plant.llm_step import StepModel
 from pals.runtime.clock import Clock
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from pals.control.guard import Guard
 from pals.control.policies import build_policy
+from pals.core.architecture import ModelShape
 from pals.core.errors import ConfigError, ProfileMismatchError
 from pals.core.quantities import BoardInfo, EngineInfo, fingerprint_of
 from pals.experiments.outcome import Answers, Outcome, PeriodTally, outcome_of
@@ -26,7 +27,6 @@ from pals.experiments.simulated_faults import TimedFaults
 from pals.experiments.simulated_files import TickFile
 from pals.experiments.simulated_node import SimulatedBoard, SimulatedEngine, SimulatedGroup, engine_info
 from pals.models.profile import Profile
-from pals.plant.architecture import ModelShape
 from pals.plant.faults import FaultSchedule
 from pals.plant.llm_step import StepModel
 from pals.plant.perturb import SPREAD, perturb

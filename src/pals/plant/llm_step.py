@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pals.core.architecture import ModelShape
 from pals.core.errors import ConfigError
 from pals.plant import step_kernels
-from pals.plant.architecture import ModelShape
 from pals.plant.kernels import KernelTime
 from pals.plant.silicon import Load
 from pals.plant.specs import BoardSpec

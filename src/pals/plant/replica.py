@@ -120,15 +120,30 @@ class Replica:
                 f"{workload.name}: requests must be submitted in order of arrival, none before {earliest_s:.3f} s. Nothing "
                 "was submitted"
             )
-        block = int(self._state["block"])
-        needed = -(-(new["prompt"].astype(np.int64) + new["output"]) // block)
-        if len(new) and int(needed.max()) > self.kv_blocks:
-            raise ConfigError(
-                f"{workload.name}: request {int(needed.argmax())} needs {int(needed.max())} KV blocks of {block} tokens and "
-                f"the replica has {self.kv_blocks}: it would never run. Nothing was submitted"
-            )
+        self._check_fits(workload.name, new)
         self._memory = self._memory._replace(requests=np.concatenate([self._memory.requests[:held], new]))
-        self._state["submitted"] = held + len(new)
+        self._state["submitted"] = self._state["released"] = held + len(new)
+
+    def keep_in_flight(self, n: int, supply: Workload | None = None) -> None:
+        """Closed loop: from now on a request arrives whenever fewer than `n` are in flight; `n` 0 lets none arrive.
+
+        Args:
+            n: requests in flight; those above it end by themselves.
+            supply: what is sent next, in this order, whatever its arrival times; it replaces what was not sent yet. None
+                goes on with that.
+
+        Raises:
+            ConfigError: a request that never fits the KV cache; nothing was changed.
+        """
+        released = int(self._state["released"])
+        if supply is not None:
+            new = requests_of(supply)
+            self._check_fits(supply.name, new)
+            new["arrival_s"] = np.inf
+            self._memory = self._memory._replace(requests=np.concatenate([self._memory.requests[:released], new]))
+            self._state["submitted"] = released + len(new)
+        self._state["in_flight"] = n
+        replica_run.release(self._memory)
 
     def advance(self, until_s: float) -> None:
         """Go on to `until_s` of simulated time.
@@ -146,6 +161,15 @@ class Replica:
                     f"the simulated scheduler plans nothing although {int(self._state['running'])} run; stopped at "
                     f"{self.now_s} s"
                 )
+
+    def _check_fits(self, name: str, new: NDArray[Any]) -> None:
+        block = int(self._state["block"])
+        needed = -(-(new["prompt"].astype(np.int64) + new["output"]) // block)
+        if len(new) and int(needed.max()) > self.kv_blocks:
+            raise ConfigError(
+                f"{name}: request {int(needed.argmax())} needs {int(needed.max())} KV blocks of {block} tokens and "
+                f"the replica has {self.kv_blocks}: it would never run. Nothing was submitted"
+            )
 
     def run(self, *, chunk_s: float = 60.0) -> None:
         """Advance until every request has its last token."""

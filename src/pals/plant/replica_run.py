@@ -192,3 +192,12 @@ def end_request(m: Memory, i: int) -> None:
     s["finished"] += 1
     forget_last(m, i)
     drop_slot(m, i)
+    release(m)
+
+
+def release(m: Memory) -> None:
+    """In a closed loop, let requests that have no time of arrival arrive now, up to so many in flight."""
+    s = m.state[0]
+    while s["released"] < s["submitted"] and s["released"] - s["finished"] < s["in_flight"]:
+        m.requests[s["released"]]["arrival_s"] = s["now_s"]
+        s["released"] += 1

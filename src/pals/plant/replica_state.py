@@ -33,7 +33,7 @@ STATE = np.dtype(
             "submitted", "decoding", "context", "queue_put", "queue_taken", "kv_blocks", "block", "batched", "launch",
             "limit", "lowering", "slicing", "turn", "partial", "head", "tail", "free_slot", "prefix_caching", "fixed_pace", "refresh",
             "arrived_prompt_tokens", "prefill_tokens", "decode_tokens", "output_tokens", "finished", "preemptions",
-            "scheduled",
+            "scheduled", "in_flight", "released",
         )
     ]
 )  # fmt: skip

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pals.core.architecture import FORMAT_BYTES, ModelShape
 from pals.plant import kernels
-from pals.plant.architecture import FORMAT_BYTES, ModelShape
 from pals.plant.expert_ranks import rank_load
 from pals.plant.experts import ExpertLoad
 from pals.plant.kernels import BoardKernels, GemmConstants, KernelTime, MoeConstants

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from pals.core.architecture import ModelShape
 from pals.core.errors import ConfigError
 from pals.core.quantities import Checked
 from pals.engines.emulated_world import emulating
 from pals.engines.model_zoo import full_name, local_folder, shipped_config
 from pals.engines.openai_client import RequestSpec
 from pals.experiments.trace import load_slice
-from pals.plant.architecture import ModelShape
 from pals.plant.llm_step import StepModel
 from pals.plant.specs import BoardSpec, parse_boards
 from pals.plant.workload import Workload

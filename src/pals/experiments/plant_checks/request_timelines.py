@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares, minimize_scalar
 
+from pals.core.architecture import ModelShape, row_for
 from pals.core.errors import ConfigError
 from pals.experiments.plant_checks.measured import read_table
 from pals.experiments.plant_checks.row import CheckRow, Residual, error_row
-from pals.plant.architecture import ModelShape, row_for
 from pals.plant.llm_step import StepBatch, StepModel
 from pals.plant.replica import Replica
 from pals.plant.specs import board_specs

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pals.core.architecture import ModelShape
 from pals.experiments.plant_checks.row import CheckRow, Residual, error_row
 from pals.experiments.plant_checks.serving_cases import BOARDS, Case, Prediction, engines, load, predict
-from pals.plant.architecture import ModelShape
 from pals.plant.silicon import Silicon
 from pals.plant.specs import BoardSpec, board_specs
 from pals.plant.step_constants import StepConstants, fitted_constants, step_constants

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pals.core.architecture import ModelShape, format_name, row_for
 from pals.experiments.plant_checks.measured import read_table
-from pals.plant.architecture import ModelShape, format_name, row_for
 from pals.plant.llm_step import step_cost, step_tables
 from pals.plant.silicon import Silicon, board_power_w
 from pals.plant.specs import BoardSpec

@@ -121,7 +121,7 @@ class ModelShape:
         try:
             return _from_config({k: v for k, v in config.items() if v is not None})
         except KeyError as e:
-            raise ConfigError(f"config.json lacks {e}; the emulated accelerator cannot size this model") from e
+            raise ConfigError(f"config.json lacks {e}; this model cannot be sized") from e
 
     @staticmethod
     def from_row(row: Mapping[str, Any]) -> ModelShape:
@@ -145,7 +145,7 @@ def format_name(text: str) -> str:
     word = text.strip().lower().split()[0] if text.strip() else text
     name = SPELLINGS.get(word, word)
     if name not in FORMAT_BYTES:
-        raise ConfigError(f"unknown weight format {text!r}; the plant knows {', '.join(FORMAT_BYTES)}")
+        raise ConfigError(f"unknown weight format {text!r}; known: {', '.join(FORMAT_BYTES)}")
     return name
 
 
