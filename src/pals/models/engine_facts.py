@@ -1,0 +1,24 @@
+"""What is known of an engine and its boards before anything is measured: the model needs it, and a profile keeps it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pals.core.architecture import ModelShape
+from pals.core.quantities import Checked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts(Checked):
+    """Read from the driver, the engine and its config.json."""
+
+    board: str  # as the driver names it: which family's priors apply
+    boards: int  # move together
+    min_limit_w: float
+    max_limit_w: float  # the found limit: nothing is asked above it
+    min_sm_clock_mhz: int
+    max_sm_clock_mhz: int
+    launch_sequences: int
+    step_tokens: int = 8192  # most tokens of one step (max_num_batched_tokens)
+    tensor_parallel: int = 1  # boards that divide each matrix
+    shape: ModelShape | None = None  # None: the model's sizes are unknown, priors are wide
