@@ -19,10 +19,9 @@ from pals.models.engine_facts import EngineFacts
 from pals.models.forecast import FloatArray
 from pals.models.row import ProfileRow
 from pals.profiler.plan import SweepPlan
-from pals.profiler.repeats import is_at
+from pals.profiler.repeats import REACHED, is_at
 
 Mask = NDArray[np.bool_]
-REACHED = 0.8  # of the level: an engine that runs fewer sequences has no room for more
 BELOW_NATURAL = 0.97  # of natural draw: a limit that just binds
 APART = (
     0.15  # of a lever's range: candidates nearer to a measured one count less, since a model may bend between points
@@ -56,7 +55,6 @@ class Corners(NamedTuple):
     found_w: float
     floor_w: float
     lock_mhz: int | None
-    most: int
     fewest: int
     prefill: int  # mixes
     decode: int
@@ -94,7 +92,7 @@ class Space:
             candidates=chosen,
             mixes=plan.mixes,
             corners=Corners(
-                found_w, min(plan.limits_w), min(plan.clocks_mhz, default=None), max(plan.sequences), min(plan.sequences),
+                found_w, min(plan.limits_w), min(plan.clocks_mhz, default=None), min(plan.sequences),
                 int(np.argmax(shares)), int(np.argmin(shares)),
             ),
             places=_places([c.point for c in chosen], plan),
@@ -155,24 +153,23 @@ def next_corner(
 ) -> Candidate | None:
     """The first corner of the start design that has no row; None: all have, or were left out.
 
-    No limit at the largest batch, the clock floor by limit and by lock, just below natural draw (as the first row shows
+    No limit at the largest batch that finds room, the clock floor by limit and by lock, just below natural draw (as the first row shows
     it), the smallest batch, then a prefill-heavy and a decode-heavy mix.
     """
-    k = space.corners
-    natural = next((r for r in rows if is_at(r, _at(k.found_w, None, k.most), 0)), None)
-    wanted = [(_at(k.found_w, None, k.most), 0), (_at(k.floor_w, None, k.most), 0)]
-    wanted += [(_at(k.found_w, k.lock_mhz, k.most), 0)] * (k.lock_mhz is not None)
-    if natural is not None:
+    k, room = space.corners, space.possible(rows)
+    most = [int(space.sequences[room & (space.mix == mix)].max()) for mix in range(len(space.mixes))]
+    wanted = [(_at(k.found_w, None, most[0]), 0), (_at(k.floor_w, None, most[0]), 0)]
+    wanted += [(_at(k.found_w, k.lock_mhz, most[0]), 0)] * (k.lock_mhz is not None)
+    if (natural := next((r for r in rows if is_at(r, *wanted[0])), None)) is not None:
         highest_w = BELOW_NATURAL * min(natural.power_w / facts.boards, k.found_w)
         binding = [c.point.power_limit_w for c in space.candidates if c.point.power_limit_w <= highest_w]
-        wanted.append((_at(max(binding, default=k.floor_w), None, k.most), 0))
-    wanted += [(_at(k.found_w, None, k.fewest), 0)]
-    wanted += [(_at(k.found_w, None, k.most), k.prefill), (_at(k.found_w, None, k.most), k.decode)]
-    room = space.possible(rows)
+        wanted.append((_at(max(binding, default=k.floor_w), None, most[0]), 0))
+    wanted.append((_at(k.found_w, None, k.fewest), 0))
+    wanted += [(_at(k.found_w, None, most[mix]), mix) for mix in (k.prefill, k.decode)]
     for point, mix in wanted:
-        i = space.candidates.index(Candidate(point, mix))
-        if room[i] and space.candidates[i] not in left_out and not any(is_at(r, point, mix) for r in rows):
-            return space.candidates[i]
+        candidate = Candidate(point, mix)
+        if candidate not in left_out and not any(is_at(r, point, mix) for r in rows):
+            return candidate
     return None
 
 

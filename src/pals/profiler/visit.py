@@ -27,6 +27,10 @@ LEASE_S = 15.0  # renewed at every reading
 SETTLE_READ_S = 0.25
 SILENT_S = 10.0  # without a step while settling: no request reaches the engine, or it hangs
 POWER_SETTLED, POWER_WAIT_S = 0.05, 3.0  # two means of a second differ by less, or so long was waited for it
+CROWDED, CROWDED_READS = (
+    0.1,
+    4,
+)  # more wait than this share of the running, several readings in a row: they find no room
 BALANCED = 0.04  # a window whose prompt tokens per output token are this near to the mix's is long enough
 
 
@@ -55,6 +59,7 @@ class Visitor:
         self._facts, self._clock, self._begun_s = facts, clock, begun_s
         self._mix: Mix | None = None
         self._in_flight = 0
+        self._room = dict[Mix, int]()  # requests that run at once, where that was found to be fewer than wanted
         self._notes: list[str] = []
         ranks = re.search(r"dp(\d+)", rig.engine.info.parallelism)
         self._ranks = int(ranks[1]) if ranks else 1
@@ -129,28 +134,39 @@ class Visitor:
 
         A larger batch is filled over one generation, so that its requests have all ages at once. None: it took no step.
         """
-        before, from_n = self._mix, min(self._in_flight, sequences)
-        own, others = generation_steps(mix, sequences, self._facts), turnover_steps(mix, before)
-        began_s, power = self._clock.now_s(), PowerTrend()
-        begun = self._engine(self._read())
+        from_n, begun, began_s = min(self._in_flight, sequences), self._engine(self._read()), self._clock.now_s()
+        change = Change(
+            begun, generation_steps(mix, sequences, self._facts), turnover_steps(mix, self._mix), self._ranks
+        )
+        power, crowded = PowerTrend(), 0
         while True:
             sample = self._read()
             engine = self._engine(sample)
-            elapsed_s, steps = sample.time_s - began_s, (engine.steps - begun.steps) / self._ranks
+            elapsed_s, steps = sample.time_s - began_s, change.steps(engine)
             filled = min(1.0, steps / mix.output_tokens)
-            self._keep(mix, max(1, round(from_n + (sequences - from_n) * filled)))
+            self._keep(mix, round(from_n + (sequences - from_n) * filled))
+            queue = engine.waiting > 2 + CROWDED * engine.running
+            crowded = crowded + 1 if filled == 1.0 and queue else 0
+            if crowded == CROWDED_READS:
+                self._take_back(mix, engine)
             power.add(sample)
             if steps == 0 and elapsed_s > SILENT_S:
                 return None
-            alone = steps >= others and engine.running <= sequences
+            alone = change.over(engine) and engine.running <= sequences and not (queue and mix in self._room)
             calm = power.settled or elapsed_s >= self._plan.settle_s + POWER_WAIT_S
-            if elapsed_s >= self._plan.settle_s and steps >= own and alone and calm:
+            if elapsed_s >= self._plan.settle_s and steps >= change.own_steps and alone and calm:
                 return True
             if elapsed_s >= (self._plan.longest_settle_s if alone else self._plan.longest_turnover_s):
-                return bool(steps >= mix.output_tokens and alone)
+                return alone and steps >= mix.output_tokens
             self._wait(SETTLE_READ_S, sequences)
 
+    def _take_back(self, mix: Mix, engine: EngineSample) -> None:
+        """Keep no more requests in flight than find room: a queue would only delay first tokens and the next point."""
+        self._room[mix] = max(1, engine.running)
+        self._notes.append(f"{engine.running} requests run and {engine.waiting} find no room: fewer are kept in flight")
+
     def _keep(self, mix: Mix, in_flight: int) -> None:
+        in_flight = max(1, min(in_flight, self._room.get(mix, in_flight)))
         if (mix, in_flight) != (self._mix, self._in_flight):
             self._load.set_load(mix, in_flight)
             self._mix, self._in_flight = mix, in_flight
@@ -189,6 +205,25 @@ class Visitor:
         if self._clock.wait(seconds):
             raise Interrupted
         self._setter.apply(sequences, lease_s=LEASE_S + seconds)
+
+
+class Change:
+    """What an engine has done since its load or point was changed."""
+
+    def __init__(self, begun: EngineSample, own_steps: float, others_steps: float, ranks: int) -> None:
+        self._begun, self._others_steps, self._ranks = begun, others_steps, ranks
+        self._admitted_at: float | None = None
+        self.own_steps = own_steps
+
+    def steps(self, engine: EngineSample) -> float:
+        """Steps of one rank since then."""
+        return (engine.steps - self._begun.steps) / self._ranks
+
+    def over(self, engine: EngineSample) -> bool:
+        """Whether all that were sent before have ended, as first come is first served; to be asked at each reading."""
+        if self._admitted_at is None and engine.arrived_requests - engine.waiting >= self._begun.arrived_requests:
+            self._admitted_at = self.steps(engine)
+        return self._admitted_at is not None and self.steps(engine) - self._admitted_at >= self._others_steps
 
 
 class PowerTrend:
