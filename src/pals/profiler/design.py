@@ -71,9 +71,10 @@ class Space:
     mix: NDArray[np.intp]
     sequences: FloatArray
     index: Mapping[tuple[int, int, int | None], list[tuple[float, int]]]  # limits and positions by mix, sequences, lock
+    room: FloatArray  # sequences that a closed loop can keep running, by mix: prompts that fit a step, for as long as they last
 
     @staticmethod
-    def of(plan: SweepPlan) -> Space:
+    def of(plan: SweepPlan, facts: EngineFacts) -> Space:
         """Limits × sequences × mixes without a lock, and locks × sequences × mixes at the highest limit."""
         found_w = max(plan.limits_w)
         levels: list[tuple[float, int | None]] = [(w, None) for w in sorted(set(plan.limits_w), reverse=True)]
@@ -99,6 +100,7 @@ class Space:
             mix=np.array([c.mix for c in chosen]),
             sequences=np.array([float(c.sequences) for c in chosen]),
             index=index,
+            room=np.array([m.output_tokens * facts.step_tokens / m.prompt_tokens for m in plan.mixes]),
         )  # fmt: skip
 
     @property
@@ -123,8 +125,8 @@ class Space:
         return mask
 
     def possible(self, rows: Sequence[ProfileRow]) -> Mask:
-        """Which candidates the engine has room for, as far as the rows tell: where it ran fewer, more change nothing."""
-        room = np.full(len(self.mixes), np.inf)
+        """Which candidates the engine has room for: where steps are full of prompts, or it ran fewer, more change nothing."""
+        room = self.room.copy()
         for r in rows:
             if r.running < REACHED * r.active_sequences:
                 room[r.mix] = min(room[r.mix], r.running / REACHED)
