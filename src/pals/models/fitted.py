@@ -95,9 +95,7 @@ class Fitted:
         """
         if point.sm_clock_mhz is not None and self.hull is not None and self.hull.clock_mhz is None:
             raise ValueError(f"no row of this profile locks the SM clock: {point.sm_clock_mhz} MHz is unknown")
-        here = np.exp(
-            told(values_of(self.x), self.base, self._conditions([self._clipped(point)], Load(mix=self.mixes[0])))
-        )
+        here = np.exp(told(values_of(self.x), self.base, self._conditions([self._clipped(point)], Load(mix=self.mixes[0]))))
         return Prediction(point=point, tokens_per_s=float(here[_AT["tokens_per_s"], 0]), power_w=float(here[0, 0]))
 
     def forecast(self, points: Sequence[OperatingPoint], load: Load) -> Forecast:
@@ -119,9 +117,7 @@ class Fitted:
         half = c.width[:, None] * np.hypot(_deviation(slopes, self.covariance), c.noise[:, None]) * wider
         per_j = slopes[_AT["tokens_per_s"]] - slopes[0]
         noise_j = math.hypot(c.noise[0], c.noise[_AT["tokens_per_s"]])
-        half_j = max(c.width[0], c.width[_AT["tokens_per_s"]]) * np.hypot(
-            _deviation(per_j[None], self.covariance)[0], noise_j
-        )
+        half_j = max(c.width[0], c.width[_AT["tokens_per_s"]]) * np.hypot(_deviation(per_j[None], self.covariance)[0], noise_j)
         return self.assembled(here, np.concatenate([half, half_j[None] * wider]), load)
 
     def assembled(self, here: FloatArray, half: FloatArray, load: Load) -> Forecast:
@@ -245,10 +241,5 @@ def fit(rows: Sequence[ProfileRow], mixes: Sequence[Mix], facts: EngineFacts) ->
     """
     found = fit_rows(rows, mixes, facts)
     return Fitted(
-        facts=facts,
-        mixes=tuple(mixes),
-        rows=tuple(rows),
-        x=found.x,
-        precision=found.precision,
-        calibration=found.calibration,
+        facts=facts, mixes=tuple(mixes), rows=tuple(rows), x=found.x, precision=found.precision, calibration=found.calibration
     )
