@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +16,14 @@ from pals.core.quantities import OperatingPoint
 from pals.models.profile import Profile
 
 
-def build_policy(name: str, settings: Mapping[str, Any], profile: Profile | None, guard: Guard) -> AnyController:
-    """Make the policy `name`.
+#: Factor on the intervals of a profile that was measured on something else and accepted: as large again as the profile's own.
+ACCEPTED_WIDENING = 2.0
+
+
+def build_policy(
+    name: str, settings: Mapping[str, Any], profile: Profile | None, guard: Guard, *, accepted: Sequence[str] = ()
+) -> AnyController:
+    """Make the policy `name`; `accepted` are the differences of a profile that is used all the same.
 
     Raises:
         ConfigError: unknown name, a missing profile, or settings outside the boards' range; nothing was written.
