@@ -25,14 +25,14 @@ HUBER = 1.5  # residuals count up to so many scales
 BIAS_LIMIT = log(2.0)  # beyond it the profile is useless, not biased
 SD_RANGE = (0.02, 0.10)  # of a prediction's own relative standard deviation, from its 90 % interval
 Z90 = 1.645
-NOISE_MINUTES, NOISE_PRIOR = 600, 60  # memory of the residuals' variance, and weight of what is assumed before
-NOISE_BEFORE = (0.3, 0.09)  # variance and lag-one covariance assumed, in the prediction's variances
+NOISE_MINUTES, NOISE_PRIOR = 600, 30  # memory of the residuals' variance, and weight of what is assumed before
+NOISE_BEFORE = (0.4, 0.16)  # variance and lag-one covariance assumed, in the prediction's variances
 BASELINE_MINUTES, BASELINE_PRIOR = 240, 3  # memory of the mean residual
 BASELINE_RANGE = 0.75  # standard deviations that a profile may be off for ever without being told of
 SLACK = 1.0  # standard deviations beyond the baseline that count for nothing
 CLIP = 3.0  # standard deviations that one minute counts at most
 THRESHOLD = 4.5  # sum of excess that is drift: two minutes of garbage reach 4.0
-PER_NOISE = 5.0  # or so many times the long-run variance of the residuals, if that is more
+PER_NOISE = 7.0  # or so many times the long-run variance of the residuals, if that is more
 KEPT = 1.5  # the sum is kept below so many thresholds, so that an end is found too
 
 
@@ -74,6 +74,7 @@ class Track:
     minutes: int = 0
     variance: float = NOISE_BEFORE[0]  # about the slow mean, in the prediction's variances
     covariance: float = NOISE_BEFORE[1]  # of a minute with the one before
+    judged_by: tuple[float, float] = NOISE_BEFORE  # both, before the present excess began: a drift is not noise
     last: float = 0.0  # deviation of the minute before
     recent: float = 0.0  # deviation, mean of about three minutes
     above: float = 0.0  # sums of excess
@@ -160,7 +161,9 @@ def _residual(seen: Observation) -> tuple[float, float] | None:
 def _minute(track: Track, now_s: float) -> Track:
     """One update, with the median of the residuals of a minute."""
     residual, sd = median(r for r, _ in track.pending), median(s for _, s in track.pending)
-    scale = max(1.0, sqrt(track.variance))  # in prediction's standard deviations
+    if track.above == track.below == 0.0:
+        track = replace(track, judged_by=(track.variance, track.covariance))
+    scale = max(1.0, sqrt(track.judged_by[0]))  # in prediction's standard deviations
     weight = min(track.weight * exp(-1.0 / FORGET_MINUTES) + 1.0, RELEARN_MINUTES if track.drift else FORGET_MINUTES + 1)
     step = max(-1.0, min(1.0, (residual - track.bias_log) / (HUBER * scale * sd))) * HUBER * scale * sd
     bias_log = track.bias_log + step / max(weight, RELEARN_MINUTES)
@@ -190,8 +193,9 @@ def _excess(track: Track, residual: float, sd: float, scale: float, now_s: float
 
 def threshold(track: Track) -> float:
     """The sum of excess that is drift: higher where residuals wander, so that wandering is not taken for drift."""
-    correlation = max(0.0, min(0.9, track.covariance / max(track.variance, 1e-9)))
-    long_run = track.variance / max(1.0, track.variance) * (1 + correlation) / (1 - correlation)
+    variance, covariance = track.judged_by
+    correlation = max(0.0, min(0.9, covariance / max(variance, 1e-9)))
+    long_run = variance / max(1.0, variance) * (1 + correlation) / (1 - correlation)
     return max(THRESHOLD, PER_NOISE * long_run)
 
 
