@@ -26,13 +26,13 @@ BIAS_LIMIT = log(2.0)  # beyond it the profile is useless, not biased
 SD_RANGE = (0.02, 0.10)  # of a prediction's own relative standard deviation, from its 90 % interval
 Z90 = 1.645
 NOISE_MINUTES, NOISE_PRIOR = 600, 30  # memory of the residuals' variance, and weight of what is assumed before
-NOISE_BEFORE = (0.4, 0.16)  # variance and lag-one covariance assumed, in the prediction's variances
+NOISE_BEFORE = (0.35, 0.14)  # variance and lag-one covariance assumed, in the prediction's variances
 BASELINE_MINUTES, BASELINE_PRIOR = 240, 3  # memory of the mean residual
 BASELINE_RANGE = 0.75  # standard deviations that a profile may be off for ever without being told of
 SLACK = 1.0  # standard deviations beyond the baseline that count for nothing
 CLIP = 3.0  # standard deviations that one minute counts at most
-THRESHOLD = 4.5  # sum of excess that is drift: two minutes of garbage reach 4.0
-PER_NOISE = 7.0  # or so many times the long-run variance of the residuals, if that is more
+THRESHOLD = 4.5  # sum of excess that is drift: a minute of garbage adds 2
+PER_NOISE = 9.0  # or so many times the long-run variance of the residuals, if that is more
 KEPT = 1.5  # the sum is kept below so many thresholds, so that an end is found too
 
 
