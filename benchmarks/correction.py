@@ -47,12 +47,14 @@ def false_alarms(seeds: int) -> bool:
 def delays(seeds: int) -> bool:
     """How long a step of 8 % takes to be told."""
     missed = False
-    print(f"a step of {STEP - 1:.0%}, profile's error as said, white noise; seconds until it is told, median and 95th percentile:")
+    print(
+        f"a step of {STEP - 1:.0%}, profile's error as said, white noise; seconds until it is told, median and 95th percentile:"
+    )
     for sd in (0.02, 0.03, 0.04):
         for hours in (0.0, 2.0):
             found = [step_delay_s(s, sd, hours) for s in range(seeds)]
             told = sorted(f for f in found if f is not None)
-            p50, p95 = (np.percentile(told, [50, 95]) if told else (float("nan"),) * 2)
+            p50, p95 = np.percentile(told, [50, 95]) if told else (float("nan"),) * 2
             when = "from the start" if hours == 0 else f"after {hours:g} h"
             print(f"  error {sd:.0%}, {when:15} {p50:5.0f} {p95:5.0f}   told in {len(told)} of {seeds} runs")
             missed |= sd <= 0.03 and hours > 0 and not (len(told) == seeds and p50 <= TARGET_S)

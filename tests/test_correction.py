@@ -34,7 +34,9 @@ def window(step: float | None = None, power: float | None = None, sd: float = SD
 
 
 def fed(
-    correction: Correction, windows: Iterator[dict[str, Observation]] | list[dict[str, Observation]], start_s: float = 0.0
+    correction: Correction,
+    windows: Iterator[dict[str, Observation]] | list[dict[str, Observation]],
+    start_s: float = 0.0,
 ) -> tuple[Correction, Said]:
     said: Said = []
     for i, each in enumerate(windows):
@@ -66,7 +68,9 @@ def test_the_factor_becomes_what_is_measured_within_ten_minutes_or_so() -> None:
 
 
 garbage = st.lists(
-    st.one_of(st.floats(1e-9, 1e9), st.sampled_from([0.0, -1.0, float("nan"), float("inf"), 1e300])), min_size=15, max_size=15
+    st.one_of(st.floats(1e-9, 1e9), st.sampled_from([0.0, -1.0, float("nan"), float("inf"), 1e300])),
+    min_size=15,
+    max_size=15,
 )
 
 

@@ -84,7 +84,7 @@ def test_what_an_older_profile_lacks_is_not_compared_but_what_is_unreadable_here
     older = replace(MINE, flags=None, engine_build=None, config_digest=None, dtype=None)
 
     assert check(MINE, mine=older) == ()
-    with pytest.raises(ProfileMismatchError, match="flags: .* not readable here"):
+    with pytest.raises(ProfileMismatchError, match=r"flags: .* not readable here"):
         check(older)
 
 
@@ -108,7 +108,9 @@ def test_a_digest_follows_sizes_and_formats_and_nothing_else() -> None:
     assert qwen != shape_digest(shape_of("Qwen/Qwen3-30B-A3B", num_experts_per_tok=4))
     assert qwen != shape_digest(shape_of("Qwen/Qwen3-30B-A3B", quantization_config={"quant_method": "fp8"}))
     assert qwen != shape_digest(shape_of("mistralai/Mixtral-8x7B-v0.1"))
-    assert raw_digest({"x": 1, "_name_or_path": "a"}) == raw_digest({"x": 1, "_name_or_path": "b"}) != raw_digest({"x": 2})
+    assert (
+        raw_digest({"x": 1, "_name_or_path": "a"}) == raw_digest({"x": 1, "_name_or_path": "b"}) != raw_digest({"x": 2})
+    )
 
 
 def test_a_simulated_engine_says_what_a_profile_compares() -> None:
@@ -124,10 +126,18 @@ def vllm_config(**model: Any) -> Any:
     hf = SimpleNamespace(to_dict=lambda: config)
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            **{"hf_config": hf, "hf_text_config": hf, "dtype": "torch.bfloat16", "enforce_eager": True, "quantization": None}
+            **{
+                "hf_config": hf,
+                "hf_text_config": hf,
+                "dtype": "torch.bfloat16",
+                "enforce_eager": True,
+                "quantization": None,
+            }
             | model
         ),
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=2048, enable_chunked_prefill=True, async_scheduling=None),
+        scheduler_config=SimpleNamespace(
+            max_num_batched_tokens=2048, enable_chunked_prefill=True, async_scheduling=None
+        ),
         compilation_config=SimpleNamespace(mode=SimpleNamespace(name="NONE")),
         speculative_config=SimpleNamespace(method="eagle", num_speculative_tokens=3),
     )
@@ -168,5 +178,5 @@ def test_the_channel_carries_the_facts_and_an_older_plugins_file_is_still_read(t
     engine.path.write_bytes(short)
     assert AgentChannel(engine.path).info == replace(info, step_tokens=None)
     engine.path.write_bytes(raw.replace(b'"step_tokens"', b'"unknown_one"'))
-    with pytest.raises(ValueError, match="another PALS version .*unknown_one is unknown"):
+    with pytest.raises(ValueError, match=r"another PALS version .*unknown_one is unknown"):
         AgentChannel(engine.path)

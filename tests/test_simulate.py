@@ -244,7 +244,9 @@ def refusals(folder: Path) -> Sequence[tuple[list[str], str]]:
 
 
 @pytest.mark.parametrize("i", range(31))
-def test_what_cannot_be_simulated_is_one_clear_message(i: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_simulated_is_one_clear_message(
+    i: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     wrong, told = refusals(tmp_path)[i]
 
     assert main([*RUN, *wrong, "--out", str(tmp_path / "out")]) == 2

@@ -58,7 +58,9 @@ def test_a_slower_engine_is_told_once_in_a_decision_and_as_a_note_while_it_lasts
     decisions, state = stepped(
         policy, steady(3600.0, step=lambda t: 1.1 if t > 1800.0 else 1.0, power=lambda t: 0.93 if t > 1800.0 else 1.0)
     )
-    told = [(0.5 * (i + 1), d.detail) for i, d in enumerate(decisions) if "drift" in d.detail and "step time" in d.detail]
+    told = [
+        (0.5 * (i + 1), d.detail) for i, d in enumerate(decisions) if "drift" in d.detail and "step time" in d.detail
+    ]
     assert len(told) == 1
     assert 1800.0 < told[0][0] <= 2100.0
     assert "step time is +" in told[0][1]
@@ -74,9 +76,7 @@ def engine_of(change: Callable[[Any], Any]) -> Change:
 
 
 def limits(change: Callable[[float], float]) -> Change:
-    return lambda s: replace(
-        s, boards=tuple(replace(b, enforced_limit_w=change(s.time_s)) for b in s.boards)
-    )
+    return lambda s: replace(s, boards=tuple(replace(b, enforced_limit_w=change(s.time_s)) for b in s.boards))
 
 
 @pytest.mark.parametrize(
@@ -162,9 +162,18 @@ def test_records_carry_the_correction_and_a_replay_compares_it(tmp_path: Path) -
         news = policy.tell(state)
         records.append(
             TickRecord(
-                index=i, sample=sample, budget=Budget(), slo=Slo(), decision=decision, guarded=guard.check(decision, Budget()),
-                enforced_limits_w=(400.0, 400.0), mode="auto", correction=news.bias, drift=news.drift, notes=news.notes,
-            )  # fmt: skip
+                index=i,
+                sample=sample,
+                budget=Budget(),
+                slo=Slo(),
+                decision=decision,
+                guarded=guard.check(decision, Budget()),
+                enforced_limits_w=(400.0, 400.0),
+                mode="auto",
+                correction=news.bias,
+                drift=news.drift,
+                notes=news.notes,
+            )
         )
     assert records[-1].drift.keys() == {"step"}
 
@@ -185,7 +194,7 @@ def test_a_tick_writes_what_its_controller_learnt() -> None:
     )  # fmt: skip
     _, learnt = stepped(policy, steady(600.0, step=lambda t: 1.2))
 
-    record, _ = tick(rig, TickState(controller=replace(learnt, window=None)), Budget(), Slo(), clock.now)
+    record, _ = tick(rig, TickState(controller=learnt._replace(window=None)), Budget(), Slo(), clock.now)
     assert record.correction == policy.tell(learnt).bias
     assert record.drift == policy.tell(learnt).drift
     assert any("step time is +" in note for note in record.notes)

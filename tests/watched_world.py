@@ -53,8 +53,11 @@ def steady(
             prefill_tokens=int(finished) * 600,
         )  # fmt: skip
         board = PowerSample(
-            time_s=t, power_w=POWER_W / 2, energy_j=1.0, enforced_limit_w=400.0, sm_clock_mhz=CLOCK_MHZ, temperature_c=70.0
+            time_s=t,
+            power_w=POWER_W / 2,
+            energy_j=1.0,
+            enforced_limit_w=400.0,
+            sm_clock_mhz=CLOCK_MHZ,
+            temperature_c=70.0,
         )
-        yield TelemetrySample(
-            time_s=t, window_s=0.5, boards=(board, board), power_w=POWER_W * power(t), engine=engine
-        )
+        yield TelemetrySample(time_s=t, window_s=0.5, boards=(board, board), power_w=POWER_W * power(t), engine=engine)

@@ -58,13 +58,12 @@ class Drift(NamedTuple):
         """One sentence for people, the same as long as the drift lasts."""
         name = {"power": "power", "step": "step time"}[self.quantity]
         return (
-            f"profile drift: {name} is {self.ratio - 1:+.1%} against the profile, since about {self.found_s - self.since_s:.0f} s "
+            f"profile drift: {name} is {self.ratio - 1:+.1%} against the profile and began about {self.found_s - self.since_s:.0f} s "
             f"before it was noticed; a guess: {self.cause}"
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Track:
+class Track(NamedTuple):
     """What is remembered of one quantity; logarithms of measured over predicted."""
 
     pending: tuple[tuple[float, float], ...] = ()  # residual and its standard deviation, of the minute not yet full
@@ -133,7 +132,7 @@ def update(
         residual = _residual(seen)
         if residual is None:
             continue
-        track = replace(tracks[quantity], pending=(*tracks[quantity].pending, residual))
+        track = tracks[quantity]._replace(pending=(*tracks[quantity].pending, residual))
         if len(track.pending) >= MINUTE_WINDOWS:
             track = _minute(track, now_s)
             full.append(quantity)
@@ -162,13 +161,15 @@ def _minute(track: Track, now_s: float) -> Track:
     """One update, with the median of the residuals of a minute."""
     residual, sd = median(r for r, _ in track.pending), median(s for _, s in track.pending)
     if track.above == track.below == 0.0:
-        track = replace(track, judged_by=(track.variance, track.covariance))
+        track = track._replace(judged_by=(track.variance, track.covariance))
     scale = max(1.0, sqrt(track.judged_by[0]))  # in prediction's standard deviations
-    weight = min(track.weight * exp(-1.0 / FORGET_MINUTES) + 1.0, RELEARN_MINUTES if track.drift else FORGET_MINUTES + 1)
+    weight = min(
+        track.weight * exp(-1.0 / FORGET_MINUTES) + 1.0, RELEARN_MINUTES if track.drift else FORGET_MINUTES + 1
+    )
     step = max(-1.0, min(1.0, (residual - track.bias_log) / (HUBER * scale * sd))) * HUBER * scale * sd
     bias_log = track.bias_log + step / max(weight, RELEARN_MINUTES)
-    track = replace(
-        track, pending=(), weight=weight, bias_log=max(-BIAS_LIMIT, min(BIAS_LIMIT, bias_log)),
+    track = track._replace(
+        pending=(), weight=weight, bias_log=max(-BIAS_LIMIT, min(BIAS_LIMIT, bias_log)),
     )  # fmt: skip
     return _noise(_excess(track, residual, sd, scale, now_s), residual, sd, scale)
 
@@ -183,10 +184,10 @@ def _excess(track: Track, residual: float, sd: float, scale: float, now_s: float
     below = min(most, max(0.0, track.below - z - SLACK))
     recent = track.recent + (z - track.recent) / RELEARN_MINUTES
     if above == below == 0.0:
-        return replace(track, above=0.0, below=0.0, recent=recent, onset_s=None, onset_log=0.0, onset_minutes=0)
+        return track._replace(above=0.0, below=0.0, recent=recent, onset_s=None, onset_log=0.0, onset_minutes=0)
     began_s = now_s - MINUTE_WINDOWS * WINDOW_S if track.onset_s is None else track.onset_s
-    return replace(
-        track, above=above, below=below, recent=recent, onset_s=began_s, onset_log=track.onset_log + residual,
+    return track._replace(
+        above=above, below=below, recent=recent, onset_s=began_s, onset_log=track.onset_log + residual,
         onset_minutes=track.onset_minutes + 1,
     )  # fmt: skip
 
@@ -205,8 +206,7 @@ def _noise(track: Track, residual: float, sd: float, scale: float) -> Track:
         return track
     deviation = max(-CLIP * scale, min(CLIP * scale, (residual - track.mean_log) / sd))
     gain = 1.0 / (min(track.minutes, NOISE_MINUTES) + NOISE_PRIOR)
-    return replace(
-        track,
+    return track._replace(
         minutes=track.minutes + 1,
         mean_log=track.mean_log + deviation * sd / (min(track.minutes, BASELINE_MINUTES) + BASELINE_PRIOR),
         variance=track.variance + gain * (deviation * deviation - track.variance),
@@ -223,7 +223,7 @@ def _judged(
     excess = max(track.above, track.below)
     if track.drift is not None and excess == 0.0:
         name = {"power": "power", "step": "step time"}[quantity]
-        return replace(track, drift=None), f"profile drift of {name} has ended: it is as the profile says again"
+        return track._replace(drift=None), f"profile drift of {name} has ended: it is as the profile says again"
     if track.drift is not None or excess < threshold(track) or track.onset_s is None:
         return track, None
     shifts = Shifts(**{q: t.recent for q, t in tracks.items()})
@@ -234,7 +234,7 @@ def _judged(
         ratio=exp(track.onset_log / track.onset_minutes),
         cause=guess_cause(quantity, shifts, experts=experts, temperature_c=temperature_c),
     )
-    return replace(track, drift=drift), drift.told()
+    return track._replace(drift=drift), drift.told()
 
 
 def _told(tracks: Mapping[str, Track]) -> Told:

@@ -16,7 +16,6 @@ from pals.core.protocols import AnyController
 from pals.core.quantities import OperatingPoint
 from pals.models.profile import Profile
 
-
 #: Factor on the intervals of a profile that was measured on something else and accepted: as large again as the profile's own.
 ACCEPTED_WIDENING = 2.0
 

@@ -7,7 +7,7 @@ say nothing of the profile are left out: a point that moved, an engine that lack
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from pals.control.correction import WINDOW_S, Correction, Observation, Told, update
@@ -96,14 +96,13 @@ class Window(NamedTuple):
     clock: float = 0.0  # of the slowest board
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControllerState:
+class ControllerState(NamedTuple):
     """What a watched policy remembers: its own state, the window as it fills, and the correction."""
 
     inner: Any
-    correction: Correction = field(default_factory=Correction)
+    correction: Correction
     window: Window | None = None
-    lengths: Lengths = field(default_factory=Lengths)
+    lengths: Lengths = Lengths()
     before: TelemetrySample | None = None  # where the lengths were counted last
     asked_mhz: int | None = None  # the clock lock of the last decision
 
@@ -118,7 +117,7 @@ class Watched:
 
     def initial(self) -> ControllerState:
         """Nothing learnt yet."""
-        return ControllerState(inner=self.policy.initial())
+        return ControllerState(self.policy.initial(), Correction())
 
     def tell(self, state: ControllerState) -> Told:
         """What a record keeps of the correction."""
@@ -137,7 +136,7 @@ class Watched:
             decision, inner = self.policy.step(state.inner, sample, budget, slo, now_s)
         if said:
             decision = replace(decision, detail="; ".join(part for part in (decision.detail, *said) if part))
-        return decision, replace(watched, inner=inner, asked_mhz=decision.point.sm_clock_mhz)
+        return decision, watched._replace(inner=inner, asked_mhz=decision.point.sm_clock_mhz)
 
     def _watch(
         self, state: ControllerState, sample: TelemetrySample, now_s: float
@@ -145,7 +144,7 @@ class Watched:
         """Go on with the window, or begin another; at its end, learn."""
         engine = sample.engine
         if engine is None or not sample.boards or sample.absent:
-            return (state if state.window is None else replace(state, window=None)), ()
+            return (state if state.window is None else state._replace(window=None)), ()
         w, limit_w = state.window, sample.boards[0].enforced_limit_w
         if (
             w is None
@@ -154,13 +153,13 @@ class Watched:
             or state.asked_mhz != w.clock_mhz
         ):
             begun = Window(sample, now_s + SETTLE_S, limit_w, engine.active_limit, state.asked_mhz)
-            return replace(state, window=begun), ()
+            return state._replace(window=begun), ()
         if now_s <= w.settles_s:
-            return replace(state, window=w._replace(first=sample)), ()
+            return state._replace(window=w._replace(first=sample)), ()
         w = _with(w, sample, engine, limit_w)
         if sample.time_s - w.first.time_s < WINDOW_S - 1e-6:
-            return replace(state, window=w), ()
-        state = replace(state, window=Window(sample, w.settles_s, limit_w, engine.active_limit, w.clock_mhz))
+            return state._replace(window=w), ()
+        state = state._replace(window=Window(sample, w.settles_s, limit_w, engine.active_limit, w.clock_mhz))
         return self._learn(state, w, sample, now_s)
 
     def _learn(
@@ -171,7 +170,7 @@ class Watched:
         assert a is not None  # for the type checker: both were looked at before
         assert b is not None
         since = state.before.engine if state.before is not None else None
-        state = replace(state, lengths=state.lengths.and_of(since or a, b), before=last)
+        state = state._replace(lengths=state.lengths.and_of(since or a, b), before=last)
         mix = state.lengths.mix()
         if mix is None or not _comparable(w, a, b, last.time_s - w.first.time_s):
             return state, ()
@@ -179,10 +178,8 @@ class Watched:
         if not seen:
             return state, ()
         hottest_c = max((p.temperature_c for p in last.boards if p.temperature_c is not None), default=None)
-        correction, said = update(
-            state.correction, seen, now_s, experts=self._experts, temperature_c=hottest_c
-        )
-        return replace(state, correction=correction), said
+        correction, said = update(state.correction, seen, now_s, experts=self._experts, temperature_c=hottest_c)
+        return state._replace(correction=correction), said
 
     def _observe(
         self, w: Window, a: EngineSample, b: EngineSample, last: TelemetrySample, mix: Mix
@@ -221,7 +218,7 @@ def _with(w: Window, sample: TelemetrySample, engine: EngineSample, limit_w: flo
         w.first, w.settles_s, w.limit_w, w.active_limit, w.clock_mhz, w.ticks + 1, w.limits + limit_w,
         w.energy_j + sample.power_w * sample.window_s if known else None,  # type: ignore[operator]
         w.running + running, min(w.fewest, running), max(w.most, running),
-        w.clock + min(b.sm_clock_mhz for b in sample.boards),
+        w.clock + min([b.sm_clock_mhz for b in sample.boards]),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pals.core.architecture import ModelShape
 from pals.core.errors import ProfileMismatchError
-from pals.core.quantities import Fingerprint, differing_flags, flags_of, flags_text
+from pals.core.quantities import Fingerprint, flags_of, flags_text
 
 #: Differences that are never accepted.
 NEVER_ACCEPTED = frozenset(

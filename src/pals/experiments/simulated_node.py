@@ -12,7 +12,13 @@ from pals.core.architecture import ModelShape
 from pals.core.errors import NotSupportedError
 from pals.core.fingerprint import shape_digest
 from pals.core.quantities import (
-    BoardInfo, BoardWrite, EngineInfo, EngineSample, OperatingPoint, PowerSample, flags_text,
+    BoardInfo,
+    BoardWrite,
+    EngineInfo,
+    EngineSample,
+    OperatingPoint,
+    PowerSample,
+    flags_text,
 )  # fmt: skip
 from pals.plant.specs import CLOCK_STEP_MHZ, DRIVER, BoardSpec
 
