@@ -26,7 +26,7 @@ def replay(policy: AnyController, guard: Guard, records: Iterable[TickRecord]) -
     Raises:
         ConfigError: a record's values cannot be computed with.
     """
-    state = policy.initial()
+    state, watch = policy.initial(), policy if isinstance(policy, WatchesProfile) else None
     total = same = 0
     differences: list[str] = []
     for record in records:
@@ -39,7 +39,7 @@ def replay(policy: AnyController, guard: Guard, records: Iterable[TickRecord]) -
                 f"compared, {same} are identical"
             ) from e
         total += 1
-        news = policy.tell(state) if isinstance(policy, WatchesProfile) else None
+        news = watch.tell(state) if watch is not None else None
         learnt = (news.bias, news.drift) if news is not None else ({}, {})
         if (decision, guarded, learnt) == (record.decision, record.guarded, (record.correction, record.drift)):
             same += 1

@@ -79,6 +79,10 @@ class Rig:
     stuck: frozenset[int] = frozenset()  # positions of boards that did not follow last time; they are asked first
     limits_w: dict[int, float] = field(default_factory=dict)  # last known in force, by position
     said: set[str] = field(default_factory=set)  # notes that are made once
+    watch: WatchesProfile | None = field(init=False)  # the controller, where it watches its profile
+
+    def __post_init__(self) -> None:
+        self.watch = self.controller if isinstance(self.controller, WatchesProfile) else None
 
     @property
     def mode(self) -> str:
@@ -118,7 +122,7 @@ def tick(rig: Rig, state: TickState, budget: Budget, slo: Slo, now_s: float) -> 
     notes: list[str] = []
     sample = read_sample(rig, state.window[-1] if state.window else None, now_s, notes)
     decision, controller = rig.controller.step(state.controller, sample, budget, slo, now_s)
-    news = rig.controller.tell(controller) if isinstance(rig.controller, WatchesProfile) else None
+    news = rig.watch.tell(controller) if rig.watch is not None else None
     guarded = rig.guard.check(decision, budget)
     enforced = _apply(rig, guarded.point, budget, sample, now_s, notes)
     if news is not None:
