@@ -17,7 +17,7 @@ import numpy as np
 from pals.core.errors import ConfigError
 from pals.core.load import Mix
 from pals.core.plain import decode
-from pals.core.quantities import Fingerprint, OperatingPoint
+from pals.core.quantities import FINGERPRINT_ADDED, Fingerprint, OperatingPoint
 from pals.models.engine_facts import EngineFacts
 from pals.models.fit import Calibration
 from pals.models.fitted import Fitted, fit
@@ -154,7 +154,7 @@ def _read(data: dict[str, Any]) -> Profile:
         raise ValueError(f"parameters {', '.join(sorted(set(parameters) ^ set(NAMES)))}: missing or unknown")
     deviations_of(parameters)
     return Profile(
-        fingerprint=decode(Fingerprint, data["fingerprint"], at="fingerprint", may_lack=FINGERPRINT_LACKS),
+        fingerprint=decode(Fingerprint, data["fingerprint"], at="fingerprint", may_lack=FINGERPRINT_ADDED),
         facts=decode(EngineFacts, data["facts"], may_lack=FACTS_LACK, at="facts"),
         mixes=mixes,
         rows=rows,
@@ -169,7 +169,6 @@ def _read(data: dict[str, Any]) -> Profile:
 
 #: Fields that stand at their default where a file leaves them out.
 FACTS_LACK = frozenset({"shape", "tied", "window", "window_layers", "chunked_layers", "attention_format", "ffn_format", "expert_format"})
-FINGERPRINT_LACKS: frozenset[str] = frozenset()
 
 
 def _row(columns: Sequence[str], values: Sequence[Any], *, at: str) -> ProfileRow:
