@@ -104,7 +104,7 @@ def values_of(x: FloatArray) -> Values:
     """The parameters behind a vector of deviations from the prior, in its standard deviations."""
     raw = MEANS + SDS * x
     plain = np.where(_LOGS, np.exp(np.minimum(raw, 50.0)), raw)
-    return Values(*plain[:_PLAIN].tolist(), plain[_PLAIN:])
+    return Values._make([*plain[:_PLAIN].tolist(), plain[_PLAIN:]])
 
 
 def values_by_name(x: FloatArray) -> dict[str, float]:

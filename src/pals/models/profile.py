@@ -211,7 +211,8 @@ def _integral(value: Any) -> Any:
 
 
 def _rounded(row: ProfileRow) -> ProfileRow:
-    return replace(row, **{k: _short(v, ROW_DIGITS) for k, v in asdict(row).items() if isinstance(v, float)})
+    shorter: dict[str, Any] = {k: _short(v, ROW_DIGITS) for k, v in asdict(row).items() if isinstance(v, float)}
+    return replace(row, **shorter)
 
 
 def _short(value: float, digits: int = DIGITS) -> float:
