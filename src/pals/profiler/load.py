@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
-from pals.core.load import Mix
+from pals.core.load import Latencies, Mix
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Latencies:
-    """What the load itself saw of requests, by its own clock, seconds."""
-
-    ttft_s: Sequence[float] = field(default_factory=tuple)  # of those that got their first token in the span
-    tpot_s: Sequence[float] = field(default_factory=tuple)  # of those that ended in it, with at least two tokens
-    failed: int = 0  # ended in an error
+__all__ = ["Latencies", "LoadDriver"]
 
 
 class LoadDriver(Protocol):

@@ -1,0 +1,104 @@
+"""What a closed loop sends next, and what came of it; the live and the virtual loop keep one each. Pure: times are arguments.
+
+Lengths follow the mix's uniform law evenly (the low-discrepancy sequence R2 from a random start), so that a few requests
+already have its means. Prompts are random, behind a common beginning where the mix says that a prefix cache holds one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pals.core.load import Latencies, Mix
+from pals.engines.openai_client import RequestResult, RequestSpec, token_ids
+
+STRIDES = (0.7548776662466927, 0.5698402909980532)  # 1/g and 1/g², where g³ = g + 1
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+
+
+class Order(NamedTuple):
+    """One request to send: its sizes, its tokens, and under which load it was asked for."""
+
+    spec: RequestSpec
+    ids: list[int]
+    load: int
+
+
+class LoadBook:
+    """Keeps count of the requests in flight and of what they saw."""
+
+    def __init__(self, *, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._start = tuple(self._rng.random(2))
+        self._drawn = self._wanted = self._load = 0
+        self._mix: Mix | None = None
+        self._cached: list[int] = []
+        self._in_a_row = 0
+        self._forget()
+        self.in_flight = 0
+        self.resume_s = float("-inf")  # nothing is sent before: failures make it wait
+        self.last_error: str | None = None  # of the newest request that failed
+
+    def set_load(self, mix: Mix, in_flight: int) -> None:
+        """From now on requests of `mix`, `in_flight` at a time; figures of another mix are forgotten, and a pause ends."""
+        if mix != self._mix:
+            self._mix, self._load = mix, self._load + 1
+            self._cached = token_ids(round(mix.cached_tokens), self._rng)
+            self._forget()
+        self._wanted, self._in_a_row, self.resume_s = in_flight, 0, float("-inf")
+
+    def lacking(self, now_s: float) -> int:
+        """How many requests are to be sent now."""
+        return 0 if now_s < self.resume_s else max(0, self._wanted - self.in_flight)
+
+    def order(self) -> Order:
+        """The next request; it is in flight from now on.
+
+        Raises:
+            ValueError: no load was set.
+        """
+        if self._mix is None:
+            raise ValueError("no load is set, so there is nothing to send")
+        shares = [(s + self._drawn * stride) % 1.0 for s, stride in zip(self._start, STRIDES, strict=True)]
+        self._drawn += 1
+        means = (self._mix.prompt_tokens, self._mix.output_tokens)
+        fresh, output = (
+            max(1, round(mean * (1.0 + self._mix.spread * (2.0 * share - 1.0))))
+            for mean, share in zip(means, shares, strict=True)
+        )
+        spec = RequestSpec(at_s=0.0, prompt_tokens=len(self._cached) + fresh, output_tokens=output)
+        self.in_flight += 1
+        return Order(spec, self._cached + token_ids(fresh, self._rng), self._load)
+
+    def first_token(self, order: Order, *, at_s: float, ttft_s: float) -> None:
+        """Its first token came."""
+        if order.load == self._load:
+            self._ttfts.append((at_s, ttft_s))
+
+    def ended(self, order: Order, result: RequestResult, *, at_s: float) -> None:
+        """It is no longer in flight. Failures, one after the other, pause the sending for longer and longer."""
+        self.in_flight -= 1
+        if result.error is not None:
+            self.last_error = result.error
+            if order.load == self._load:
+                self._failures.append(at_s)
+            self._in_a_row += 1
+            self.resume_s = at_s + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(self._in_a_row - 1, 10))
+            return
+        self._in_a_row = 0
+        if order.load == self._load and result.tpot_s is not None:
+            self._tpots.append((at_s, result.tpot_s))
+
+    def latencies(self, since_s: float) -> Latencies:
+        """What requests sent under the present mix saw since then."""
+        return Latencies(
+            ttft_s=tuple(v for at_s, v in self._ttfts if at_s >= since_s),
+            tpot_s=tuple(v for at_s, v in self._tpots if at_s >= since_s),
+            failed=sum(at_s >= since_s for at_s in self._failures),
+        )
+
+    def _forget(self) -> None:
+        self._ttfts: list[tuple[float, float]] = []
+        self._tpots: list[tuple[float, float]] = []
+        self._failures: list[float] = []

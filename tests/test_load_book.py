@@ -1,0 +1,114 @@
+"""What a closed loop sends and remembers: lengths of the mix's law, a count that never exceeds what is asked, growing pauses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pals.core.load import Mix
+from pals.engines.load_book import LONGEST_PAUSE_S, LoadBook, Order
+from pals.engines.openai_client import RequestResult
+
+MIXES = st.builds(
+    Mix,
+    name=st.just("any"),
+    prompt_tokens=st.floats(1.0, 4000.0),
+    output_tokens=st.floats(1.0, 1000.0),
+    spread=st.floats(0.0, 0.99),
+    cached_tokens=st.floats(0.0, 200.0),
+)
+MIX = Mix(name="m", prompt_tokens=100, output_tokens=20)
+
+
+def answer(order: Order, *, at_s: float, error: str | None = None) -> RequestResult:
+    if error is not None:
+        return RequestResult(spec=order.spec, sent_s=0.0, error=error)
+    return RequestResult(
+        spec=order.spec, sent_s=0.0, first_token_s=at_s - 1.0, last_token_s=at_s, output_tokens=order.spec.output_tokens
+    )
+
+
+@given(mix=MIXES, seed=st.integers(0, 100))
+@settings(max_examples=40, deadline=None)
+def test_lengths_follow_the_mixs_law_and_soon_have_its_means(mix: Mix, seed: int) -> None:
+    book = LoadBook(seed=seed)
+    book.set_load(mix, 1)
+    orders = [book.order() for _ in range(64)]
+    cached = round(mix.cached_tokens)
+
+    for mean, lengths in (
+        (mix.prompt_tokens, [o.spec.prompt_tokens - cached for o in orders]),
+        (mix.output_tokens, [o.spec.output_tokens for o in orders]),
+    ):
+        low, high = max(1, round(mean * (1 - mix.spread))), round(mean * (1 + mix.spread))
+        assert low <= min(lengths)
+        assert max(lengths) <= high
+        assert np.mean(lengths) == pytest.approx(mean, rel=0.06 * mix.spread, abs=1.0)
+    assert all(len(o.ids) == o.spec.prompt_tokens for o in orders)
+    assert all(o.ids[:cached] == orders[0].ids[:cached] for o in orders)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans(), st.booleans()), max_size=40))
+@settings(deadline=None)
+def test_it_never_sends_more_than_asked_for_and_counts_what_ended(moves: list[tuple[int, bool, bool]]) -> None:
+    book, now_s = LoadBook(seed=1), 0.0
+    open_orders: list[Order] = []
+    for wanted, end_one, fails in moves:
+        now_s += 1.0
+        book.set_load(MIX, wanted)
+        for _ in range(book.lacking(now_s)):
+            open_orders.append(book.order())
+            assert len(open_orders) <= wanted
+        if end_one and open_orders:
+            order = open_orders.pop()
+            book.ended(order, answer(order, at_s=now_s, error="503" if fails else None), at_s=now_s)
+        assert book.in_flight == len(open_orders)
+
+
+def test_one_seed_gives_one_load() -> None:
+    def sent(seed: int) -> list[Order]:
+        book = LoadBook(seed=seed)
+        book.set_load(MIX, 1)
+        return [book.order() for _ in range(5)]
+
+    assert sent(1) == sent(1) != sent(2)
+
+
+def test_failures_pause_longer_and_longer_until_one_succeeds() -> None:
+    book, now_s, pauses_s = LoadBook(seed=1), 0.0, []
+    book.set_load(MIX, 1)
+    for _ in range(9):
+        order = book.order()
+        book.ended(order, answer(order, at_s=now_s, error="refused"), at_s=now_s)
+        assert book.lacking(now_s) == 0
+        pauses_s.append(book.resume_s - now_s)
+        now_s = book.resume_s
+        assert book.lacking(now_s) == 1
+
+    assert pauses_s == sorted(pauses_s)
+    assert pauses_s[-1] == pytest.approx(LONGEST_PAUSE_S)
+    order = book.order()
+    book.ended(order, answer(order, at_s=now_s), at_s=now_s)
+    order = book.order()
+    book.ended(order, answer(order, at_s=now_s, error="refused"), at_s=now_s)
+    assert book.resume_s - now_s == pytest.approx(pauses_s[0])
+    assert book.last_error == "refused"
+
+
+def test_a_new_load_ends_a_pause_and_forgets_only_another_mix() -> None:
+    book = LoadBook(seed=1)
+    book.set_load(MIX, 1)
+    first, second = book.order(), book.order()
+    book.first_token(first, at_s=1.0, ttft_s=0.5)
+    book.ended(first, answer(first, at_s=2.0, error="refused"), at_s=2.0)
+
+    book.set_load(MIX, 2)
+    assert book.lacking(2.0) == 1
+    assert (book.latencies(0.0).ttft_s, book.latencies(0.0).failed) == ((0.5,), 1)
+    assert (book.latencies(1.5).ttft_s, book.latencies(1.5).failed) == ((), 1)
+
+    book.set_load(Mix(name="other", prompt_tokens=10, output_tokens=10), 2)
+    book.ended(second, answer(second, at_s=3.0), at_s=3.0)  # sent under the old mix: no figure of the new one
+    assert (book.latencies(0.0).tpot_s, book.latencies(0.0).failed) == ((), 0)
