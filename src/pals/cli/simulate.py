@@ -42,6 +42,21 @@ def add_simulate(commands: Any) -> None:
     add_load_options(p)
     add_control_options(p, several_policies=True)
     p.add_argument(
+        "--max-model-len", type=int, metavar="N", help="longer requests are left out (default: the model's context)"
+    )
+    p.add_argument("--no-enable-prefix-caching", action="store_true", help="compute every prompt in full")
+    p.add_argument(
+        "--faults", metavar="FILE", help="JSON or CSV of faults: time_s, kind, board, value (docs/simulate.md)"
+    )
+    add_plant_options(p)
+    p.add_argument("--workers", type=int, default=1, metavar="N", help="policies at a time (default 1)")
+    p.add_argument("--journal", action="store_true", help="also write a journal for each policy, for `pals replay`")
+    p.add_argument("--out", default=OUT, metavar="FOLDER", help=f"Parquet files, table, figure (default {OUT})")
+
+
+def add_plant_options(p: argparse.ArgumentParser) -> None:
+    """How the simulated engine is launched, and how far the plant's constants are moved."""
+    p.add_argument(
         "--max-num-seqs",
         type=int,
         default=LAUNCH_SEQUENCES,
@@ -54,20 +69,10 @@ def add_simulate(commands: Any) -> None:
         metavar="N",
         help="tokens of a step (default: as vLLM's server on such a board)",
     )
-    p.add_argument(
-        "--max-model-len", type=int, metavar="N", help="longer requests are left out (default: the model's context)"
-    )
-    p.add_argument("--no-enable-prefix-caching", action="store_true", help="compute every prompt in full")
-    p.add_argument(
-        "--faults", metavar="FILE", help="JSON or CSV of faults: time_s, kind, board, value (docs/simulate.md)"
-    )
     p.add_argument("--perturb-seed", type=int, metavar="N", help="move the plant's constants at random, by this seed")
     p.add_argument(
         "--spread", type=float, metavar="S", help="how far: standard deviation of the factors (default 0.15)"
     )
-    p.add_argument("--workers", type=int, default=1, metavar="N", help="policies at a time (default 1)")
-    p.add_argument("--journal", action="store_true", help="also write a journal for each policy, for `pals replay`")
-    p.add_argument("--out", default=OUT, metavar="FOLDER", help=f"Parquet files, table, figure (default {OUT})")
 
 
 def add_load_options(p: argparse.ArgumentParser) -> None:

@@ -80,6 +80,11 @@ class VirtualEngine:
             )
         return EngineGroup(mine[-1:])  # the newest: an earlier engine of this process may have died in its start
 
+    @property
+    def context_tokens(self) -> int:
+        """The longest request that the engine takes, prompt and output."""
+        return int(self._llm.model_config.max_model_len)
+
     def send(
         self, spec: RequestSpec, ids: list[int], finished: Finished, *, on_first: Callable[[float], None] = _nothing
     ) -> None:
