@@ -31,7 +31,7 @@ def stream_of(body: bytes, tokens: int | None = None) -> bytes:
 async def until(reached: Callable[[], bool], *, within_s: float = 20.0) -> None:
     """Return when it holds; a test that waits in vain fails."""
     async with asyncio.timeout(within_s):
-        while not reached():  # noqa: ASYNC110, what is waited for happens in another thread
+        while not reached():
             await asyncio.sleep(0.002)
 
 

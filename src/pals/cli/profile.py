@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import shlex
-import sys
 import threading
 import urllib.error
 import urllib.request

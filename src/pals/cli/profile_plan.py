@@ -55,7 +55,7 @@ def shape_of(path: str | None) -> ModelShape | None:
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise ValueError("no JSON object")
+            raise TypeError("no JSON object")
         return ModelShape.from_config(config.get("text_config") or config)
     except (OSError, ValueError, TypeError, ZeroDivisionError, AttributeError) as e:
         raise ConfigError(f"--config {path} is no model's config.json ({e}). Nothing was changed") from e
