@@ -23,10 +23,13 @@ from pals.control.guard import Guard
 from pals.control.static import StaticPolicy
 from pals.core.architecture import ModelShape
 from pals.core.errors import ConfigError
-from pals.core.quantities import OperatingPoint, fingerprint_of
+from pals.core.load import Mix
+from pals.core.quantities import Fingerprint, OperatingPoint, fingerprint_of
 from pals.engines.closed_loop import ClosedLoop
+from pals.models.engine_facts import EngineFacts
 from pals.models.fitted import fit
 from pals.models.profile import Profile
+from pals.models.row import ProfileRow
 from pals.profiler.load import LoadDriver
 from pals.profiler.partial import PartialRows
 from pals.profiler.sweep import Interrupted, sweep
@@ -129,13 +132,28 @@ def measure_target(args: argparse.Namespace, target: Target) -> int:
         raise ConfigError(f"{e}. What the newest failed request was told: {target.load.last_error}") from e
     finally:
         target.channel.release()
-    made = Profile(
-        fingerprint=fingerprint, facts=facts, mixes=plan.mixes, rows=tuple(rows),
-        source="emulated" if target.emulated else "measured", made_at=date.today().isoformat(), command=shlex.join(["pals", *args.given]),
-    )  # fmt: skip
-    keep_profile(out, made)
+    finish(args, out, rows, plan.mixes, facts, fingerprint, source="emulated" if target.emulated else "measured")
     partial.discard()
     return 0
+
+
+def finish(
+    args: argparse.Namespace,
+    out: Path,
+    rows: Sequence[ProfileRow],
+    mixes: Sequence[Mix],
+    facts: EngineFacts,
+    fingerprint: Fingerprint,
+    *,
+    source: str,
+) -> None:
+    """Write the profile, whole or not at all, and say what it is worth."""
+    made = Profile(
+        fingerprint=fingerprint, facts=facts, mixes=tuple(mixes), rows=tuple(rows), source=source,
+        made_at=date.today().isoformat(), command=shlex.join(["pals", *args.given]),
+    )  # fmt: skip
+    keep_file(out, made.to_json())
+    say(f"{out}: {len(rows)} rows, {out.stat().st_size / 1024:.1f} KiB. Look at it: pals profile show {out}")
 
 
 def out_of(path: str) -> Path:
@@ -159,15 +177,14 @@ def partial_of(out: Path) -> Path:
     return out.with_suffix(".partial.jsonl")
 
 
-def keep_profile(out: Path, made: Profile) -> None:
-    """Write the profile, whole or not at all, and say what it is worth."""
+def keep_file(out: Path, text: str) -> None:
+    """Write `out` anew; whoever reads it meanwhile, or after a crash, sees the old text or the new one whole."""
     fresh = out.with_name(f".{out.name}.{os.getpid()}.new")
     try:
-        fresh.write_text(made.to_json(), encoding="utf-8")
+        fresh.write_text(text, encoding="utf-8")
         fresh.replace(out)
     finally:
         fresh.unlink(missing_ok=True)
-    say(f"{out}: {len(made.rows)} rows, {out.stat().st_size / 1024:.1f} KiB. Look at it: pals profile show {out}")
 
 
 def served_model(base_url: str) -> tuple[str, int | None]:
