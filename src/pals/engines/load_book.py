@@ -41,12 +41,13 @@ class LoadBook:
         self.last_error: str | None = None  # of the newest request that failed
 
     def set_load(self, mix: Mix, in_flight: int) -> None:
-        """From now on requests of `mix`, `in_flight` at a time; figures of another mix are forgotten, and a pause ends."""
+        """From now on requests of `mix`, `in_flight` at a time; another mix forgets the old one's figures and ends a pause."""
+        self._wanted = in_flight
         if mix != self._mix:
             self._mix, self._load = mix, self._load + 1
             self._cached = token_ids(round(mix.cached_tokens), self._rng)
+            self._in_a_row, self.resume_s = 0, float("-inf")
             self._forget()
-        self._wanted, self._in_a_row, self.resume_s = in_flight, 0, float("-inf")
 
     def lacking(self, now_s: float) -> int:
         """How many requests are to be sent now."""
