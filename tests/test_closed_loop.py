@@ -162,3 +162,23 @@ def test_after_its_end_it_says_that_nothing_is_sent() -> None:
 
     with pytest.raises(EngineGoneError, match="nothing is sent any more"):
         loop.latencies(0.0)
+
+
+def test_another_run_has_the_same_lengths_and_other_prompts_for_the_server_may_remember() -> None:
+    def sent() -> list[list[int]]:
+        prompts: list[list[int]] = []
+
+        async def answer(body: bytes) -> bytes:
+            prompts.append(json.loads(body)["prompt"])
+            return stream_of(body)
+
+        async def scene(loop: ClosedLoop) -> None:
+            await asyncio.to_thread(loop.set_load, MIX, 1)
+            await until_many(loop, 5)
+
+        run(answer, scene)
+        return prompts[:5]
+
+    one, two = sent(), sent()
+    assert [len(p) for p in one] == [len(p) for p in two]
+    assert all(a[:8] != b[:8] for a, b in zip(one, two, strict=True))

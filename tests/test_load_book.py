@@ -33,7 +33,7 @@ def answer(order: Order, *, at_s: float, error: str | None = None) -> RequestRes
 @given(mix=MIXES, seed=st.integers(0, 100))
 @settings(max_examples=40, deadline=None)
 def test_lengths_follow_the_mixs_law_and_soon_have_its_means(mix: Mix, seed: int) -> None:
-    book = LoadBook(seed=seed)
+    book = LoadBook(seed=seed, prompts=np.random.default_rng(seed))
     book.set_load(mix, 1)
     orders = [book.order() for _ in range(64)]
     cached = round(mix.cached_tokens)
@@ -53,7 +53,7 @@ def test_lengths_follow_the_mixs_law_and_soon_have_its_means(mix: Mix, seed: int
 @given(st.lists(st.tuples(st.integers(0, 9), st.booleans(), st.booleans()), max_size=40))
 @settings(deadline=None)
 def test_it_never_sends_more_than_asked_for_and_counts_what_ended(moves: list[tuple[int, bool, bool]]) -> None:
-    book, now_s = LoadBook(seed=1), 0.0
+    book, now_s = LoadBook(seed=1, prompts=np.random.default_rng(1)), 0.0
     open_orders: list[Order] = []
     for wanted, end_one, fails in moves:
         now_s += 10.0  # longer than any pause
@@ -69,7 +69,7 @@ def test_it_never_sends_more_than_asked_for_and_counts_what_ended(moves: list[tu
 
 def test_one_seed_gives_one_load() -> None:
     def sent(seed: int) -> list[Order]:
-        book = LoadBook(seed=seed)
+        book = LoadBook(seed=seed, prompts=np.random.default_rng(seed))
         book.set_load(MIX, 1)
         return [book.order() for _ in range(5)]
 
@@ -77,7 +77,7 @@ def test_one_seed_gives_one_load() -> None:
 
 
 def test_failures_pause_longer_and_longer_until_one_succeeds() -> None:
-    book, now_s, pauses_s = LoadBook(seed=1), 0.0, []
+    book, now_s, pauses_s = LoadBook(seed=1, prompts=np.random.default_rng(1)), 0.0, []
     book.set_load(MIX, 1)
     for _ in range(9):
         order = book.order()
@@ -98,7 +98,7 @@ def test_failures_pause_longer_and_longer_until_one_succeeds() -> None:
 
 
 def test_another_mix_ends_a_pause_and_forgets_what_was_seen() -> None:
-    book = LoadBook(seed=1)
+    book = LoadBook(seed=1, prompts=np.random.default_rng(1))
     book.set_load(MIX, 1)
     first, second = book.order(), book.order()
     book.first_token(first, at_s=1.0, ttft_s=0.5)

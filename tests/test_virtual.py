@@ -255,7 +255,9 @@ def test_a_closed_loop_keeps_its_load_and_times_it_in_virtual_time(olmoe: Path) 
         assert not grid.wait(5.0)
         sample = live.channel.read()
         seen = load.latencies(2.0)
-        assert 9 <= sample.running + sample.waiting <= 12  # those that ended with the last step are about to be followed
+        assert (
+            9 <= sample.running + sample.waiting <= 12
+        )  # those that ended with the last step are about to be followed
         assert (seen.failed, load.last_error) == (0, None)
         assert len(seen.tpot_s) > 12
         assert 0.0 < min(seen.ttft_s) <= max(seen.ttft_s) < 5.0

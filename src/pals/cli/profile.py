@@ -22,7 +22,7 @@ from pals.cli.profile_progress import showing
 from pals.control.guard import Guard
 from pals.control.static import StaticPolicy
 from pals.core.architecture import ModelShape
-from pals.core.errors import ConfigError
+from pals.core.errors import ConfigError, EngineGoneError
 from pals.core.load import Mix
 from pals.core.quantities import Fingerprint, OperatingPoint, fingerprint_of
 from pals.engines.closed_loop import ClosedLoop
@@ -126,6 +126,9 @@ def measure_target(args: argparse.Namespace, target: Target) -> int:
     except Interrupted:
         say(f"interrupted: {len(partial.rows)} rows are kept; run the same command to go on")
         return EXIT_INTERRUPTED
+    except EngineGoneError:
+        say(f"{len(partial.rows)} rows are kept; run the same command to go on when the same engine runs again")
+        raise
     except ConfigError as e:
         if target.load.last_error is None:
             raise

@@ -82,7 +82,7 @@ def add_sweep_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--settle-s", type=float, default=2.0, metavar="S", help="least wait before a window (default 2)")
     p.add_argument("--window-s", type=float, default=8.0, metavar="S", help="shortest measuring window (default 8)")
-    p.add_argument("--seed", type=int, default=0, help="of the requests' lengths and prompts (default 0)")
+    p.add_argument("--seed", type=int, default=0, help="of the requests' lengths (default 0)")
 
 
 def add_simulate(kinds: Any) -> None:

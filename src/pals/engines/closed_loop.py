@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
+
 from pals.core.errors import EngineGoneError
 from pals.core.load import Latencies, Mix
 from pals.engines.load_book import LoadBook, Order
@@ -18,11 +20,15 @@ T = TypeVar("T")
 
 
 class ClosedLoop:
-    """A `LoadDriver` on the OpenAI completions API; a context manager, which sends nothing before its first load."""
+    """A `LoadDriver` on the OpenAI completions API; a context manager, which sends nothing before its first load.
+
+    Lengths follow `seed`, prompts are new ones each time.
+    """
 
     def __init__(self, *, base_url: str, model: str, seed: int) -> None:
         self._base_url, self._model = base_url.rstrip("/"), model
-        self._book = LoadBook(seed=seed)  # only the thread touches it
+        prompts = np.random.default_rng()  # never those of an earlier run, which the server's prefix cache may hold
+        self._book = LoadBook(seed=seed, prompts=prompts)  # only the thread touches it
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._started = threading.Event()

@@ -28,9 +28,9 @@ class Order(NamedTuple):
 class LoadBook:
     """Keeps count of the requests in flight and of what they saw."""
 
-    def __init__(self, *, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
-        self._start = tuple(self._rng.random(2))
+    def __init__(self, *, seed: int, prompts: np.random.Generator) -> None:
+        """`seed` is of the lengths; `prompts` draws the tokens."""
+        self._start, self._prompts = tuple(np.random.default_rng(seed).random(2)), prompts
         self._drawn = self._wanted = self._load = 0
         self._mix: Mix | None = None
         self._cached: list[int] = []
@@ -45,7 +45,7 @@ class LoadBook:
         self._wanted = in_flight
         if mix != self._mix:
             self._mix, self._load = mix, self._load + 1
-            self._cached = token_ids(round(mix.cached_tokens), self._rng)
+            self._cached = token_ids(round(mix.cached_tokens), self._prompts)
             self._in_a_row, self.resume_s = 0, float("-inf")
             self._forget()
 
@@ -70,7 +70,7 @@ class LoadBook:
         )
         spec = RequestSpec(at_s=0.0, prompt_tokens=len(self._cached) + fresh, output_tokens=output)
         self.in_flight += 1
-        return Order(spec, self._cached + token_ids(fresh, self._rng), self._load)
+        return Order(spec, self._cached + token_ids(fresh, self._prompts), self._load)
 
     def first_token(self, order: Order, *, at_s: float, ttft_s: float) -> None:
         """Its first token came."""

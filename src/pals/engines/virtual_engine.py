@@ -247,7 +247,7 @@ class VirtualClosedLoop:
     """Keeps requests of one mix in flight; a `LoadDriver` for sweeps."""
 
     def __init__(self, engine: VirtualEngine, *, seed: int) -> None:
-        self._engine, self._book = engine, LoadBook(seed=seed)
+        self._engine, self._book = engine, LoadBook(seed=seed, prompts=np.random.default_rng(seed))
 
     def set_load(self, mix: Mix, in_flight: int) -> None:
         """From now on send requests of `mix`, `in_flight` at a time; those above it end by themselves."""

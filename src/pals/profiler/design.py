@@ -23,7 +23,9 @@ from pals.profiler.repeats import is_at
 Mask = NDArray[np.bool_]
 REACHED = 0.8  # of the level: an engine that runs fewer sequences has no room for more
 BELOW_NATURAL = 0.95  # of natural draw: a limit that just binds
-APART = 0.15  # of a lever's range: candidates nearer to a measured one count less, since a model may bend between points
+APART = (
+    0.15  # of a lever's range: candidates nearer to a measured one count less, since a model may bend between points
+)
 
 
 class SweepModel(Protocol):
