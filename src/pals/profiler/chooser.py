@@ -78,9 +78,9 @@ class Chooser:
         """Fit again where enough is new, once the corners are measured; else add what the newest row tells."""
         if not rows or next_corner(self.space, rows, self._left_out, self.facts) is not None:
             return
-        if self._model is None or len(rows) - self._fitted >= REFIT_EVERY or len(rows) >= self.plan.points:
-            if self._model is None or len(rows) > self._fitted:
-                self._refit(rows)
+        new = len(rows) - self._fitted
+        if self._model is None or new >= REFIT_EVERY or (new and len(rows) >= self.plan.points):
+            self._refit(rows)
 
     def _refit(self, rows: Sequence[ProfileRow]) -> None:
         self._model = self.fit(rows, self.space.mixes, self.facts)
@@ -93,8 +93,9 @@ class Chooser:
 
     def _repeat(self, rows: Sequence[ProfileRow]) -> Candidate | None:
         row = due_repeat(rows)
-        here = [c for c in self.space.candidates if row is not None and is_at(row, c.point, c.mix)]
-        return next((c for c in here if c not in self._left_out), None)
+        at = self.space.where(row) if row is not None else None
+        found = self.space.candidates[at] if at is not None else None
+        return found if found not in self._left_out else None
 
     def _best(self, rows: Sequence[ProfileRow], seconds: FloatArray, seconds_left: float) -> Candidate | None:
         """The free candidate that promises most per second."""
@@ -114,7 +115,7 @@ class Chooser:
     def _precision_with(self, rows: Sequence[ProfileRow]) -> FloatArray:
         """The model's precision, and what rows measured since its fit add."""
         precision = self._precision
-        for row in rows:
-            for s in self._sensitivities[self.space.measured([row])]:
-                precision = precision + s.T @ s
+        for at in map(self.space.where, rows):
+            if at is not None:
+                precision = precision + self._sensitivities[at].T @ self._sensitivities[at]
         return precision

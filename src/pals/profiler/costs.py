@@ -14,7 +14,7 @@ from pals.profiler.design import Candidate, Space
 from pals.profiler.plan import SweepPlan
 
 GENERATION = 1.25  # of a mean answer's steps: then nearly all requests that end began at the point
-ENOUGH_REQUESTS = 24  # for a p95 with some to spare
+ENOUGH_REQUESTS = 32  # for a p95, and for means of lengths that differ by half
 ENOUGH_TOKENS = 400
 FIRST_STEP_S = 0.04  # a guess, before anything is measured
 OTHER_MIX = 1.0  # added distance of a row of another mix, in ranges of a lever
@@ -48,10 +48,10 @@ def _step_s(space: Space, rows: Sequence[ProfileRow]) -> FloatArray:
     """Step time of each candidate: that of the measured one nearest to it."""
     nearest, found = np.full(len(space.candidates), np.inf), np.full(len(space.candidates), FIRST_STEP_S)
     for row in rows:
-        at = [i for i in np.flatnonzero(space.measured([row]))]
-        if not at:
+        at = space.where(row)
+        if at is None:
             continue
-        distance = np.linalg.norm(space.places - space.places[at[0]], axis=1) + OTHER_MIX * (space.mix != row.mix)
+        distance = np.linalg.norm(space.places - space.places[at], axis=1) + OTHER_MIX * (space.mix != row.mix)
         closer = distance < nearest
         nearest[closer], found[closer] = distance[closer], 1.0 / row.steps_per_s
     return found

@@ -5,7 +5,8 @@ Gain is I-optimality: how much the variance of all predictions, summed over the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pals.core.load import Mix
-from pals.core.quantities import OperatingPoint
+from pals.core.quantities import SAME_LIMIT_W, OperatingPoint
 from pals.models.engine_facts import EngineFacts
 from pals.models.forecast import FloatArray
 from pals.models.row import ProfileRow
@@ -71,6 +72,7 @@ class Space:
     places: FloatArray  # limit, clock and log of sequences, each 0..1 of its range
     mix: NDArray[np.intp]
     sequences: FloatArray
+    index: Mapping[tuple[int, int, int | None], list[tuple[float, int]]]  # limits and positions by mix, sequences, lock
 
     @staticmethod
     def of(plan: SweepPlan) -> Space:
@@ -85,6 +87,9 @@ class Space:
             for w, mhz in levels
         )
         shares = [m.prefill_share for m in plan.mixes]
+        index = defaultdict[tuple[int, int, int | None], list[tuple[float, int]]](list)
+        for i, c in enumerate(chosen):
+            index[c.mix, c.sequences, c.point.sm_clock_mhz].append((c.point.power_limit_w, i))
         return Space(
             candidates=chosen,
             mixes=plan.mixes,
@@ -95,6 +100,7 @@ class Space:
             places=_places([c.point for c in chosen], plan),
             mix=np.array([c.mix for c in chosen]),
             sequences=np.array([float(c.sequences) for c in chosen]),
+            index=index,
         )  # fmt: skip
 
     @property
@@ -107,9 +113,16 @@ class Space:
         """Of each candidate."""
         return [self.mixes[c.mix] for c in self.candidates]
 
+    def where(self, row: ProfileRow) -> int | None:
+        """Position of the candidate that `row` was measured at; None: it is no candidate."""
+        levels = (row.mix, row.active_sequences, row.sm_clock_lock_mhz)
+        return next((i for w, i in self.index.get(levels, ()) if abs(w - row.power_limit_w) < SAME_LIMIT_W), None)
+
     def measured(self, rows: Sequence[ProfileRow]) -> Mask:
         """Which candidates have a row."""
-        return np.array([any(is_at(r, c.point, c.mix) for r in rows) for c in self.candidates], dtype=bool)
+        mask = np.zeros(len(self.candidates), dtype=bool)
+        mask[[i for row in rows if (i := self.where(row)) is not None]] = True
+        return mask
 
     def possible(self, rows: Sequence[ProfileRow]) -> Mask:
         """Which candidates the engine has room for, as far as the rows tell: where it ran fewer, more change nothing."""

@@ -12,7 +12,7 @@ from pals.core.quantities import Checked
 MOST_POINTS = 50
 LIMIT_LEVELS, CLOCK_LEVELS = 8, 6
 LOWEST_LOCK = 0.4  # of the top clock: far below every knee known, where nothing is saved any more
-LEAST_SEQUENCES = 1
+SHORTEST = 16  # tokens: the shorter part of a mix is not cut below, so that its requests still decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class SweepPlan(Checked):
     @property
     def longest_window_s(self) -> float:
         """A window is not made longer than this for the sake of more requests."""
-        return 2.5 * self.window_s
+        return 3.0 * self.window_s
 
     @property
     def longest_settle_s(self) -> float:
@@ -62,8 +62,8 @@ def default_limits_w(min_w: float, found_w: float) -> tuple[float, ...]:
 
 
 def default_sequences(launch: int) -> tuple[int, ...]:
-    """Powers of two below the launch limit, from one, and the launch limit itself."""
-    powers = (LEAST_SEQUENCES << i for i in range(launch.bit_length()))
+    """Powers of two below the launch limit, and the launch limit itself."""
+    powers = (1 << i for i in range(launch.bit_length()))
     return tuple(sorted({*(n for n in powers if n < launch), launch}))
 
 
@@ -84,22 +84,26 @@ def default_mixes(
     mixes = (
         Mix(name="chat", prompt_tokens=prompt_tokens, output_tokens=output_tokens),
         Mix(name="prefill", prompt_tokens=2000, output_tokens=16),
-        Mix(name="decode", prompt_tokens=128, output_tokens=512),
+        Mix(name="decode", prompt_tokens=64, output_tokens=256),
     )
     return tuple(fitting(mix, context_tokens) for mix in mixes)
 
 
 def fitting(mix: Mix, context_tokens: int | None) -> Mix:
-    """`mix`, its lengths reduced alike where its longest request exceeds the model's context.
+    """`mix`, its lengths reduced where its longest request exceeds the model's context: alike, but not to nothing.
 
     Raises:
-        ConfigError: nothing would be left of it.
+        ConfigError: the context holds no request.
     """
-    longest = (1.0 + mix.spread) * (mix.prompt_tokens + mix.output_tokens) + 2.0
-    if context_tokens is None or longest <= context_tokens:
+    room = (context_tokens - 2) / (1.0 + mix.spread) if context_tokens is not None else float("inf")
+    if mix.prompt_tokens + mix.output_tokens <= room:
         return mix
-    share = (context_tokens - 2.0) / (longest - 2.0)
-    prompt, output = int(mix.prompt_tokens * share), int(mix.output_tokens * share)
-    if min(prompt, output) < 2:
+    if room < 4:
         raise ConfigError(f"mix {mix.name!r} does not fit a context of {context_tokens} tokens; nothing was changed")
-    return replace(mix, prompt_tokens=prompt, output_tokens=output)
+    short = min(mix.prompt_tokens, mix.output_tokens)
+    alike = short * room / (mix.prompt_tokens + mix.output_tokens)
+    kept = min(short, float(max(int(alike), min(SHORTEST, int(room / 4)))))
+    rest = float(int(room - kept))
+    if mix.prompt_tokens < mix.output_tokens:
+        return replace(mix, prompt_tokens=kept, output_tokens=rest)
+    return replace(mix, prompt_tokens=rest, output_tokens=kept)

@@ -27,7 +27,7 @@ LEASE_S = 15.0  # renewed at every reading
 SETTLE_READ_S = 0.25
 SILENT_S = 10.0  # without a step while settling: no request reaches the engine, or it hangs
 POWER_SETTLED, POWER_WAIT_S = 0.05, 3.0  # two means of a second differ by less, or so long was waited for it
-BALANCED = 0.1  # a window whose prompt tokens per output token are this near to the mix's is long enough
+BALANCED = 0.04  # a window whose prompt tokens per output token are this near to the mix's is long enough
 
 
 class Interrupted(Exception):
