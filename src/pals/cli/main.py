@@ -131,6 +131,12 @@ def add_control_options(p: argparse.ArgumentParser, *, several_policies: bool = 
     p.add_argument("--mode", help=f"one of {', '.join(MODES)} (default: auto on emulated boards, advise on real ones)")
     p.add_argument("--profile", metavar="FILE", help="profile for every policy but static, from `pals profile`")
     p.add_argument(
+        "--accept-mismatch",
+        action="store_true",
+        default=None,
+        help="use a profile of another build, driver or flag with wider intervals (docs/correction.md)",
+    )
+    p.add_argument(
         "--power-limit-w",
         "--limit-w",
         type=float,

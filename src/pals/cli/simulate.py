@@ -258,13 +258,16 @@ def tasks_of(args: argparse.Namespace, sim: Simulation) -> list[PolicyTask]:
 
 
 def check_tasks(sim: Simulation, tasks: Sequence[PolicyTask]) -> None:
-    """Raise `ConfigError` for what the last policy would be refused for, before the first has run for long."""
+    """Raise `ConfigError` for what the last policy would be refused for, before the first has run for long; say what is accepted."""
     from pals.experiments.simulated_node import SimulatedGroup
-    from pals.experiments.simulated_run import rig_of
+    from pals.experiments.simulated_run import accepted_by, rig_of
+    from pals.runtime.agent import told_accepted
 
     for task in tasks:
         replica = sim.replica()
-        rig_of(sim, task, replica, SimulatedGroup(replica, sim.spec, sim.boards))
+        rig = rig_of(sim, task, replica, SimulatedGroup(replica, sim.spec, sim.boards))
+        if differences := accepted_by(sim, task, rig.meters):
+            say(f"{task.name}: {told_accepted(str(task.config.control.profile), differences)}")
 
 
 def config_for(args: argparse.Namespace, sim: Simulation, policy: str) -> Config:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pals.core.errors import ConfigError
 from pals.core.plain import decode
-from pals.core.quantities import Fingerprint, OperatingPoint, Prediction, refuse_nan
+from pals.core.quantities import FINGERPRINT_ADDED, Fingerprint, OperatingPoint, Prediction, refuse_nan
 from pals.models.clock_model import ClockModel, fit_clocks
 from pals.models.soft_limit import SoftLimit, fit_soft_limit
 
@@ -97,7 +97,7 @@ class Profile:
                     f"{name}: format {written_as!r}, expected {FORMAT!r}; make it anew with `pals profile`"
                 )
             data.pop("fit", None)  # for the reader; computed anew from the rows
-            return decode(Profile, data, may_lack={"requested_clock_mhz"})  # type: ignore[no-any-return]
+            return decode(Profile, data, may_lack={"requested_clock_mhz", *FINGERPRINT_ADDED})  # type: ignore[no-any-return]
         except (TypeError, AttributeError, ValueError, RecursionError) as e:
             raise ConfigError(
                 f"{name} is not a readable profile ({type(e).__name__}: {e}); make it anew with `pals profile`"
