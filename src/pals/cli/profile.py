@@ -26,6 +26,7 @@ from pals.core.errors import ConfigError, EngineGoneError
 from pals.core.load import Mix
 from pals.core.quantities import Fingerprint, OperatingPoint, fingerprint_of
 from pals.engines.closed_loop import ClosedLoop
+from pals.hardware.nvml_board import NvmlBoard
 from pals.models.engine_facts import EngineFacts
 from pals.models.fitted import fit
 from pals.models.profile import Profile
@@ -97,7 +98,7 @@ def measure(args: argparse.Namespace) -> int:
             )  # fmt: skip
 
 
-def refuse_unwritable(boards: Sequence[Board]) -> None:
+def refuse_unwritable(boards: Sequence[NvmlBoard]) -> None:
     """Raise `ConfigError` where a board must not, or cannot, be written."""
     if refused := [b.refusal for b in boards if b.refusal is not None]:
         raise ConfigError(f"{'; '.join(refused)}. Nothing was changed")

@@ -27,7 +27,7 @@ def facts_of(info: EngineInfo, boards: Sequence[BoardInfo], guard: Guard, shape:
     """What driver and engine say; `shape` is the user's and goes before the engine's."""
     top_mhz = min(b.max_sm_clock_mhz for b in boards)
     tensor_parallel = re.search(r"\btp(\d+)", info.parallelism)
-    known = shape or getattr(info, "shape", None)
+    known = shape or info.shape
     if known is None:
         say("the engine does not tell its model's sizes: the sweep starts from wide priors; --config FILE gives them")
     return EngineFacts(
@@ -38,7 +38,7 @@ def facts_of(info: EngineInfo, boards: Sequence[BoardInfo], guard: Guard, shape:
         min_sm_clock_mhz=guard.sm_clocks_mhz[0] if guard.sm_clocks_mhz else top_mhz,
         max_sm_clock_mhz=top_mhz,
         launch_sequences=guard.launch_sequences,
-        step_tokens=getattr(info, "step_tokens", None) or DEFAULT_STEP_TOKENS,
+        step_tokens=info.step_tokens or DEFAULT_STEP_TOKENS,
         tensor_parallel=int(tensor_parallel[1]) if tensor_parallel else 1,
         shape=known,
     )
