@@ -155,6 +155,27 @@ def test_refused_requests_are_counted_and_do_not_become_a_storm() -> None:
     assert asked <= 12
 
 
+def test_what_waits_under_an_old_mix_is_cancelled_and_the_new_one_sent() -> None:
+    waiting, seen = set[int](), list[int]()
+
+    async def answer(body: bytes) -> bytes:
+        asked = json.loads(body)
+        seen.append(len(asked["prompt"]))
+        if seen[-1] >= 20:  # of the old mix: never answered
+            waiting.add(len(seen))
+            await asyncio.sleep(0.5)
+        return stream_of(body)
+
+    async def scene(loop: ClosedLoop) -> None:
+        await asyncio.to_thread(loop.set_load, MIX, 4)
+        await until(lambda: len(waiting) == 4)
+        await asyncio.to_thread(loop.set_load, Mix(name="other", prompt_tokens=4, output_tokens=4), 2)
+        await until_many(loop, 10)
+        assert all(n < 20 for n in seen[4:])
+
+    run(answer, scene)
+
+
 def test_after_its_end_it_says_that_nothing_is_sent() -> None:
     loop = ClosedLoop(base_url="http://127.0.0.1:9", model="m", seed=1)
     with loop:

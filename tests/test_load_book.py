@@ -20,6 +20,7 @@ MIXES = st.builds(
     cached_tokens=st.floats(0.0, 200.0),
 )
 MIX = Mix(name="m", prompt_tokens=100, output_tokens=20)
+OTHER = Mix(name="other", prompt_tokens=10, output_tokens=10)
 
 
 def answer(order: Order, *, at_s: float, error: str | None = None) -> RequestResult:
@@ -50,21 +51,47 @@ def test_lengths_follow_the_mixs_law_and_soon_have_its_means(mix: Mix, seed: int
     assert all(o.ids[:cached] == orders[0].ids[:cached] for o in orders)
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.booleans(), st.booleans()), max_size=40))
+MOVES = st.lists(
+    st.tuples(st.integers(0, 9), st.sampled_from(["nothing", "first", "end", "fail"]), st.booleans()), max_size=40
+)
+
+
+@given(MOVES)
 @settings(deadline=None)
-def test_it_never_sends_more_than_asked_for_and_counts_what_ended(moves: list[tuple[int, bool, bool]]) -> None:
+def test_it_never_sends_more_than_asked_for_and_keeps_what_runs(moves: list[tuple[int, str, bool]]) -> None:
     book, now_s = LoadBook(seed=1, prompts=np.random.default_rng(1)), 0.0
-    open_orders: list[Order] = []
-    for wanted, end_one, fails in moves:
+    waiting: dict[int, Order] = {}
+    running: dict[int, Order] = {}
+    for wanted, event, other in moves:
         now_s += 10.0  # longer than any pause
-        book.set_load(MIX, wanted)
+        for number in book.set_load(OTHER if other else MIX, wanted):
+            del waiting[number]  # only what waits is taken back
+        assert book.in_flight <= max(wanted, len(running))
         for _ in range(book.lacking(now_s)):
-            open_orders.append(book.order())
-            assert len(open_orders) <= wanted
-        if end_one and open_orders:
-            order = open_orders.pop()
-            book.ended(order, answer(order, at_s=now_s, error="503" if fails else None), at_s=now_s)
-        assert book.in_flight == len(open_orders)
+            order = book.order()
+            waiting[order.number] = order
+        assert len(waiting) + len(running) == book.in_flight
+        if event == "first" and waiting:
+            order = waiting.pop(min(waiting))
+            running[order.number] = order
+            book.first_token(order, at_s=now_s, ttft_s=1.0)
+        elif event in ("end", "fail") and (waiting or running):
+            order = running.popitem()[1] if running else waiting.popitem()[1]
+            book.ended(order, answer(order, at_s=now_s, error="503" if event == "fail" else None), at_s=now_s)
+        assert book.in_flight == len(waiting) + len(running)
+
+
+def test_the_queue_of_another_mix_and_what_is_too_much_are_taken_back_newest_first() -> None:
+    book = LoadBook(seed=1, prompts=np.random.default_rng(1))
+    book.set_load(MIX, 5)
+    orders = [book.order() for _ in range(5)]
+    book.first_token(orders[0], at_s=1.0, ttft_s=0.1)
+
+    assert book.set_load(MIX, 3) == [orders[4].number, orders[3].number]
+    assert sorted(book.set_load(OTHER, 5)) == [orders[1].number, orders[2].number]
+    assert (book.in_flight, book.lacking(1.0)) == (1, 4)
+    book.ended(orders[4], answer(orders[4], at_s=2.0), at_s=2.0)  # it ended all the same: nobody counts it
+    assert book.in_flight == 1
 
 
 def test_one_seed_gives_one_load() -> None:
@@ -99,18 +126,19 @@ def test_failures_pause_longer_and_longer_until_one_succeeds() -> None:
 
 def test_another_mix_ends_a_pause_and_forgets_what_was_seen() -> None:
     book = LoadBook(seed=1, prompts=np.random.default_rng(1))
-    book.set_load(MIX, 1)
+    book.set_load(MIX, 2)
     first, second = book.order(), book.order()
-    book.first_token(first, at_s=1.0, ttft_s=0.5)
+    for order in (first, second):
+        book.first_token(order, at_s=1.0, ttft_s=0.5)
     book.ended(first, answer(first, at_s=2.0, error="refused"), at_s=2.0)
 
     book.set_load(MIX, 3)
     assert book.lacking(2.0) == 0  # or a sweep that asks for the same load again and again would make a storm
     assert book.lacking(book.resume_s) == 2
-    assert (book.latencies(0.0).ttft_s, book.latencies(0.0).failed) == ((0.5,), 1)
+    assert (book.latencies(0.0).ttft_s, book.latencies(0.0).failed) == ((0.5, 0.5), 1)
     assert (book.latencies(1.5).ttft_s, book.latencies(1.5).failed) == ((), 1)
 
-    book.set_load(Mix(name="other", prompt_tokens=10, output_tokens=10), 2)
+    book.set_load(OTHER, 2)
     assert book.lacking(2.0) == 1
     book.ended(second, answer(second, at_s=3.0), at_s=3.0)  # sent under the old mix: no figure of the new one
     assert (book.latencies(0.0).tpot_s, book.latencies(0.0).failed) == ((), 0)

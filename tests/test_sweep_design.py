@@ -182,7 +182,11 @@ def test_where_the_engine_ran_fewer_sequences_more_are_not_tried() -> None:
 
 def test_a_slow_point_costs_more_and_a_change_of_mix_lets_the_last_requests_end() -> None:
     fast, slow = (
-        next(c for c in SPACE.candidates if c.point == OperatingPoint(power_limit_w=w, active_sequences=64) and c.mix == 0)
+        next(
+            c
+            for c in SPACE.candidates
+            if c.point == OperatingPoint(power_limit_w=w, active_sequences=64) and c.mix == 0
+        )
         for w in (400.0, 100.0)
     )
     rows = [row(fast), replace(row(slow), steps_per_s=8.0)]

@@ -264,6 +264,14 @@ def test_a_closed_loop_keeps_its_load_and_times_it_in_virtual_time(olmoe: Path) 
         fewer = load.latencies(4.0)
         assert 0 < len(fewer.tpot_s) < len(seen.tpot_s)
 
+        load.set_load(chat, 600)  # far more than the engine runs at a time: they wait
+        assert not grid.wait(1.0)
+        assert live.channel.read().waiting > 400
+        load.set_load(Mix(name="short", prompt_tokens=20, output_tokens=4), 12)
+        assert not grid.wait(5.0)
+        assert live.channel.read().waiting + live.channel.read().running <= 12  # nobody works off the old queue
+        assert len(load.latencies(0.0).ttft_s) > 50
+
         load.set_load(Mix(name="too-long", prompt_tokens=2 * live.engine.context_tokens, output_tokens=50), 12)
         assert not grid.wait(30.0)
         refused = load.latencies(0.0).failed

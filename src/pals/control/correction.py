@@ -161,7 +161,9 @@ def _minute(track: Track, now_s: float) -> Track:
     """One update, with the median of the residuals of a minute."""
     residual, sd = median(r for r, _ in track.pending), median(s for _, s in track.pending)
     scale = max(1.0, sqrt(track.variance))  # in prediction's standard deviations
-    weight = min(track.weight * exp(-1.0 / FORGET_MINUTES) + 1.0, RELEARN_MINUTES if track.drift else FORGET_MINUTES + 1)
+    weight = min(
+        track.weight * exp(-1.0 / FORGET_MINUTES) + 1.0, RELEARN_MINUTES if track.drift else FORGET_MINUTES + 1
+    )
     step = max(-1.0, min(1.0, (residual - track.bias_log) / (HUBER * scale * sd))) * HUBER * scale * sd
     bias_log = track.bias_log + step / max(weight, RELEARN_MINUTES)
     track = replace(

@@ -32,7 +32,9 @@ def _of_step(shifts: Shifts, *, experts: bool) -> str:
     slower = shifts.step > 0
     if shifts.power * shifts.step < 0 and abs(shifts.power) > MOVED:
         change = "more" if slower else "less"
-        return f"the engine spends {change} time on the host per step (another build or flag, or a host with other work)"
+        return (
+            f"the engine spends {change} time on the host per step (another build or flag, or a host with other work)"
+        )
     if experts:
         change = "more" if slower else "fewer"
         return f"requests touch {change} distinct experts per step (routing changed), or the engine was updated"

@@ -179,9 +179,7 @@ class Watched:
         if not seen:
             return state, ()
         hottest_c = max((p.temperature_c for p in last.boards if p.temperature_c is not None), default=None)
-        correction, said = update(
-            state.correction, seen, now_s, experts=self._experts, temperature_c=hottest_c
-        )
+        correction, said = update(state.correction, seen, now_s, experts=self._experts, temperature_c=hottest_c)
         return replace(state, correction=correction), said
 
     def _observe(

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,7 +30,7 @@ class ClosedLoop:
         self._base_url, self._model = base_url.rstrip("/"), model
         prompts = np.random.default_rng()  # never those of an earlier run, which the server's prefix cache may hold
         self._book = LoadBook(seed=seed, prompts=prompts)  # only the thread touches it
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[int, asyncio.Task[None]] = {}  # by the order's number
         self._stopping = False
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="load", daemon=True)
@@ -47,10 +48,12 @@ class ClosedLoop:
             self._thread.join(timeout=ANSWER_S)
 
     def set_load(self, mix: Mix, in_flight: int) -> None:
-        """From now on send requests of `mix`, `in_flight` at a time; those above it end by themselves."""
+        """From now on send requests of `mix`, `in_flight` at a time; too many end by themselves, waiting ones are cancelled."""
 
         def change() -> None:
-            self._book.set_load(mix, in_flight)
+            for number in self._book.set_load(mix, in_flight):
+                if (task := self._tasks.get(number)) is not None:
+                    task.cancel()
             self._changed.set()
 
         self._ask(change)
@@ -84,13 +87,14 @@ class ClosedLoop:
         async with open_session(aiohttp_package()) as session:
             while not self._stopping:
                 for _ in range(self._book.lacking(time.monotonic())):
-                    task = asyncio.create_task(self._one(session, self._book.order()))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._ended)
+                    order = self._book.order()
+                    task = self._tasks[order.number] = asyncio.create_task(self._one(session, order))
+                    task.add_done_callback(partial(self._ended, order.number))
                 await self._wait()
-            for task in self._tasks:
+            tasks = list(self._tasks.values())
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _wait(self) -> None:
         """Until a request ends or another load is asked for, or a pause is over."""
@@ -102,8 +106,8 @@ class ClosedLoop:
             return
         self._changed.clear()
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+    def _ended(self, number: int, task: asyncio.Task[None]) -> None:
+        del self._tasks[number]
         self._changed.set()
 
     async def _one(self, session: Any, order: Order) -> None:

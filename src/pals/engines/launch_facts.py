@@ -30,7 +30,9 @@ def launch_facts(vllm_config: Any, *, async_scheduling: bool | None = None) -> L
     """Read `vllm_config`; the scheduler knows best whether it schedules asynchronously."""
     sized = _or_none(lambda: _text_config(vllm_config.model_config))
     shape = None if sized is None else _or_none(lambda: ModelShape.from_config(sized))
-    digest = None if sized is None else _or_none(lambda: shape_digest(shape) if shape is not None else raw_digest(sized))
+    digest = (
+        None if sized is None else _or_none(lambda: shape_digest(shape) if shape is not None else raw_digest(sized))
+    )
     return LaunchFacts(
         build=_or_none(_build),
         flags=_or_none(lambda: flags_text(_flags(vllm_config, async_scheduling))),

@@ -18,8 +18,9 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 
 
 class Order(NamedTuple):
-    """One request to send: its sizes, its tokens, and under which load it was asked for."""
+    """One request to send: its sizes, its tokens, and under which mix, by number, it was asked for."""
 
+    number: int
     spec: RequestSpec
     ids: list[int]
     load: int
@@ -32,22 +33,39 @@ class LoadBook:
         """`seed` is of the lengths; `prompts` draws the tokens."""
         self._start, self._prompts = tuple(np.random.default_rng(seed).random(2)), prompts
         self._drawn = self._wanted = self._load = 0
+        self._open: dict[int, Order] = {}
+        self._waiting: dict[int, Order] = {}  # of those: without a first token
         self._mix: Mix | None = None
         self._cached: list[int] = []
         self._in_a_row = 0
         self._forget()
-        self.in_flight = 0
         self.resume_s = float("-inf")  # nothing is sent before: failures make it wait
         self.last_error: str | None = None  # of the newest request that failed
 
-    def set_load(self, mix: Mix, in_flight: int) -> None:
-        """From now on requests of `mix`, `in_flight` at a time; another mix forgets the old one's figures and ends a pause."""
+    @property
+    def in_flight(self) -> int:
+        """Requests sent and not ended."""
+        return len(self._open)
+
+    def set_load(self, mix: Mix, in_flight: int) -> list[int]:
+        """From now on requests of `mix`, `in_flight` at a time; another mix forgets the old one's figures and ends a pause.
+
+        Returns:
+            Numbers of requests to take back: what still waits for its first token and is of another mix, or too much. A
+            queue of old requests would otherwise be measured in the new ones' place. What runs ends by itself.
+        """
         self._wanted = in_flight
         if mix != self._mix:
             self._mix, self._load = mix, self._load + 1
             self._cached = token_ids(round(mix.cached_tokens), self._prompts)
             self._in_a_row, self.resume_s = 0, float("-inf")
             self._forget()
+        old = [n for n, order in self._waiting.items() if order.load != self._load]
+        newest_first = [n for n in reversed(self._waiting) if n not in set(old)]
+        back = old + newest_first[: max(0, self.in_flight - len(old) - in_flight)]
+        for n in back:
+            del self._open[n], self._waiting[n]
+        return back
 
     def lacking(self, now_s: float) -> int:
         """How many requests are to be sent now."""
@@ -69,17 +87,20 @@ class LoadBook:
             for mean, share in zip(means, shares, strict=True)
         )
         spec = RequestSpec(at_s=0.0, prompt_tokens=len(self._cached) + fresh, output_tokens=output)
-        self.in_flight += 1
-        return Order(spec, self._cached + token_ids(fresh, self._prompts), self._load)
+        order = Order(self._drawn, spec, self._cached + token_ids(fresh, self._prompts), self._load)
+        self._open[order.number] = self._waiting[order.number] = order
+        return order
 
     def first_token(self, order: Order, *, at_s: float, ttft_s: float) -> None:
         """Its first token came."""
-        if order.load == self._load:
+        if self._waiting.pop(order.number, None) is not None and order.load == self._load:
             self._ttfts.append((at_s, ttft_s))
 
     def ended(self, order: Order, result: RequestResult, *, at_s: float) -> None:
         """It is no longer in flight. Failures, one after the other, pause the sending for longer and longer."""
-        self.in_flight -= 1
+        self._waiting.pop(order.number, None)
+        if self._open.pop(order.number, None) is None:
+            return  # taken back before
         if result.error is not None:
             self.last_error = result.error
             if order.load == self._load:

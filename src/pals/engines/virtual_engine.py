@@ -62,7 +62,7 @@ class VirtualEngine:
         except ValueError as e:
             raise ConfigError(f"vLLM does not start: {e}. Nothing was run") from e
         self._core = self._llm.engine_core.engine_core
-        self._arrived: list[tuple[_Open, list[int]]] = []
+        self._arrived: dict[str, tuple[_Open, list[int]]] = {}
         self._open: dict[str, _Open] = {}
         self._sent = 0
 
@@ -87,12 +87,19 @@ class VirtualEngine:
 
     def send(
         self, spec: RequestSpec, ids: list[int], finished: Finished, *, on_first: Callable[[float], None] = _nothing
-    ) -> None:
-        """A request of exactly the tokens asked for arrives now.
+    ) -> str:
+        """A request of exactly the tokens asked for arrives now; return its name.
 
         `finished` gets what came of it, `on_first` the time of its first token when it comes.
         """
-        self._arrived.append((_Open(RequestResult(spec=spec, sent_s=self.clock.now_s()), finished, on_first), ids))
+        name, self._sent = f"virtual-{self._sent}", self._sent + 1
+        self._arrived[name] = (_Open(RequestResult(spec=spec, sent_s=self.clock.now_s()), finished, on_first), ids)
+        return name
+
+    def abort(self, name: str) -> None:
+        """Take a request back; nobody is told."""
+        if self._arrived.pop(name, None) is None and self._open.pop(name, None) is not None:
+            self._llm.abort_request([name])
 
     def serve(self, *, until_s: float, done: Callable[[], bool]) -> None:
         """Step until the clock has reached `until_s` or `done`, which is asked between steps; idle time is jumped over.
@@ -141,24 +148,24 @@ class VirtualEngine:
         from vllm.exceptions import VLLMError
         from vllm.sampling_params import RequestOutputKind
 
-        arrived, self._arrived = self._arrived, []
-        for request, ids in arrived:
-            rid = f"virtual-{self._sent}"
-            self._sent += 1
+        arrived, self._arrived = self._arrived, {}
+        for name, (request, ids) in arrived.items():
             params = SamplingParams(
                 max_tokens=request.result.spec.output_tokens, ignore_eos=True, detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
             )  # fmt: skip
             try:
-                self._llm.add_request(rid, {"prompt_token_ids": ids}, params)
+                self._llm.add_request(name, {"prompt_token_ids": ids}, params)
             except (ValueError, VLLMError) as e:
                 request.finished(_with(request.result, error=f"{type(e).__name__}: {e}"))
                 continue
-            self._open[rid] = request
+            self._open[name] = request
 
     def _note(self, output: Any) -> None:
         """Take a request's new tokens."""
-        request = self._open[output.request_id]
+        request = self._open.get(output.request_id)
+        if request is None:
+            return  # taken back
         result = request.result
         new = sum(len(o.token_ids) for o in output.outputs)
         now_s = self.clock.now_s()
@@ -248,10 +255,12 @@ class VirtualClosedLoop:
 
     def __init__(self, engine: VirtualEngine, *, seed: int) -> None:
         self._engine, self._book = engine, LoadBook(seed=seed, prompts=np.random.default_rng(seed))
+        self._sent: dict[int, str] = {}  # the engine's name of each request in flight, by the order's number
 
     def set_load(self, mix: Mix, in_flight: int) -> None:
-        """From now on send requests of `mix`, `in_flight` at a time; those above it end by themselves."""
-        self._book.set_load(mix, in_flight)
+        """From now on send requests of `mix`, `in_flight` at a time; too many end by themselves, waiting ones are aborted."""
+        for number in self._book.set_load(mix, in_flight):
+            self._engine.abort(self._sent.pop(number))
         self._fill()
 
     def latencies(self, since_s: float) -> Latencies:
@@ -274,9 +283,10 @@ class VirtualClosedLoop:
             self._book.first_token(order, at_s=at_s, ttft_s=at_s - sent_s)
 
         def finished(result: RequestResult) -> None:
+            del self._sent[order.number]
             self._book.ended(order, result, at_s=self._engine.clock.now_s())
             if result.error is not None:
                 self._engine.clock.call_at(self._book.resume_s, self._fill)
             self._fill()
 
-        self._engine.send(order.spec, order.ids, finished, on_first=first)
+        self._sent[order.number] = self._engine.send(order.spec, order.ids, finished, on_first=first)

@@ -281,7 +281,9 @@ def accepted_by(sim: Simulation, task: PolicyTask, boards: Sequence[PowerMeter])
     return check_profile(task.profile, sim, [b.info for b in boards], task.config.control)
 
 
-def check_profile(profile: Profile, sim: Simulation, boards: list[BoardInfo], control: ControlConfig) -> tuple[str, ...]:
+def check_profile(
+    profile: Profile, sim: Simulation, boards: list[BoardInfo], control: ControlConfig
+) -> tuple[str, ...]:
     """What differs and is accepted; release, driver, activations and flags that a simulation has not do not count.
 
     Raises:

@@ -13,7 +13,10 @@ class LoadDriver(Protocol):
     """Keeps requests of one mix in flight."""
 
     def set_load(self, mix: Mix, in_flight: int) -> None:
-        """From now on send requests of `mix`, and keep `in_flight` of them; those above it end by themselves."""
+        """From now on send requests of `mix`, and keep `in_flight` of them.
+
+        What runs above it, or of another mix, ends by itself; what still waits may be taken back.
+        """
         ...
 
     def latencies(self, since_s: float) -> Latencies:

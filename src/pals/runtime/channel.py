@@ -55,7 +55,10 @@ _FLOATS = {"time_s", "kv_usage", "busy_s", "last_step_s", "oldest_waiting_s"}
 _INFO_OFFSET, _INFO_SIZE = 16, 4080
 #: What an engine whose plugin is older than this agent does not tell.
 _INFO_MAY_LACK = frozenset(
-    f.name for kind in (EngineInfo, ModelShape) for f in fields(kind) if (f.default, f.default_factory) != (MISSING, MISSING)
+    f.name
+    for kind in (EngineInfo, ModelShape)
+    for f in fields(kind)
+    if (f.default, f.default_factory) != (MISSING, MISSING)
 )
 _TELEMETRY_OFFSET = 4096
 _TELEMETRY = struct.Struct(f"<{len(_GAUGES) + 2 * _BUCKETS}d")

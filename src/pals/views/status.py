@@ -98,7 +98,9 @@ def _print_decision(console: Console, each: dict[str, Any]) -> None:
 def _learnt(correction: dict[str, float], drift: dict[str, float]) -> str:
     """How far measurements are from the profile now, in a few words."""
     names = {"power": "power", "step": "step time", "clock": "SM clock"}
-    told = [f"{names.get(q, q)} {factor - 1:+.1%}{' (drift)' if q in drift else ''}" for q, factor in correction.items()]
+    told = [
+        f"{names.get(q, q)} {factor - 1:+.1%}{' (drift)' if q in drift else ''}" for q, factor in correction.items()
+    ]
     return f"measured against predicted: {', '.join(told)}"
 
 
