@@ -15,7 +15,7 @@ from pals.core.quantities import OperatingPoint
 from pals.models.engine_facts import EngineFacts
 from pals.models.row import ProfileRow
 from pals.profiler.chooser import Chooser
-from pals.profiler.costs import seconds_of, settling_steps
+from pals.profiler.costs import generation_steps, seconds_of, turnover_steps
 from pals.profiler.design import Candidate, Space, gains, next_corner, scores
 from pals.profiler.plan import (
     SweepPlan,
@@ -89,7 +89,7 @@ def test_a_gain_is_the_variance_that_measuring_takes_away(seed: int, n: int, out
 
     expected = [total(precision) - total(precision + s[i].T @ s[i]) for i in range(n)]
 
-    found = gains(s, np.linalg.inv(precision), counted)
+    found = gains(s, np.asarray(np.linalg.inv(precision), dtype=float), counted)
 
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
     assert np.all(found > -1e-9)
@@ -105,8 +105,7 @@ def test_the_corners_come_first_whatever_the_model_says() -> None:
     assert (100.0, None, 64, 0) in levels  # the clock floor, by limit
     assert (400.0, min(PLAN.clocks_mhz), 64, 0) in levels  # and by lock
     near = [w for w, mhz, n, mix in levels if (mhz, n, mix) == (None, 64, 0) and w not in (100.0, 400.0)]
-    assert len(near) == 1
-    assert abs(near[0] - 0.95 * 320.0) <= 25.0  # just below what the first row drew: the nearest level
+    assert near == [max(w for w in PLAN.limits_w if w < 0.97 * 320.0)]  # just below what the first row drew
     assert (400.0, None, 1, 0) in levels
     assert {r.mix for r in rows} == {0, 1, 2}
     assert len(rows) == 7
@@ -153,7 +152,7 @@ def test_mixes_are_balanced_and_points_differ_but_for_repeats() -> None:
     rows = designed(PLAN)
 
     counts = np.bincount([r.mix for r in rows], minlength=3)
-    assert len(rows) == PLAN.points
+    assert 35 <= len(rows) <= PLAN.points
     assert counts.min() >= 0.2 * len(rows)
     repeats = len(rows) // EVERY
     assert len({(r.point, r.mix) for r in rows}) == len(rows) - repeats
@@ -196,8 +195,8 @@ def test_a_slow_point_costs_more_and_a_change_of_mix_lets_the_last_requests_end(
     assert seconds[SPACE.candidates.index(slow)] > 1.3 * seconds[SPACE.candidates.index(fast)]
     assert np.all(seconds >= PLAN.settle_s + PLAN.window_s)
     chat, prefill, _ = PLAN.mixes
-    assert settling_steps(prefill, None, 1, FACTS) < chat.output_tokens
-    assert settling_steps(prefill, chat, 1, FACTS) >= 1.5 * chat.output_tokens
+    assert generation_steps(prefill, 1, FACTS) < chat.output_tokens
+    assert (turnover_steps(prefill, chat), turnover_steps(chat, chat)) == (1.5 * chat.output_tokens, 0.0)
 
 
 def test_points_beside_measured_ones_count_less() -> None:
@@ -206,7 +205,7 @@ def test_points_beside_measured_ones_count_less() -> None:
 
     score = scores(SPACE, [row(corner)], flat, flat)
 
-    of = {c: s for c, s in zip(SPACE.candidates, score, strict=True)}
+    of = dict(zip(SPACE.candidates, score, strict=True))
     far = replace(corner.point, power_limit_w=100.0, active_sequences=1)
     assert of[corner] == 0.0
     assert of[Candidate(far, 0)] > of[Candidate(replace(corner.point, active_sequences=32), 0)] > 0.0

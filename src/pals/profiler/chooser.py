@@ -7,12 +7,13 @@ whichever is larger: the largest of all candidates would be ruled by one corner 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
 from pals.core.load import Mix
+from pals.core.quantities import SAME_LIMIT_W
 from pals.models.engine_facts import EngineFacts
 from pals.models.forecast import FloatArray
 from pals.models.row import ProfileRow
@@ -68,11 +69,19 @@ class Chooser:
 
     def visited(self, wanted: Candidate, visited: Visited) -> None:
         """Remember where the engine is, and what is not to be tried again."""
-        self._now = wanted
-        if visited.row is None or not is_at(visited.row, wanted.point, wanted.mix):
-            self._left_out.add(wanted)  # held lower by another hand, its row stands elsewhere
+        self._now, row = wanted, visited.row
+        if row is None or not is_at(row, wanted.point, wanted.mix):
+            self._left_out.add(wanted)
+        if row is not None and row.power_limit_w < wanted.point.power_limit_w - SAME_LIMIT_W:
+            self._lower(row.power_limit_w)
         if visited.lock_refused:
             self._left_out.update(c for c in self.space.candidates if c.point.sm_clock_mhz is not None)
+
+    def _lower(self, ceiling_w: float) -> None:
+        """Somebody else holds the limit down: that is the highest now."""
+        below = {w for w in self.plan.limits_w if w < ceiling_w - SAME_LIMIT_W}
+        self.plan = replace(self.plan, limits_w=tuple(sorted({*below, ceiling_w})))
+        self.space, self._model = Space.of(self.plan), None
 
     def learn(self, rows: Sequence[ProfileRow]) -> None:
         """Fit again where enough is new, once the corners are measured; else add what the newest row tells."""
@@ -103,11 +112,11 @@ class Chooser:
         free = possible & ~self.space.measured(rows) & (seconds <= seconds_left) & self._kept()
         if not free.any():
             return None
-        covariance = np.linalg.inv(self._precision_with(rows[self._fitted :]))
+        covariance = np.asarray(np.linalg.inv(self._precision_with(rows[self._fitted :])), dtype=np.float64)
         gain = gains(self._sensitivities, covariance, possible)
         score = np.where(free, scores(self.space, rows, gain, seconds), -np.inf)
         order = np.random.default_rng(self.plan.seed).permutation(len(score))
-        return self.space.candidates[order[int(np.argmax(score[order]))]]
+        return self.space.candidates[int(order[np.argmax(score[order])])]
 
     def _kept(self) -> Mask:
         return np.array([c not in self._left_out for c in self.space.candidates])

@@ -23,7 +23,7 @@ from pals.profiler.repeats import is_at
 
 Mask = NDArray[np.bool_]
 REACHED = 0.8  # of the level: an engine that runs fewer sequences has no room for more
-BELOW_NATURAL = 0.95  # of natural draw: a limit that just binds
+BELOW_NATURAL = 0.97  # of natural draw: a limit that just binds
 APART = (
     0.15  # of a lever's range: candidates nearer to a measured one count less, since a model may bend between points
 )
@@ -163,9 +163,9 @@ def next_corner(
     wanted = [(_at(k.found_w, None, k.most), 0), (_at(k.floor_w, None, k.most), 0)]
     wanted += [(_at(k.found_w, k.lock_mhz, k.most), 0)] * (k.lock_mhz is not None)
     if natural is not None:
-        aim_w = min(BELOW_NATURAL * natural.power_w / facts.boards, k.found_w)
-        limits_w = sorted({c.point.power_limit_w for c in space.candidates})
-        wanted.append((_at(min(limits_w, key=lambda w: abs(w - aim_w)), None, k.most), 0))
+        highest_w = BELOW_NATURAL * min(natural.power_w / facts.boards, k.found_w)
+        binding = [c.point.power_limit_w for c in space.candidates if c.point.power_limit_w <= highest_w]
+        wanted.append((_at(max(binding, default=k.floor_w), None, k.most), 0))
     wanted += [(_at(k.found_w, None, k.fewest), 0)]
     wanted += [(_at(k.found_w, None, k.most), k.prefill), (_at(k.found_w, None, k.most), k.decode)]
     room = space.possible(rows)

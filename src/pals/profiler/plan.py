@@ -50,8 +50,13 @@ class SweepPlan(Checked):
 
     @property
     def longest_settle_s(self) -> float:
-        """After so long a point is measured as it then is."""
+        """After so long a point is measured, even if requests that began before it still run; their latencies do not count."""
         return max(self.settle_s, 25.0)
+
+    @property
+    def longest_turnover_s(self) -> float:
+        """So long is waited for requests of another mix, or above the new level, to end."""
+        return max(self.settle_s, 60.0)
 
 
 def default_limits_w(min_w: float, found_w: float) -> tuple[float, ...]:
@@ -98,11 +103,11 @@ def fitting(mix: Mix, context_tokens: int | None) -> Mix:
     room = (context_tokens - 2) / (1.0 + mix.spread) if context_tokens is not None else float("inf")
     if mix.prompt_tokens + mix.output_tokens <= room:
         return mix
-    if room < 4:
+    if room < 16:
         raise ConfigError(f"mix {mix.name!r} does not fit a context of {context_tokens} tokens; nothing was changed")
     short = min(mix.prompt_tokens, mix.output_tokens)
     alike = short * room / (mix.prompt_tokens + mix.output_tokens)
-    kept = min(short, float(max(int(alike), min(SHORTEST, int(room / 4)))))
+    kept = min(short, float(max(int(alike), min(SHORTEST, int(room / 8)))))
     rest = float(int(room - kept))
     if mix.prompt_tokens < mix.output_tokens:
         return replace(mix, prompt_tokens=kept, output_tokens=rest)

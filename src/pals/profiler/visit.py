@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from pals.core.errors import DeviceLostError, PalsError
+from pals.core.errors import EngineGoneError, PalsError, PermissionDeniedError
 from pals.core.load import Mix
 from pals.core.protocols import EngineActuator
-from pals.core.quantities import EngineSample, OperatingPoint, TelemetrySample
+from pals.core.quantities import SAME_LIMIT_W, EngineSample, OperatingPoint, TelemetrySample
 from pals.models.engine_facts import EngineFacts
 from pals.models.row import ProfileRow
-from pals.profiler.costs import ENOUGH_REQUESTS, ENOUGH_TOKENS, settling_steps
+from pals.profiler.costs import ENOUGH_REQUESTS, ENOUGH_TOKENS, generation_steps, turnover_steps
 from pals.profiler.design import Candidate
 from pals.profiler.load import LoadDriver
 from pals.profiler.plan import SweepPlan
@@ -92,7 +92,9 @@ class Visitor:
                 return f"the engine took no step for {SILENT_S:g} s; does the load reach it?"
             since_s = self._clock.now_s()
             samples = self._read_window(mix, sequences)
-        except DeviceLostError as e:
+        except (EngineGoneError, PermissionDeniedError):
+            raise
+        except (PalsError, ValueError) as e:  # one point that cannot be set or read must not end the sweep
             return str(e)
         window = Window(
             point=replace(accepted, active_sequences=sequences), mix=wanted.mix, samples=samples,
@@ -117,6 +119,8 @@ class Visitor:
             for i, actuator in enumerate(self._rig.actuators):
                 lower = replace(point, power_limit_w=limit_w)
                 self._rig.locks.apply(i, actuator, lower, boards[i], now_s=now_s, notes=self._notes)
+        if limit_w < point.power_limit_w - SAME_LIMIT_W:
+            self._notes.append(f"{point.power_limit_w:.0f} W asked, {limit_w:.0f} W in force: something holds it lower")
         locked = all(p.sm_clock_mhz == point.sm_clock_mhz for p in accepted)
         return OperatingPoint(power_limit_w=limit_w, sm_clock_mhz=point.sm_clock_mhz if locked else None)
 
@@ -126,10 +130,9 @@ class Visitor:
         A larger batch is filled over one generation, so that its requests have all ages at once. None: it took no step.
         """
         before, from_n = self._mix, min(self._in_flight, sequences)
-        needed = settling_steps(mix, before, sequences, self._facts)
+        own, others = generation_steps(mix, sequences, self._facts), turnover_steps(mix, before)
         began_s, power = self._clock.now_s(), PowerTrend()
         begun = self._engine(self._read())
-        self._mix = mix
         while True:
             sample = self._read()
             engine = self._engine(sample)
@@ -139,16 +142,18 @@ class Visitor:
             power.add(sample)
             if steps == 0 and elapsed_s > SILENT_S:
                 return None
-            if elapsed_s >= self._plan.longest_settle_s:
-                return bool(steps >= mix.output_tokens)
+            alone = steps >= others and engine.running <= sequences
             calm = power.settled or elapsed_s >= self._plan.settle_s + POWER_WAIT_S
-            if elapsed_s >= self._plan.settle_s and steps >= needed and engine.running <= sequences and calm:
+            if elapsed_s >= self._plan.settle_s and steps >= own and alone and calm:
                 return True
+            if elapsed_s >= (self._plan.longest_settle_s if alone else self._plan.longest_turnover_s):
+                return bool(steps >= mix.output_tokens and alone)
             self._wait(SETTLE_READ_S, sequences)
 
     def _keep(self, mix: Mix, in_flight: int) -> None:
-        self._load.set_load(mix, in_flight)
-        self._in_flight = in_flight
+        if (mix, in_flight) != (self._mix, self._in_flight):
+            self._load.set_load(mix, in_flight)
+            self._mix, self._in_flight = mix, in_flight
 
     def _read_window(self, mix: Mix, sequences: int) -> list[TelemetrySample]:
         """Read until there are tokens and requests enough, in the mix's proportion, or the longest window is over."""
