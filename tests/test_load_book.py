@@ -62,10 +62,18 @@ def test_it_never_sends_more_than_asked_for_and_keeps_what_runs(moves: list[tupl
     book, now_s = LoadBook(seed=1, prompts=np.random.default_rng(1)), 0.0
     waiting: dict[int, Order] = {}
     running: dict[int, Order] = {}
+    mix = MIX
     for wanted, event, other in moves:
         now_s += 10.0  # longer than any pause
-        for number in book.set_load(OTHER if other else MIX, wanted):
-            del waiting[number]  # only what waits is taken back
+        changed, mix = other != (mix is OTHER), OTHER if other else MIX
+        back = book.set_load(mix, wanted)
+        if changed:
+            assert sorted(back) == sorted([*waiting, *running])
+            waiting.clear()
+            running.clear()
+        else:
+            for number in back:
+                del waiting[number]  # only what waits
         assert book.in_flight <= max(wanted, len(running))
         for _ in range(book.lacking(now_s)):
             order = book.order()
@@ -81,17 +89,18 @@ def test_it_never_sends_more_than_asked_for_and_keeps_what_runs(moves: list[tupl
         assert book.in_flight == len(waiting) + len(running)
 
 
-def test_the_queue_of_another_mix_and_what_is_too_much_are_taken_back_newest_first() -> None:
+def test_another_mix_takes_all_back_and_a_smaller_load_the_newest_that_wait() -> None:
     book = LoadBook(seed=1, prompts=np.random.default_rng(1))
     book.set_load(MIX, 5)
     orders = [book.order() for _ in range(5)]
     book.first_token(orders[0], at_s=1.0, ttft_s=0.1)
 
     assert book.set_load(MIX, 3) == [orders[4].number, orders[3].number]
-    assert sorted(book.set_load(OTHER, 5)) == [orders[1].number, orders[2].number]
-    assert (book.in_flight, book.lacking(1.0)) == (1, 4)
+    assert book.set_load(MIX, 0) == [orders[2].number, orders[1].number]
+    assert book.in_flight == 1  # it runs, and ends by itself
+    assert book.set_load(OTHER, 5) == [orders[0].number]
     book.ended(orders[4], answer(orders[4], at_s=2.0), at_s=2.0)  # it ended all the same: nobody counts it
-    assert book.in_flight == 1
+    assert (book.in_flight, book.lacking(2.0), book.latencies(0.0).tpot_s) == (0, 5, ())
 
 
 def test_one_seed_gives_one_load() -> None:
@@ -139,6 +148,6 @@ def test_another_mix_ends_a_pause_and_forgets_what_was_seen() -> None:
     assert (book.latencies(1.5).ttft_s, book.latencies(1.5).failed) == ((), 1)
 
     book.set_load(OTHER, 2)
-    assert book.lacking(2.0) == 1
+    assert book.lacking(2.0) == 2
     book.ended(second, answer(second, at_s=3.0), at_s=3.0)  # sent under the old mix: no figure of the new one
     assert (book.latencies(0.0).tpot_s, book.latencies(0.0).failed) == ((), 0)

@@ -48,7 +48,7 @@ class ClosedLoop:
             self._thread.join(timeout=ANSWER_S)
 
     def set_load(self, mix: Mix, in_flight: int) -> None:
-        """From now on send requests of `mix`, `in_flight` at a time; too many end by themselves, waiting ones are cancelled."""
+        """From now on send requests of `mix`, `in_flight` at a time; another mix's are cancelled."""
 
         def change() -> None:
             for number in self._book.set_load(mix, in_flight):

@@ -18,12 +18,11 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 
 
 class Order(NamedTuple):
-    """One request to send: its sizes, its tokens, and under which mix, by number, it was asked for."""
+    """One request to send: its sizes and its tokens."""
 
     number: int
     spec: RequestSpec
     ids: list[int]
-    load: int
 
 
 class LoadBook:
@@ -32,9 +31,8 @@ class LoadBook:
     def __init__(self, *, seed: int, prompts: np.random.Generator) -> None:
         """`seed` is of the lengths; `prompts` draws the tokens."""
         self._start, self._prompts = tuple(np.random.default_rng(seed).random(2)), prompts
-        self._drawn = self._wanted = self._load = 0
-        self._open: dict[int, Order] = {}
-        self._waiting: dict[int, Order] = {}  # of those: without a first token
+        self._drawn = self._wanted = 0
+        self._open: dict[int, bool] = {}  # number, and whether it still waits for its first token; oldest first
         self._mix: Mix | None = None
         self._cached: list[int] = []
         self._in_a_row = 0
@@ -51,20 +49,20 @@ class LoadBook:
         """From now on requests of `mix`, `in_flight` at a time; another mix forgets the old one's figures and ends a pause.
 
         Returns:
-            Numbers of requests to take back: what still waits for its first token and is of another mix, or too much. A
-            queue of old requests would otherwise be measured in the new ones' place. What runs ends by itself.
+            Numbers of requests to take back: all of another mix, which would be measured in the new one's place, and of
+            those above `in_flight` the newest that wait for their first token; the others end by themselves.
         """
-        self._wanted = in_flight
+        self._wanted, back = in_flight, list[int]()
         if mix != self._mix:
-            self._mix, self._load = mix, self._load + 1
+            back, self._mix = list(self._open), mix
             self._cached = token_ids(round(mix.cached_tokens), self._prompts)
             self._in_a_row, self.resume_s = 0, float("-inf")
             self._forget()
-        old = [n for n, order in self._waiting.items() if order.load != self._load]
-        newest_first = [n for n in reversed(self._waiting) if n not in set(old)]
-        back = old + newest_first[: max(0, self.in_flight - len(old) - in_flight)]
+        else:
+            newest_first = [n for n in reversed(self._open) if self._open[n]]
+            back = newest_first[: max(0, self.in_flight - in_flight)]
         for n in back:
-            del self._open[n], self._waiting[n]
+            del self._open[n]
         return back
 
     def lacking(self, now_s: float) -> int:
@@ -87,29 +85,27 @@ class LoadBook:
             for mean, share in zip(means, shares, strict=True)
         )
         spec = RequestSpec(at_s=0.0, prompt_tokens=len(self._cached) + fresh, output_tokens=output)
-        order = Order(self._drawn, spec, self._cached + token_ids(fresh, self._prompts), self._load)
-        self._open[order.number] = self._waiting[order.number] = order
-        return order
+        self._open[self._drawn] = True
+        return Order(self._drawn, spec, self._cached + token_ids(fresh, self._prompts))
 
     def first_token(self, order: Order, *, at_s: float, ttft_s: float) -> None:
         """Its first token came."""
-        if self._waiting.pop(order.number, None) is not None and order.load == self._load:
+        if order.number in self._open:
+            self._open[order.number] = False
             self._ttfts.append((at_s, ttft_s))
 
     def ended(self, order: Order, result: RequestResult, *, at_s: float) -> None:
         """It is no longer in flight. Failures, one after the other, pause the sending for longer and longer."""
-        self._waiting.pop(order.number, None)
         if self._open.pop(order.number, None) is None:
             return  # taken back before
         if result.error is not None:
             self.last_error = result.error
-            if order.load == self._load:
-                self._failures.append(at_s)
+            self._failures.append(at_s)
             self._in_a_row += 1
             self.resume_s = at_s + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(self._in_a_row - 1, 10))
             return
         self._in_a_row = 0
-        if order.load == self._load and result.tpot_s is not None:
+        if result.tpot_s is not None:
             self._tpots.append((at_s, result.tpot_s))
 
     def latencies(self, since_s: float) -> Latencies:

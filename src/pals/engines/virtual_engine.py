@@ -258,7 +258,7 @@ class VirtualClosedLoop:
         self._sent: dict[int, str] = {}  # the engine's name of each request in flight, by the order's number
 
     def set_load(self, mix: Mix, in_flight: int) -> None:
-        """From now on send requests of `mix`, `in_flight` at a time; too many end by themselves, waiting ones are aborted."""
+        """From now on send requests of `mix`, `in_flight` at a time; another mix's are aborted."""
         for number in self._book.set_load(mix, in_flight):
             self._engine.abort(self._sent.pop(number))
         self._fill()

@@ -15,7 +15,7 @@ class LoadDriver(Protocol):
     def set_load(self, mix: Mix, in_flight: int) -> None:
         """From now on send requests of `mix`, and keep `in_flight` of them.
 
-        What runs above it, or of another mix, ends by itself; what still waits may be taken back.
+        Those above it end by themselves; those of another mix, and what still waits, may be taken back.
         """
         ...
 
