@@ -40,7 +40,7 @@ PLAN = SweepPlan(
     clocks_mhz=default_clocks(range(210, 1411, 15)),
     error=1e-6,
 )
-SPACE = Space.of(PLAN)
+SPACE = Space.of(PLAN, FACTS)
 
 
 def row(candidate: Candidate, *, at_s: float = 0.0, running: float | None = None, noise: float = 0.0) -> ProfileRow:
@@ -113,7 +113,7 @@ def test_the_corners_come_first_whatever_the_model_says() -> None:
 
 def test_corners_of_a_plan_with_one_of_everything_are_one_point() -> None:
     plan = replace(PLAN, mixes=PLAN.mixes[:1], limits_w=(300.0,), sequences=(16,), clocks_mhz=())
-    space = Space.of(plan)
+    space = Space.of(plan, FACTS)
 
     first = next_corner(space, [], (), FACTS)
 
@@ -177,6 +177,15 @@ def test_where_the_engine_ran_fewer_sequences_more_are_not_tried() -> None:
     allowed = {c.sequences for c, ok in zip(SPACE.candidates, possible, strict=True) if ok and c.mix == 1}
     assert allowed == {1, 2, 4, 8, 16}
     assert all(ok for c, ok in zip(SPACE.candidates, possible, strict=True) if c.mix != 1)
+
+
+def test_no_more_sequences_are_tried_than_steps_can_prefill_for() -> None:
+    small = replace(FACTS, step_tokens=2048)  # one prompt of 2000 a step, 16 steps each: 16 run
+
+    possible = Space.of(PLAN, small).possible([])
+
+    allowed = {c.sequences for c, ok in zip(SPACE.candidates, possible, strict=True) if ok and c.mix == 1}
+    assert allowed == {1, 2, 4, 8, 16}
 
 
 def test_a_slow_point_costs_more_and_a_change_of_mix_lets_the_last_requests_end() -> None:

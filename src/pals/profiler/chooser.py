@@ -50,7 +50,7 @@ class Chooser:
     _now: Candidate | None = None
 
     def __post_init__(self) -> None:
-        self.space = Space.of(self.plan)
+        self.space = Space.of(self.plan, self.facts)
 
     def next(self, rows: Sequence[ProfileRow], seconds_left: float) -> Candidate | None:
         """The next point; None: the rows suffice, or the budget does not."""
@@ -81,7 +81,7 @@ class Chooser:
         """Somebody else holds the limit down: that is the highest now."""
         below = {w for w in self.plan.limits_w if w < ceiling_w - SAME_LIMIT_W}
         self.plan = replace(self.plan, limits_w=tuple(sorted({*below, ceiling_w})))
-        self.space, self._model = Space.of(self.plan), None
+        self.space, self._model = Space.of(self.plan, self.facts), None
 
     def learn(self, rows: Sequence[ProfileRow]) -> None:
         """Fit again where enough is new, once the corners are measured; else add what the newest row tells."""

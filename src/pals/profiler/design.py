@@ -19,10 +19,9 @@ from pals.models.engine_facts import EngineFacts
 from pals.models.forecast import FloatArray
 from pals.models.row import ProfileRow
 from pals.profiler.plan import SweepPlan
-from pals.profiler.repeats import is_at
+from pals.profiler.repeats import REACHED, is_at
 
 Mask = NDArray[np.bool_]
-REACHED = 0.8  # of the level: an engine that runs fewer sequences has no room for more
 BELOW_NATURAL = 0.97  # of natural draw: a limit that just binds
 APART = (
     0.15  # of a lever's range: candidates nearer to a measured one count less, since a model may bend between points
@@ -56,7 +55,6 @@ class Corners(NamedTuple):
     found_w: float
     floor_w: float
     lock_mhz: int | None
-    most: int
     fewest: int
     prefill: int  # mixes
     decode: int
@@ -73,9 +71,10 @@ class Space:
     mix: NDArray[np.intp]
     sequences: FloatArray
     index: Mapping[tuple[int, int, int | None], list[tuple[float, int]]]  # limits and positions by mix, sequences, lock
+    room: FloatArray  # sequences that a closed loop can keep running, by mix: prompts that fit a step, for as long as they last
 
     @staticmethod
-    def of(plan: SweepPlan) -> Space:
+    def of(plan: SweepPlan, facts: EngineFacts) -> Space:
         """Limits × sequences × mixes without a lock, and locks × sequences × mixes at the highest limit."""
         found_w = max(plan.limits_w)
         levels: list[tuple[float, int | None]] = [(w, None) for w in sorted(set(plan.limits_w), reverse=True)]
@@ -94,13 +93,14 @@ class Space:
             candidates=chosen,
             mixes=plan.mixes,
             corners=Corners(
-                found_w, min(plan.limits_w), min(plan.clocks_mhz, default=None), max(plan.sequences), min(plan.sequences),
+                found_w, min(plan.limits_w), min(plan.clocks_mhz, default=None), min(plan.sequences),
                 int(np.argmax(shares)), int(np.argmin(shares)),
             ),
             places=_places([c.point for c in chosen], plan),
             mix=np.array([c.mix for c in chosen]),
             sequences=np.array([float(c.sequences) for c in chosen]),
             index=index,
+            room=np.array([m.output_tokens * facts.step_tokens / m.prompt_tokens for m in plan.mixes]),
         )  # fmt: skip
 
     @property
@@ -125,8 +125,8 @@ class Space:
         return mask
 
     def possible(self, rows: Sequence[ProfileRow]) -> Mask:
-        """Which candidates the engine has room for, as far as the rows tell: where it ran fewer, more change nothing."""
-        room = np.full(len(self.mixes), np.inf)
+        """Which candidates the engine has room for: where steps are full of prompts, or it ran fewer, more change nothing."""
+        room = self.room.copy()
         for r in rows:
             if r.running < REACHED * r.active_sequences:
                 room[r.mix] = min(room[r.mix], r.running / REACHED)
@@ -155,24 +155,23 @@ def next_corner(
 ) -> Candidate | None:
     """The first corner of the start design that has no row; None: all have, or were left out.
 
-    No limit at the largest batch, the clock floor by limit and by lock, just below natural draw (as the first row shows
+    No limit at the largest batch that finds room, the clock floor by limit and by lock, just below natural draw (as the first row shows
     it), the smallest batch, then a prefill-heavy and a decode-heavy mix.
     """
-    k = space.corners
-    natural = next((r for r in rows if is_at(r, _at(k.found_w, None, k.most), 0)), None)
-    wanted = [(_at(k.found_w, None, k.most), 0), (_at(k.floor_w, None, k.most), 0)]
-    wanted += [(_at(k.found_w, k.lock_mhz, k.most), 0)] * (k.lock_mhz is not None)
-    if natural is not None:
+    k, room = space.corners, space.possible(rows)
+    most = [int(space.sequences[room & (space.mix == mix)].max()) for mix in range(len(space.mixes))]
+    wanted = [(_at(k.found_w, None, most[0]), 0), (_at(k.floor_w, None, most[0]), 0)]
+    wanted += [(_at(k.found_w, k.lock_mhz, most[0]), 0)] * (k.lock_mhz is not None)
+    if (natural := next((r for r in rows if is_at(r, *wanted[0])), None)) is not None:
         highest_w = BELOW_NATURAL * min(natural.power_w / facts.boards, k.found_w)
         binding = [c.point.power_limit_w for c in space.candidates if c.point.power_limit_w <= highest_w]
-        wanted.append((_at(max(binding, default=k.floor_w), None, k.most), 0))
-    wanted += [(_at(k.found_w, None, k.fewest), 0)]
-    wanted += [(_at(k.found_w, None, k.most), k.prefill), (_at(k.found_w, None, k.most), k.decode)]
-    room = space.possible(rows)
+        wanted.append((_at(max(binding, default=k.floor_w), None, most[0]), 0))
+    wanted.append((_at(k.found_w, None, k.fewest), 0))
+    wanted += [(_at(k.found_w, None, most[mix]), mix) for mix in (k.prefill, k.decode)]
     for point, mix in wanted:
-        i = space.candidates.index(Candidate(point, mix))
-        if room[i] and space.candidates[i] not in left_out and not any(is_at(r, point, mix) for r in rows):
-            return space.candidates[i]
+        candidate = Candidate(point, mix)
+        if candidate not in left_out and not any(is_at(r, point, mix) for r in rows):
+            return candidate
     return None
 
 

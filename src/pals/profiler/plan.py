@@ -24,7 +24,7 @@ class SweepPlan(Checked):
     sequences: tuple[int, ...]
     clocks_mhz: tuple[int, ...] = ()  # locks; empty: none is set
     points: int = 40  # rows, repeats included
-    seconds: float = 1140.0  # of engine time; a point that would end later is not begun
+    seconds: float = 1100.0  # of engine time; a point that would end later is not begun
     error: float = 0.01  # stop where the mean predicted relative standard deviation is below this
     settle_s: float = 2.0  # least wait before a window
     window_s: float = 8.0  # shortest window; at most `longest_window_s`
