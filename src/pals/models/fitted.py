@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from pals.core.errors import OutsideProfileError
 from pals.core.load import Load, Mix
 from pals.core.quantities import OperatingPoint, Prediction
 from pals.models.engine_facts import EngineFacts
-from pals.models.fit import Calibration, fit_rows
+from pals.models.fit import Calibration, fit_rows, precision_at
 from pals.models.forecast import Estimates, Forecast
 from pals.models.hull import WIDER_PER_STEP, Hull, hull_of
 from pals.models.node_power import node_power_w
@@ -31,6 +32,7 @@ FloatArray = NDArray[np.float64]
 
 #: Outputs whose uncertainty guides the sweep, in this order.
 DESIGN_OUTPUTS = ("power", "step", "tpot_p95", "ttft_p95")
+Level = TypeVar("Level", int, float)
 _DESIGN = (0, 1, 4, 6)  # their places in OBSERVED
 _AT = {name: i for i, name in enumerate((*OBSERVED, *UNSEEN))}
 FULL_CACHE = 0.9  # rows that ran fewer sequences than this share of their limit had no room for more in the KV cache
@@ -45,7 +47,6 @@ class Fitted:
     mixes: tuple[Mix, ...]
     rows: tuple[ProfileRow, ...]
     x: FloatArray  # deviations from the priors
-    precision: FloatArray  # inverse covariance of x, priors included, shape (parameters, parameters)
     calibration: Calibration
     wider: float = 1.0  # factor on every half width: a profile measured on something else and accepted
 
@@ -58,6 +59,11 @@ class Fitted:
     def hull(self) -> Hull | None:
         """What was measured; None: nothing, everything rests on priors."""
         return hull_of(self.rows, self.mixes)
+
+    @cached_property
+    def precision(self) -> FloatArray:
+        """Inverse covariance of x, priors included, shape (parameters, parameters)."""
+        return precision_at(self.x, self.base, self.rows, self.mixes, self.calibration.noise)
 
     @cached_property
     def covariance(self) -> FloatArray:
@@ -83,6 +89,14 @@ class Fitted:
             OperatingPoint(power_limit_w=w, sm_clock_mhz=mhz, active_sequences=n) for n in levels for w, mhz in levers
         )
 
+    @property
+    def quality(self) -> dict[str, tuple[float, float]]:
+        """Mean relative error by quantity: of the fitted rows, and of rows as if each had been left out; those measured."""
+        c = self.calibration
+        return {
+            name: (float(c.in_sample[i]), float(c.error[i])) for i, name in enumerate(OBSERVED) if np.isfinite(c.error[i])
+        }
+
     def widened(self, factor: float) -> Fitted:
         """The same with half widths `factor` times as large."""
         return replace(self, wider=self.wider * factor)
@@ -107,9 +121,22 @@ class Fitted:
         wider = self._reach(points, load)
         at = self._conditions(points, load)
         v = values_of(self.x)
-        here = told(v, self.base, at)
+        here = self._thinned_by_arrivals(told(v, self.base, at), load)
         slopes = jacobian(self.x, self.base, at, here)
         return self.estimates(here, slopes, wider, load)
+
+    def _thinned_by_arrivals(self, here: FloatArray, load: Load) -> FloatArray:
+        """Where less arrives than one sequence at a time would do, the boards idle for the rest of the time."""
+        if load.prefill_tokens_per_s is None:
+            return here
+        tokens = _AT["tokens_per_s"]
+        asked = load.prefill_tokens_per_s / load.mix.prefill_per_output
+        duty = np.minimum(1.0, asked / np.exp(here[tokens]))
+        idle_w = values_of(self.x).static * self.base.static_w * self.facts.boards
+        thinned = here.copy()
+        thinned[tokens] = here[tokens] + np.log(np.maximum(duty, 1e-9))
+        thinned[0] = np.log(duty * np.exp(here[0]) + (1.0 - duty) * idle_w)
+        return thinned
 
     def estimates(self, here: FloatArray, slopes: FloatArray, wider: FloatArray, load: Load) -> Forecast:
         """Logarithms, their slopes and widening factors as a forecast; the load's queue is added to TTFT."""
@@ -226,7 +253,7 @@ def _deviation(slopes: FloatArray, covariance: FloatArray) -> FloatArray:
     return np.asarray(np.sqrt(np.maximum(0.0, np.einsum("qri,qri->qr", slopes @ covariance, slopes))))
 
 
-def _thinned(levels: Sequence[float]) -> list[float]:  # type: ignore[type-arg]
+def _thinned(levels: Sequence[Level]) -> list[Level]:
     """At most `MOST_LEVELS` of them, the ends among them."""
     if len(levels) <= MOST_LEVELS:
         return list(levels)
@@ -241,5 +268,5 @@ def fit(rows: Sequence[ProfileRow], mixes: Sequence[Mix], facts: EngineFacts) ->
     """
     found = fit_rows(rows, mixes, facts)
     return Fitted(
-        facts=facts, mixes=tuple(mixes), rows=tuple(rows), x=found.x, precision=found.precision, calibration=found.calibration
+        facts=facts, mixes=tuple(mixes), rows=tuple(rows), x=found.x, calibration=found.calibration
     )

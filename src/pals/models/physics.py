@@ -7,7 +7,7 @@ g(f) · (busy + tensor) + memory, weighted by shares of time; g = f · v(f)² wi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +75,7 @@ def base_of(facts: EngineFacts) -> Base:
     )
 
 
-def _work_times(facts: EngineFacts, prior: BoardPrior) -> dict[str, float]:
+def _work_times(facts: EngineFacts, prior: BoardPrior) -> dict[str, Any]:
     """Seconds of each class of work, were datasheets reached."""
     tp, shape = facts.tensor_parallel, facts.shape
     bandwidth = tp * prior.memory_bytes_s
@@ -182,7 +182,7 @@ def curves(v: Values, b: Base, w: Work) -> Curves:
     prefill = np.concatenate([np.zeros(k), s.prefill, s.large, s.full])
     seconds, watts = step(v, b, all_kinds, prefill, np.concatenate([s.yields] * 4))
     kinds_s = seconds.reshape(4, k, CLOCKS)
-    return Curves(*kinds_s, watts[:k], watts[k : 2 * k], s)
+    return Curves._make([*kinds_s, watts[:k], watts[k : 2 * k], s])
 
 
 def step(v: Values, b: Base, w: Work, prefill: FloatArray, decode: FloatArray) -> tuple[FloatArray, FloatArray]:
