@@ -63,7 +63,9 @@ class Hull(NamedTuple):
         if self.clock_mhz is None:
             return np.where(locked, np.inf, far)
         mhz = np.array([float(p.sm_clock_mhz or 0) for p in points])
-        below = np.maximum(0.0, self.clock_mhz.low - mhz) / self.clock_mhz.step  # above the highest lock lies the free clock
+        below = (
+            np.maximum(0.0, self.clock_mhz.low - mhz) / self.clock_mhz.step
+        )  # above the highest lock lies the free clock
         return np.where(locked, np.maximum(far, below), far)
 
     def between(self, points: Sequence[OperatingPoint], *, launch: int) -> FloatArray:

@@ -20,9 +20,13 @@ from pals.models.parameters import ANCHORS, Values
 FloatArray = NDArray[np.float64]
 
 CLOCKS = 16  # of the grid on which curves are kept
-BELOW_FLOOR = 0.4  # under a limit that the lowest clock exceeds, firmware skips cycles: clocks in effect down to this share of it
+BELOW_FLOOR = (
+    0.4  # under a limit that the lowest clock exceeds, firmware skips cycles: clocks in effect down to this share of it
+)
 TYPICAL_BYTES = 16e9  # weights of a model whose sizes are unknown
-GRAPH_TOKENS = 512  # vLLM captures CUDA graphs for steps up to so many tokens; larger ones are launched kernel by kernel
+GRAPH_TOKENS = (
+    512  # vLLM captures CUDA graphs for steps up to so many tokens; larger ones are launched kernel by kernel
+)
 SHARP = 8.0  # of the soft minima and maxima between regimes
 TILE_TOKENS = 16.0  # rows of an expert's smallest tile
 
@@ -116,7 +120,9 @@ class Work(NamedTuple):
     distinct: FloatArray  # experts of a decode step and layer; NaN: from the popularity
 
 
-def work_of(sequences: FloatArray, mix: Mix, *, context_tokens: float | None = None, distinct: float | None = None) -> Work:
+def work_of(
+    sequences: FloatArray, mix: Mix, *, context_tokens: float | None = None, distinct: float | None = None
+) -> Work:
     """Work of so many sequences of a mix, shape (batches,)."""
     n = np.asarray(sequences, float)
     like = np.ones_like(n)
@@ -248,7 +254,9 @@ class Settled(NamedTuple):
     step_s: FloatArray
 
 
-def settle(v: Values, b: Base, c: Curves, batch: NDArray[np.intp], limit_w: FloatArray, ceiling_mhz: FloatArray) -> Settled:
+def settle(
+    v: Values, b: Base, c: Curves, batch: NDArray[np.intp], limit_w: FloatArray, ceiling_mhz: FloatArray
+) -> Settled:
     """Clocks of both kinds of step under a limit and a ceiling, and what follows.
 
     A limit holds either the mean of all steps, where they alternate faster than firmware reacts, or each kind by itself,
