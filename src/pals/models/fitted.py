@@ -21,7 +21,7 @@ from pals.core.quantities import OperatingPoint, Prediction
 from pals.models.engine_facts import EngineFacts
 from pals.models.fit import Calibration, fit_rows, precision_at
 from pals.models.forecast import Estimates, Forecast
-from pals.models.hull import WIDER_PER_STEP, Hull, hull_of
+from pals.models.hull import CORNER, WIDER_BETWEEN, WIDER_PER_STEP, Hull, hull_of
 from pals.models.node_power import node_power_w
 from pals.models.observed import FREE_MHZ, OBSERVED, UNSEEN, Conditions, jacobian, told
 from pals.models.parameters import values_of
@@ -138,14 +138,17 @@ class Fitted:
         thinned[0] = np.log(duty * np.exp(here[0]) + (1.0 - duty) * idle_w)
         return thinned
 
-    def estimates(self, here: FloatArray, slopes: FloatArray, wider: FloatArray, load: Load) -> Forecast:
-        """Logarithms, their slopes and widening factors as a forecast; the load's queue is added to TTFT."""
+    def estimates(
+        self, here: FloatArray, slopes: FloatArray, wider: tuple[FloatArray, FloatArray], load: Load
+    ) -> Forecast:
+        """Logarithms, their slopes, and how much wider each point's intervals are, as a forecast; the load's queue is added to TTFT."""
         c = self.calibration
-        half = c.width[:, None] * np.hypot(_deviation(slopes, self.covariance), c.noise[:, None]) * wider
+        factor, more = wider
+        half = c.width[:, None] * np.hypot(_deviation(slopes, self.covariance), c.noise[:, None]) * factor + more
         per_j = slopes[_AT["tokens_per_s"]] - slopes[0]
         noise_j = math.hypot(c.noise[0], c.noise[_AT["tokens_per_s"]])
         half_j = max(c.width[0], c.width[_AT["tokens_per_s"]]) * np.hypot(_deviation(per_j[None], self.covariance)[0], noise_j)
-        return self.assembled(here, np.concatenate([half, half_j[None] * wider]), load)
+        return self.assembled(here, np.concatenate([half, half_j[None] * factor + more]), load)
 
     def assembled(self, here: FloatArray, half: FloatArray, load: Load) -> Forecast:
         """A forecast from logarithms and half widths of OBSERVED, UNSEEN and tokens per joule."""
@@ -185,14 +188,14 @@ class Fitted:
             found[:, mine] = jacobian(self.x, self.base, at)[list(_DESIGN)]
         return found
 
-    def _reach(self, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
-        """Factor on the half widths of each point.
+    def _reach(self, points: Sequence[OperatingPoint], load: Load) -> tuple[FloatArray, FloatArray]:
+        """Factor on the half widths of each point, and what is added to them.
 
         Raises:
             OutsideProfileError: more than one step outside.
         """
         if self.hull is None:
-            return np.full(len(points), self.wider)
+            return np.full(len(points), self.wider), np.zeros(len(points))
         context = load.context_tokens or load.mix.context_tokens
         steps = self.hull.outside(points, load.mix, launch=self.facts.launch_sequences, context_tokens=context)
         if (steps > 1.0 + 1e-9).any():
@@ -202,7 +205,8 @@ class Fitted:
                 f"{context:.0f}) lies {float(steps.max()):.1f} grid steps outside what was measured, and a profile speaks of one at most. "
                 "Nothing was predicted; measure there with `pals profile`"
             )
-        return np.asarray(self.wider * (1.0 + WIDER_PER_STEP * steps))
+        between = self.hull.between(points, launch=self.facts.launch_sequences)
+        return self.wider * (1.0 + WIDER_PER_STEP * steps) * (1.0 + WIDER_BETWEEN * between), CORNER * steps
 
     def _conditions(self, points: Sequence[OperatingPoint], load: Load) -> Conditions:
         """The points as the model takes them: sequences that the load, the engine and its cache allow."""

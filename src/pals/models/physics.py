@@ -138,9 +138,9 @@ class Steps(NamedTuple):
     starts: FloatArray  # requests that begin in a step, mean
     share: FloatArray  # of steps that prefill
     prefill: FloatArray  # tokens of a step that prefills, mean
-    large: FloatArray  # the same, 95th percentile, as a request sees it
+    large: FloatArray  # what a request sees prefilled up to its own first token, 95th percentile; it may take several steps
     full: FloatArray  # prefill tokens of a step that has room for no more
-    own: FloatArray  # the same, mean, as a request sees it: its own prompt is in there
+    own: FloatArray  # as `large`, the mean
 
 
 def steps_of(v: Values, b: Base, w: Work) -> Steps:
@@ -157,8 +157,7 @@ def steps_of(v: Values, b: Base, w: Work) -> Steps:
     large = own + 1.645 * w.prompt_tokens * np.sqrt(cv2 + others * (1.0 + cv2))
     most = b.step_tokens - np.minimum(yields, 0.5 * b.step_tokens)
     return Steps(
-        yields, starts, share, np.minimum(most, yields * w.prefill_per_output / share), np.minimum(most, large), most,
-        np.minimum(most, own),
+        yields, starts, share, np.minimum(most, yields * w.prefill_per_output / share), large, most, own,
     )  # fmt: skip
 
 
@@ -179,7 +178,7 @@ def curves(v: Values, b: Base, w: Work) -> Curves:
     s = steps_of(v, b, w)
     k = len(w.sequences)
     all_kinds = Work(*(np.concatenate([a] * 4) for a in w))
-    prefill = np.concatenate([np.zeros(k), s.prefill, s.large, s.full])
+    prefill = np.concatenate([np.zeros(k), s.prefill, np.minimum(s.large, s.full), s.full])
     seconds, watts = step(v, b, all_kinds, prefill, np.concatenate([s.yields] * 4))
     kinds_s = seconds.reshape(4, k, CLOCKS)
     return Curves._make([*kinds_s, watts[:k], watts[k : 2 * k], s])
@@ -333,9 +332,11 @@ def latencies(v: Values, w: Work, s: Steps, settled: Settled, batch: NDArray[np.
     mean_s = settled.decode_s + meets * extra_s
     steps = np.maximum(1.0, w.output_tokens[batch] - 1.0)
     deviation_s = np.sqrt(meets * (1.0 - meets) / steps) * extra_s
-    per_token = (settled.large_s - settled.prefill_s) / np.maximum(1.0, s.large[batch] - s.prefill[batch])
-    own_s = settled.prefill_s + per_token * (s.own[batch] - s.prefill[batch])
-    wide_s = (settled.large_s - own_s) / 1.645
+    full, large, own = s.full[batch], s.large[batch], s.own[batch]
+    per_token = (settled.large_s - settled.prefill_s) / np.maximum(1.0, np.minimum(large, full) - s.prefill[batch])
+    own_s = settled.prefill_s + per_token * (np.minimum(own, full) - s.prefill[batch])
+    own_s = own_s * np.maximum(1.0, own / full)
+    wide_s = np.maximum(0.0, settled.large_s * np.maximum(1.0, large / full) - own_s) / 1.645
     atoms = np.concatenate([own_s[:, None] + wide_s[:, None] * _OWN_Z + wait[:, None] for wait in (
         alone * settled.decode_s, settled.prefill_s)], axis=1)  # fmt: skip
     share = np.where(w.sequences[batch] > 1.0, meets, 0.0)[:, None]
