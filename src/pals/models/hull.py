@@ -63,9 +63,8 @@ class Hull(NamedTuple):
         if self.clock_mhz is None:
             return np.where(locked, np.inf, far)
         mhz = np.array([float(p.sm_clock_mhz or 0) for p in points])
-        below = (
-            np.maximum(0.0, self.clock_mhz.low - mhz) / self.clock_mhz.step
-        )  # above the highest lock lies the free clock
+        # above the highest lock lies the free clock, which was measured
+        below = np.maximum(0.0, self.clock_mhz.low - mhz) / self.clock_mhz.step
         return np.where(locked, np.maximum(far, below), far)
 
     def between(self, points: Sequence[OperatingPoint], *, launch: int) -> FloatArray:
@@ -73,9 +72,9 @@ class Hull(NamedTuple):
         free = self.limit_w.between(np.array([p.power_limit_w for p in points]))
         n = self.sequences.between(np.log2([float(p.active_sequences or launch) for p in points]))
         if self.clock_mhz is None:
-            return np.maximum(free, n)
+            return np.asarray(np.maximum(free, n))
         mhz = self.clock_mhz.between(np.array([float(p.sm_clock_mhz or self.clock_mhz.low) for p in points]))
-        return np.maximum(np.maximum(free, n), mhz)
+        return np.asarray(np.maximum(np.maximum(free, n), mhz))
 
 
 def hull_of(rows: Sequence[ProfileRow], mixes: Sequence[Mix]) -> Hull | None:
