@@ -22,7 +22,7 @@ from pals.runtime.journal import ADDED_LATER, Journal, JournalHeader, read_journ
 from pals.runtime.loop import GridClock, run
 from pals.runtime.replay import replay
 from pals.runtime.tick import Rig, TickRecord
-from tests.test_lever_policies import with_clocks
+from tests.profile_world import clock_profile
 from tests.worlds import Board, Clock, Engine, board_info, engine_info
 
 
@@ -35,7 +35,7 @@ def record_run(path: Path, policy: str = "pals-paper") -> list[TickRecord]:
     header = JournalHeader(
         policy=policy,
         policy_settings=settings,
-        profile_json=with_clocks().to_json(),
+        profile_json=clock_profile().to_json(),
         boards=tuple(board_info(i) for i in range(4)),
         engine=engine_info(),
         period_s=0.5,
@@ -52,7 +52,7 @@ def record_run(path: Path, policy: str = "pals-paper") -> list[TickRecord]:
 
     rig = Rig(
         meters=boards, actuators=boards, engine=engine, setter=engine,
-        controller=build_policy(policy, settings, with_clocks(), guard), guard=guard, period_s=0.5,
+        controller=build_policy(policy, settings, clock_profile(), guard), guard=guard, period_s=0.5,
     )  # fmt: skip
     run(
         rig, budget=parse_budget("0:none,10:700,25:1600"), slo=Slo(throughput_tokens_s=480.0, ttft_p95_s=1.0),

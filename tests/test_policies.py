@@ -13,11 +13,10 @@ from pals.control.pals_paper import PaperPolicy, PaperSettings, PaperState
 from pals.control.policies import build_policy
 from pals.core.errors import ConfigError
 from pals.core.quantities import Budget, Decision, OperatingPoint, Slo, TelemetrySample
-from pals.models.profile import fit
-from tests.test_profile import rows
+from tests.profile_world import model
 from tests.worlds import board_info, telemetry
 
-MODEL = fit(rows(), boards=4)
+MODEL = model()
 NO_TRIM = PaperSettings(trim_p_w=0.0, trim_i_w=0.0)
 NO_BUDGET = Budget()
 
