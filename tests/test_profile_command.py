@@ -177,7 +177,6 @@ def test_a_row_is_one_line_under_its_header_and_the_unknown_is_a_dash() -> None:
     assert "12500" in locked
 
 
-@given(error=st.one_of(st.none(), st.floats(0, 10)), left_s=st.floats(-5, 1200), rows=st.integers(0, 50))
 def test_notes_of_a_sweep_are_few_and_tell_what_was_left_out_and_how_repeats_drifted() -> None:
     notes = SweepNotes()
     drift = Drift(points=1, power=1.01, tokens_per_s=0.98, temperature_k=None)
@@ -192,6 +191,7 @@ def test_notes_of_a_sweep_are_few_and_tell_what_was_left_out_and_how_repeats_dri
     assert sum(map(len, notes.lines)) < 1000
 
 
+@given(error=st.one_of(st.none(), st.floats(0, 10)), left_s=st.floats(-5, 1200), rows=st.integers(0, 50))
 def test_progress_never_shows_less_than_no_time(error: float | None, left_s: float, rows: int) -> None:
     told = so_far(Progress(rows=rows, points=50, row=None, error=error, seconds_left=left_s, drift=None))
     minutes, seconds = told.split("at most ")[1].split(" left")[0].split(":")
