@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from pals.cli import main
 from pals.cli.main import parser
-from pals.cli.profile import keep_file, out_of, partial_of
+from pals.cli.profile import forget_if_empty, keep_file, out_of, partial_of
 from pals.cli.profile_plan import facts_of, plan_of, shape_of
-from pals.cli.profile_progress import HEADER, line_of, so_far
+from pals.cli.profile_progress import HEADER, SweepNotes, line_of, so_far
 from pals.control.guard import Guard
 from pals.core.errors import ConfigError
 from pals.core.load import Mix
@@ -28,6 +28,7 @@ from pals.engines.model_zoo import shipped_config
 from pals.models.profile import MOST_BYTES, Profile
 from pals.models.row import ProfileRow
 from pals.profiler.plan import MOST_POINTS
+from pals.profiler.repeats import Drift
 from pals.profiler.sweep import Progress
 from tests.worlds import board_info, engine_info
 
@@ -176,6 +177,20 @@ def test_a_row_is_one_line_under_its_header_and_the_unknown_is_a_dash() -> None:
     assert "12500" in locked
 
 
+def test_notes_of_a_sweep_are_few_and_tell_what_was_left_out_and_how_repeats_drifted() -> None:
+    notes = SweepNotes()
+    drift = Drift(points=1, power=1.01, tokens_per_s=0.98, temperature_k=None)
+    for i in range(9):
+        notes.take(
+            Progress(rows=i, points=50, row=None, error=None, seconds_left=1.0, drift=drift, notes=("try", f"why {i}"))
+        )
+    notes.take(Progress(rows=9, points=50, row=ROW, error=None, seconds_left=1.0, drift=drift, notes=("of a row",)))
+
+    assert notes.lines[0] == "left out: why 0"
+    assert notes.lines[-2:] == ("5 further points were left out", "1 point measured again: power +1.0%, tokens/s -2.0%")
+    assert sum(map(len, notes.lines)) < 1000
+
+
 @given(error=st.one_of(st.none(), st.floats(0, 10)), left_s=st.floats(-5, 1200), rows=st.integers(0, 50))
 def test_progress_never_shows_less_than_no_time(error: float | None, left_s: float, rows: int) -> None:
     told = so_far(Progress(rows=rows, points=50, row=None, error=error, seconds_left=left_s, drift=None))
@@ -241,6 +256,15 @@ def test_too_short_a_budget_keeps_what_was_measured(tmp_path: Path, capsys: pyte
     assert not out.exists()
     assert (tmp_path / "p.partial.jsonl").exists()
     assert main([*SIMULATED, "--out", str(out), "--minutes", "6", "--points", "9"]) == 0
+
+
+def test_a_file_of_no_rows_is_forgotten_one_with_rows_is_kept(tmp_path: Path) -> None:
+    kept = tmp_path / "p.partial.jsonl"
+    forget_if_empty(kept)
+    for text, left in (('{"format": "pals-sweep/2"}\n', False), ('{"format": "pals-sweep/2"}\n{"mix": 0}\n', True)):
+        kept.write_text(text)
+        forget_if_empty(kept)
+        assert kept.exists() == left
 
 
 def test_a_file_that_is_replaced_is_never_half_written(tmp_path: Path) -> None:

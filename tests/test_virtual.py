@@ -203,10 +203,11 @@ def test_an_idle_engine_takes_no_steps_and_its_clock_jumps(olmoe: Path) -> None:
     with node(olmoe) as live:
         grid: GridClock = live.grid_clock(threading.Event())
         results: list[RequestResult] = []
-        live.clock.call_at(
-            3600.0,
-            lambda: live.engine.send(RequestSpec(at_s=0, prompt_tokens=5, output_tokens=2), [9] * 5, results.append),
-        )
+
+        def arrive() -> None:
+            live.engine.send(RequestSpec(at_s=0, prompt_tokens=5, output_tokens=2), [9] * 5, results.append)
+
+        live.clock.call_at(3600.0, arrive)
         assert not grid.wait(3599.0)
         assert live.channel.read().steps == 0
         assert not grid.wait(10.0)

@@ -140,6 +140,7 @@ def measure_target(args: argparse.Namespace, target: Target) -> int:
         raise ConfigError(f"{e}. What the newest failed request was told: {target.load.last_error}") from e
     finally:
         target.channel.release()
+        forget_if_empty(partial_of(out))
     source = "emulated" if target.emulated else "measured"
     made = profile_of(args, rows, plan.mixes, facts, fingerprint=fingerprint, source=source, notes=notes.lines)
     finish(out, made)
@@ -201,6 +202,12 @@ def out_of(path: str) -> Path:
 def partial_of(out: Path) -> Path:
     """Where the rows are kept until the profile is written."""
     return out.with_suffix(".partial.jsonl")
+
+
+def forget_if_empty(kept: Path) -> None:
+    """Remove a file of rows that holds none: it would only refuse the next sweep, were that another one."""
+    if kept.exists() and len(kept.read_text(encoding="utf-8").splitlines()) <= 1:
+        kept.unlink()
 
 
 def keep_file(out: Path, text: str) -> None:

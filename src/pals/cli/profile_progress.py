@@ -83,7 +83,7 @@ class SweepNotes:
 def drift_told(drift: Drift) -> str:
     """What points measured again say, in one sentence."""
     warmer = "" if drift.temperature_k is None else f", {drift.temperature_k:+.1f} K"
-    return f"{drift.points} points measured again: power {drift.power - 1:+.1%}, tokens/s {drift.tokens_per_s - 1:+.1%}{warmer}"
+    return f"{drift.points} point{'s' * (drift.points > 1)} measured again: power {drift.power - 1:+.1%}, tokens/s {drift.tokens_per_s - 1:+.1%}{warmer}"
 
 
 def quality_told(quality: Mapping[str, tuple[float, float]]) -> str:

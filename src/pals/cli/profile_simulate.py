@@ -10,7 +10,7 @@ import numpy as np
 
 from pals.cli.agent import stopping
 from pals.cli.main import say
-from pals.cli.profile import EXIT_INTERRUPTED, finish, out_of, partial_of, profile_of
+from pals.cli.profile import EXIT_INTERRUPTED, finish, forget_if_empty, out_of, partial_of, profile_of
 from pals.cli.profile_plan import plan_of
 from pals.cli.profile_progress import SweepNotes, showing
 from pals.cli.simulate import engine_of
@@ -39,6 +39,8 @@ def simulate(args: argparse.Namespace) -> int:
     except Interrupted:
         say(f"interrupted: the rows in {kept} are kept; run the same command to go on")
         return EXIT_INTERRUPTED
+    finally:
+        forget_if_empty(kept)
     say(f"{swept.event_s:.0f} s of the engine's time in {time.monotonic() - began_s:.1f} s")
     fingerprint = fingerprint_of(sim.engine, [m.info for m in node.rig.meters])
     made = profile_of(
