@@ -112,10 +112,14 @@ def add_show(kinds: Any) -> None:
     )
     p.add_argument("file", metavar="FILE", help="the profile")
     p.add_argument("--json", action="store_true", help="the same facts for tools; units are in the names")
-    p.add_argument("--mix", metavar="NAME", help="one of the profile's mixes only (default: all; the figure: the first)")
+    p.add_argument(
+        "--mix", metavar="NAME", help="one of the profile's mixes only (default: all; the figure: the first)"
+    )
     p.add_argument("--prompt-tokens", type=float, metavar="N", help="predict for another load: mean prompt ...")
     p.add_argument("--output-tokens", type=float, metavar="N", help="... and mean output")
-    p.add_argument("--point", metavar="W,MHZ,N", help="predict one point in full, as 400W,1200MHz,32; parts may be left out")
+    p.add_argument(
+        "--point", metavar="W,MHZ,N", help="predict one point in full, as 400W,1200MHz,32; parts may be left out"
+    )
     p.add_argument("--node", action="store_true", help="best points by the node's energy instead of the boards'")
     p.add_argument("--figure", metavar="FILE", help="draw it, as .png, .pdf or .svg")
     p.set_defaults(function=_show)

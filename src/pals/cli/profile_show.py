@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import os
@@ -23,7 +22,7 @@ from pals.models.engine_facts import EngineFacts
 from pals.models.profile import Profile
 from pals.runtime.agent import load_profile
 from pals.views.profile_facts import ProfileFacts, facts_of
-from pals.views.profile_text import print_profile
+from pals.views.profile_text import plain_text, print_profile
 
 FORMAT = "pals-profile-show/1"
 FILE_WIDTH = 120  # columns, where nobody looks: in a pipe or a file
@@ -47,9 +46,7 @@ def show(args: argparse.Namespace) -> int:
     mixes = mixes_of(args, profile)
     figure = figure_of(args.figure)
     point = None if args.point is None else point_of(args.point, profile.facts)
-    facts = facts_of(
-        profile, file=str(path), size=path.stat().st_size, mixes=mixes, node=args.node, point=point
-    )
+    facts = facts_of(profile, file=str(path), size=path.stat().st_size, mixes=mixes, node=args.node, point=point)
     if args.json:
         print(as_json(facts))
     else:
@@ -70,10 +67,7 @@ def print_text(facts: ProfileFacts) -> None:
         print_profile(facts, Console(highlight=False, markup=False, emoji=False))
         return
     given = os.environ.get("COLUMNS", "")
-    width = int(given) if given.isdigit() and int(given) > 0 else FILE_WIDTH
-    lines = io.StringIO()
-    print_profile(facts, Console(file=lines, highlight=False, markup=False, emoji=False, color_system=None, width=width))
-    print("\n".join(line.rstrip() for line in lines.getvalue().splitlines()))
+    print(plain_text(facts, width=int(given) if given.isdigit() and int(given) > 0 else FILE_WIDTH))
 
 
 def read_profile(path: Path) -> Profile:
@@ -84,9 +78,13 @@ def read_profile(path: Path) -> Profile:
     """
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name a profile's file. Nothing was shown")
-    if path.exists() and not path.is_file():
+    if not path.exists():
+        raise ConfigError(
+            f"there is no file {path}; make a profile with `pals profile --out {path}`. Nothing was shown"
+        )
+    if not path.is_file():
         raise ConfigError(f"{path} is no regular file; name a profile's file. Nothing was shown")
-    if path.is_file() and path.stat().st_size > MOST_BYTES:
+    if path.stat().st_size > MOST_BYTES:
         raise ConfigError(f"{path} has {path.stat().st_size >> 20} MiB, a profile 8 KiB: it is none. Nothing was shown")
     try:
         return load_profile(path)
@@ -106,7 +104,9 @@ def mixes_of(args: argparse.Namespace, profile: Profile) -> tuple[Mix, ...]:
             return profile.mixes
         if chosen := tuple(m for m in profile.mixes if m.name == args.mix):
             return chosen
-        raise ConfigError(f"--mix {args.mix}: this profile has {', '.join(m.name for m in profile.mixes)}. Nothing was shown")
+        raise ConfigError(
+            f"--mix {args.mix}: this profile has {', '.join(m.name for m in profile.mixes)}. Nothing was shown"
+        )
     if args.mix is not None or None in lengths:
         raise ConfigError("another load needs --prompt-tokens and --output-tokens, and no --mix. Nothing was shown")
     if not all(1 <= n < math.inf for n in lengths):
@@ -151,7 +151,9 @@ def point_of(text: str, facts: EngineFacts) -> OperatingPoint:
         _inside(text, clock_mhz, (facts.min_sm_clock_mhz, facts.max_sm_clock_mhz), "MHz")
     _inside(text, sequences, (1, facts.launch_sequences), "active sequences")
     return OperatingPoint(
-        power_limit_w=limit_w, sm_clock_mhz=None if clock_mhz is None else round(clock_mhz), active_sequences=int(sequences)
+        power_limit_w=limit_w,
+        sm_clock_mhz=None if clock_mhz is None else round(clock_mhz),
+        active_sequences=int(sequences),
     )
 
 
@@ -169,7 +171,9 @@ def _part(part: str, text: str) -> tuple[str, float]:
         return "clock", value * _MEGAHERTZ[unit]
     if unit == "" and value.is_integer():
         return "number of sequences", value
-    raise ConfigError(f"--point {text}: {part!r} has no unit of W, kW, MHz or GHz, nor is it a whole number. {_POINT_HELP}")
+    raise ConfigError(
+        f"--point {text}: {part!r} has no unit of W, kW, MHz or GHz, nor is it a whole number. {_POINT_HELP}"
+    )
 
 
 def _inside(text: str, value: float, allowed: tuple[float, float], unit: str) -> None:

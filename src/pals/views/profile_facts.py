@@ -63,7 +63,6 @@ class DrawFacts:
     limit_binds: Binds
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityFacts:
     """How far a quantity may be trusted; errors are mean absolute, relative; None: rows cannot measure it."""
@@ -145,13 +144,13 @@ def facts_of(
         point: None: no single point was asked for.
 
     Raises:
-        ConfigError: a mix, or the point, lies further outside what was measured than may be told.
+        ConfigError: no row, or every mix, or the point, lies further outside what was measured than may be told.
     """
     model, rows = profile.model(), profile.rows
     if not rows:
         raise ConfigError(f"{file} holds no measured row; let `pals profile` finish. Nothing was shown")
     told, outside = _predictable(model, mixes)
-    if not told or (point is not None and outside):
+    if not told:
         raise ConfigError(f"{file}: {outside[0]}")
     return ProfileFacts(
         file=file, bytes=size, source=profile.source, made_at=profile.made_at, command=profile.command,
@@ -221,10 +220,13 @@ def draws_of(model: Fitted, mix: Mix) -> list[DrawFacts]:
         natural, drawn = estimate(f.natural_draw_w, i, over=boards), estimate(f.power_w, i, over=boards)
         found.append(
             DrawFacts(
-                mix=mix.name, active_sequences=n, natural_draw_per_board_w=natural,
-                power_per_board_w=drawn, sm_clock_mhz=estimate(f.sm_clock_mhz, i),
+                mix=mix.name,
+                active_sequences=n,
+                natural_draw_per_board_w=natural,
+                power_per_board_w=drawn,
+                sm_clock_mhz=estimate(f.sm_clock_mhz, i),
                 limit_binds=_binds(natural, drawn, limit_w),
-            )  # fmt: skip
+            )
         )
     return found
 
@@ -267,13 +269,15 @@ def best_points(model: Fitted, mix: Mix, *, node: bool, shares: Sequence[float] 
         i = int(np.argmax(np.where(keeps, per_j.value, -np.inf))) if keeps.any() else None
         found.append(
             BestPoint(
-                mix=mix.name, load_ratio=share, target_tokens_per_s=share * largest,
+                mix=mix.name,
+                load_ratio=share,
+                target_tokens_per_s=share * largest,
                 largest_pessimistic_tokens_per_s=float(sure.max()),
                 best=None if i is None else _told(model, points[i], mix, f, i),
                 reference=_told(model, reference, mix, there, 0),
                 tokens_per_j=None if i is None else estimate(per_j, i),
                 saved_energy_ratio=None if i is None else 1.0 - float(was.value[0] / per_j.value[i]),
-            )  # fmt: skip
+            )
         )
     return found
 

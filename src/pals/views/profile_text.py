@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -47,7 +48,9 @@ def print_profile(facts: ProfileFacts, console: Console) -> None:
         _section(console, _point_title(point), _point_table(point))
     _section(console, "Boards: natural draw, without a clock lock", _draw_table(facts.draws, wide=wide))
     console.print(_draw_note(facts), style="dim")
-    _section(console, "Quality: mean error of measured rows, and half width of 90 % intervals", _quality_table(facts.quality))
+    _section(
+        console, "Quality: mean error of measured rows, and half width of 90 % intervals", _quality_table(facts.quality)
+    )
     for name in dict.fromkeys(b.mix for b in facts.best_points):
         mine = [b for b in facts.best_points if b.mix == name]
         _section(console, _best_title(facts, name), _best_table(mine, facts.energy_of, wide=wide))
@@ -55,6 +58,15 @@ def print_profile(facts: ProfileFacts, console: Console) -> None:
     _section(console, "Parameters", _parameter_table(facts.parameters, wide=wide))
     console.print(_parameter_note(facts.parameters), style="dim")
     _print_notes(facts, console)
+
+
+def plain_text(facts: ProfileFacts, *, width: int) -> str:
+    """The same for a file: no colours, no blanks at the ends of lines."""
+    lines = io.StringIO()
+    print_profile(
+        facts, Console(file=lines, highlight=False, markup=False, emoji=False, color_system=None, width=width)
+    )
+    return "\n".join(line.rstrip() for line in lines.getvalue().splitlines())
 
 
 def _section(console: Console, title: str, table: Table) -> None:
@@ -126,7 +138,14 @@ def _mix_words(facts: ProfileFacts, i: int) -> str:
 
 def _draw_table(draws: Sequence[DrawFacts], *, wide: bool) -> Table:
     limit = "at the found limit"
-    head = ["mix", "active\nsequences", "natural draw\nW per board", "limit\nbinds", f"power {limit}\nW per board", "SM clock there\nMHz"]
+    head = [
+        "mix",
+        "active\nsequences",
+        "natural draw\nW per board",
+        "limit\nbinds",
+        f"power {limit}\nW per board",
+        "SM clock there\nMHz",
+    ]
     table = _table(*(head if wide else [h.replace(f" {limit}", "").replace(" there", "") for h in head]), left=(0, 3))
     before = None
     for d in draws:
@@ -147,7 +166,9 @@ def _draw_note(facts: ProfileFacts) -> str:
 
 
 def _quality_table(quality: Sequence[QualityFacts]) -> Table:
-    table = _table("quantity", "error\nfitted rows", "error\nrows left out", "half width\nmedian", "half width\nlargest")
+    table = _table(
+        "quantity", "error\nfitted rows", "error\nrows left out", "half width\nmedian", "half width\nlargest"
+    )
     for q in quality:
         errors = [_share(e) for e in (q.error_in_sample_ratio, q.error_left_out_ratio)]
         bad = (q.error_left_out_ratio or 0.0) > WEAK_ERROR or q.half_width_median_ratio > WEAK_WIDTH
@@ -158,9 +179,7 @@ def _quality_table(quality: Sequence[QualityFacts]) -> Table:
 
 def _best_title(facts: ProfileFacts, mix: str) -> str:
     m = next(m for m in facts.mixes if m.name == mix)
-    return (
-        f"Best point per load, by tokens/J of the {facts.energy_of}: {mix}, {m.prompt_tokens:.0f} in, {m.output_tokens:.0f} out"
-    )
+    return f"Best point per load, by tokens/J of the {facts.energy_of}: {mix}, {m.prompt_tokens:.0f} in, {m.output_tokens:.0f} out"
 
 
 def _best_table(best: Sequence[BestPoint], energy_of: str, *, wide: bool) -> Table:
@@ -219,7 +238,9 @@ def _parameter_note(parameters: Sequence[ParameterFacts]) -> str:
     far = sum(p.far for p in parameters)
     near = [p for p in parameters if p.name.startswith("correction") and not p.far]
     told = ", ".join(f"{p.name.removeprefix('correction_')}: {p.value:+.1%}" for p in near)
-    words = [f"Corrections of the kernels' time by tokens of a step (prior ±{CORRECTION_SD:.0%}): {told}."] if near else []
+    words = (
+        [f"Corrections of the kernels' time by tokens of a step (prior ±{CORRECTION_SD:.0%}): {told}."] if near else []
+    )
     words.append("Prior: a standard deviation to each side. Learnt: how much of it the rows took away.")
     if far:
         words.append(
