@@ -31,9 +31,10 @@ from pals.models.observed import FIRST_NOISE, OBSERVED
 from pals.models.parameters import NAMES, values_by_name
 from pals.models.profile import Profile
 from pals.models.row import ProfileRow
-from pals.views.profile_facts import ProfileFacts, best_points, draws_of, facts_of, number, tokens_per_j
+from pals.views.profile_facts import ProfileFacts, facts_of
 from pals.views.profile_figure import draw_profile, pareto, round_levels
 from pals.views.profile_parameters import FAR_SDS, parameters_of
+from pals.views.profile_points import best_points, known_of, number, tokens_per_j
 from pals.views.profile_text import QUANTITY_WORDS, plain_text
 
 CHAT = Mix(name="chat", prompt_tokens=1200, output_tokens=225)
@@ -148,7 +149,7 @@ def test_the_best_point_surely_keeps_the_target_and_no_other_that_does_is_better
     f = model.forecast(model.points, Load(mix=mix))
     per_j = tokens_per_j(f, node=node)
 
-    found = best_points(model, mix, node=node)
+    found = best_points(known_of(model, mix), node=node)
     assert [b.load_ratio for b in found] == [0.25, 0.5, 0.75, 0.95]
     for b in found:
         keeps = f.tokens_per_s.low >= b.target_tokens_per_s
@@ -165,7 +166,8 @@ def test_the_best_point_surely_keeps_the_target_and_no_other_that_does_is_better
 @pytest.mark.parametrize("mix", [CHAT, DECODE])
 def test_counting_the_node_never_asks_for_a_slower_point(mix: Mix) -> None:
     model = fitted()
-    for boards, node in zip(*(best_points(model, mix, node=n) for n in (False, True)), strict=True):
+    known = known_of(model, mix)
+    for boards, node in zip(*(best_points(known, node=n) for n in (False, True)), strict=True):
         if boards.best is not None and node.best is not None:
             assert node.best.predicted["tokens_per_s"].value >= boards.best.predicted["tokens_per_s"].value
     f = model.forecast(model.points, Load(mix=mix))
@@ -176,7 +178,9 @@ def test_counting_the_node_never_asks_for_a_slower_point(mix: Mix) -> None:
 
 
 def test_a_limit_binds_where_the_natural_draw_is_surely_above_it() -> None:
-    for d in [d for mix in (CHAT, DECODE) for d in draws_of(fitted(tensor=2.0), mix)]:
+    hungry = replace(profile(), parameters=values_by_name(fitted(tensor=3.0, busy=2.0).x))
+    assert {d.limit_binds for d in told(hungry).draws} >= {"yes", "prefill steps"}
+    for d in told(hungry).draws:
         natural = d.natural_draw_per_board_w
         assert (d.limit_binds == "yes") == (natural.low > 700.0)
         if d.limit_binds == "no":
@@ -184,7 +188,8 @@ def test_a_limit_binds_where_the_natural_draw_is_surely_above_it() -> None:
             assert d.power_per_board_w.value == pytest.approx(natural.value, rel=0.011)
         if d.limit_binds == "prefill steps":
             assert d.power_per_board_w.value < natural.value
-    assert {d.limit_binds for d in draws_of(fitted(tensor=-2.0, busy=-2.0), DECODE)} == {"no"}
+    modest = replace(profile(), parameters=values_by_name(fitted(tensor=-2.0, busy=-2.0).x))
+    assert {d.limit_binds for d in told(modest).draws if d.mix == "decode"} == {"no"}
 
 
 def test_parameters_far_from_their_priors_are_flagged() -> None:
@@ -391,10 +396,7 @@ def test_no_point_beats_the_front_in_both(points: list[tuple[float, float]]) -> 
 
 @given(low=st.floats(1e-3, 1e4), times=st.floats(1.0, 1e4))
 def test_contours_rise_and_are_at_least_one(low: float, times: float) -> None:
-    levels = round_levels(low, low * times)
-
-    assert levels
-    assert levels == sorted(set(levels))
+    assert (levels := round_levels(low, low * times)) == sorted(set(levels)) != []
 
 
 @given(st.floats(1e-3, 1e6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from pals.models.observed import OBSERVED, conditions_of, observations_of, told
 from pals.models.parameters import values_of
 from pals.models.profile import Profile
 from pals.views.figure import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE
-from pals.views.profile_facts import best_points, number, reference_of, tokens_per_j
+from pals.views.profile_points import BestPoint, best_points, known_of, number, tokens_per_j
 from pals.views.profile_text import QUANTITY_WORDS, SOURCES, printable
 
 FloatArray = NDArray[np.float64]
@@ -29,6 +30,9 @@ RESIDUALS = ("power_w", "tokens_per_s", "step_s", "tpot_p95_s", "ttft_p95_s", "s
 MARKS = ("o", "s", "^", "D")
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 SMALL = 9
+CROSSES: dict[str, Any] = {
+    "color": BLACK, "marker": "x", "linestyle": "none", "markersize": 7, "label": "measured rows",
+}  # fmt: skip
 
 
 class Pictured(NamedTuple):
@@ -111,54 +115,14 @@ def _span(it: Pictured) -> _Span:
 
 def _frontier(figure: Any, axes: Any, it: Pictured) -> None:
     span, front = _span(it), list[tuple[float, float]]()
-    top_w = float(span.limits_w[-1])
     colours: Any = None
     for n in span.sequences:
-        x, y = _line(it, [OperatingPoint(power_limit_w=w, active_sequences=n) for w in span.limits_w.tolist()])
-        axes.plot(x, y, color="#bbbbbb", linewidth=1.0, zorder=1)
-        colours = axes.scatter(x, y, c=span.limits_w, cmap=_shades("viridis_r", 0.1, 1.0), s=16, zorder=3, linewidths=0)
-        drawn = list(zip(x, y, strict=True))
-        if len(span.locks_mhz):
-            at = [
-                OperatingPoint(power_limit_w=top_w, sm_clock_mhz=round(m), active_sequences=n)
-                for m in span.locks_mhz.tolist()
-            ]
-            x, y = _line(it, at)
-            axes.plot(
-                x,
-                y,
-                color=ORANGE,
-                linewidth=0.9,
-                marker="d",
-                markersize=3.0,
-                zorder=2,
-                label=f"clock locks at {top_w:.0f} W" if n == span.sequences[0] else None,
-            )
-            drawn += zip(x, y, strict=True)
-        axes.annotate(
-            f"{n}",
-            min(drawn),
-            xytext=(-7, 0),
-            textcoords="offset points",
-            fontsize=SMALL,
-            color=GREY,
-            ha="right",
-            va="center",
-        )
+        drawn, colours = _batch(axes, it, span, n)
         front += drawn
-    best = pareto(front)
-    axes.plot(*zip(*best, strict=True), color=BLACK, linewidth=1.8, zorder=4, label="Pareto front")
+    axes.plot(*zip(*pareto(front), strict=True), color=BLACK, linewidth=1.8, zorder=4, label="Pareto front")
     if it.rows and not it.node:
         seen = [(r.tokens_per_s, r.tokens_per_s / r.power_w) for r in it.rows]
-        axes.plot(
-            *zip(*seen, strict=True),
-            color=BLACK,
-            marker="x",
-            linestyle="none",
-            markersize=7,
-            zorder=5,
-            label="measured rows",
-        )
+        axes.plot(*zip(*seen, strict=True), **CROSSES, zorder=5)
     bar = figure.colorbar(colours, ax=axes, pad=0.01, aspect=40)
     bar.set_label("power limit, W per board (no lock)", fontsize=SMALL)
     bar.outline.set_visible(False)
@@ -167,6 +131,23 @@ def _frontier(figure: Any, axes: Any, it: Pictured) -> None:
     axes.set_ylim(bottom=0)
     _house(axes, "Frontier; numbers: active sequences")
     axes.legend(frameon=False, fontsize=SMALL, loc="upper left")
+
+
+def _batch(axes: Any, it: Pictured, span: _Span, n: int) -> tuple[list[tuple[float, float]], Any]:
+    """One batch under all limits and locks: what was drawn, and the coloured dots."""
+    x, y = _line(it, [OperatingPoint(power_limit_w=w, active_sequences=n) for w in span.limits_w.tolist()])
+    axes.plot(x, y, color="#bbbbbb", linewidth=1.0, zorder=1)
+    dots = axes.scatter(x, y, c=span.limits_w, cmap=_shades("viridis_r", 0.1, 1.0), s=16, zorder=3, linewidths=0)
+    drawn = list(zip(x, y, strict=True))
+    if len(span.locks_mhz):
+        top = OperatingPoint(power_limit_w=float(span.limits_w[-1]), active_sequences=n)
+        x, y = _line(it, [replace(top, sm_clock_mhz=round(mhz)) for mhz in span.locks_mhz.tolist()])
+        label = f"clock locks at {top.power_limit_w:.0f} W" if n == span.sequences[0] else None
+        axes.plot(x, y, color=ORANGE, linewidth=0.9, marker="d", markersize=3.0, zorder=2, label=label)
+        drawn += zip(x, y, strict=True)
+    beside = {"xytext": (-7, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+    axes.annotate(f"{n}", min(drawn), fontsize=SMALL, color=GREY, **beside)
+    return drawn, dots
 
 
 def _line(it: Pictured, points: Sequence[OperatingPoint]) -> tuple[list[float], list[float]]:
@@ -203,8 +184,7 @@ def _iso_latency(axes: Any, it: Pictured) -> None:
         axes.plot(levels, natural_w, color=GREY, linestyle="--", linewidth=1.5, label="natural draw")
     rows = [r for r in it.rows if r.sm_clock_lock_mhz is None]
     if rows:
-        axes.plot([r.active_sequences for r in rows], [r.power_limit_w for r in rows], color=BLACK, marker="x", linestyle="none",
-                  markersize=7, label="measured rows", clip_on=False)  # fmt: skip
+        axes.plot([r.active_sequences for r in rows], [r.power_limit_w for r in rows], **CROSSES, clip_on=False)
     axes.set_xscale("log", base=2)
     axes.set_xlim(low / 1.08, 1.08 * high)
     axes.xaxis.set_major_formatter(lambda n, _: f"{n:.0f}")
@@ -225,54 +205,47 @@ def round_levels(low: float, high: float) -> list[float]:
 
 
 def _best(figure: Any, cells: Any, it: Pictured) -> None:
-    found = best_points(it.model, it.mix, node=it.node, shares=LOADS)
-    load = [100 * b.load_ratio for b in found]
-    ref = reference_of(it.model)
-    was = tokens_per_j(it.model.forecast([ref], Load(mix=it.mix)), node=it.node).value[0]
-    per_j = [
-        [np.nan] * 3 if b.tokens_per_j is None else [b.tokens_per_j.value, b.tokens_per_j.low, b.tokens_per_j.high]
-        for b in found
-    ]
-    value, low, high = np.array(per_j).T
-    points = [b.best for b in found]
-    clocks = [np.nan if p is None else p.predicted["sm_clock_mhz"].value for p in points]
-    locked = [np.nan if p is None or p.sm_clock_lock_mhz is None else p.sm_clock_lock_mhz for p in points]
+    known = known_of(it.model, it.mix)
+    found = best_points(known, node=it.node, shares=LOADS)
+    was = float(tokens_per_j(known.reference, node=it.node).value[0])
+    load, nan = [100 * b.load_ratio for b in found], float("nan")
     axes = [figure.add_subplot(cells[i]) for i in range(4)]
-    for a in axes[1:]:
-        a.sharex(axes[0])
-    axes[0].plot(load, value, color=GREEN, linewidth=1.8)
-    axes[0].fill_between(load, low, high, color=GREEN, alpha=0.18, linewidth=0)
-    axes[0].axhline(was, color=GREY, linestyle="--", linewidth=1.3, label="found limit, launch batch")
-    axes[0].legend(frameon=False, fontsize=SMALL, loc="lower left")
-    axes[1].step(
-        load, [np.nan if p is None else p.power_limit_w for p in points], where="mid", color=ORANGE, linewidth=1.8
-    )
+    _gain(axes[0], load, found, was)
+    levers = [(nan, nan, nan, nan) if b.best is None else (
+        b.best.power_limit_w, b.best.predicted["sm_clock_mhz"].value, b.best.sm_clock_lock_mhz or nan, b.best.active_sequences,
+    ) for b in found]  # fmt: skip
+    limits, clocks, locks, sequences = zip(*levers, strict=True)
+    axes[1].step(load, limits, where="mid", color=ORANGE, linewidth=1.8)
     axes[2].step(load, clocks, where="mid", color=BLUE, linewidth=1.8, label="predicted")
-    axes[2].plot(load, locked, color=BLUE, marker="o", markersize=4, linestyle="none", label="locked")
+    axes[2].plot(load, locks, color=BLUE, marker="o", markersize=4, linestyle="none", label="locked")
     axes[2].legend(frameon=False, fontsize=SMALL, loc="lower right", ncols=2)
-    axes[3].step(
-        load, [np.nan if p is None else p.active_sequences for p in points], where="mid", color=PURPLE, linewidth=1.8
-    )
-    missing = [x for x, p in zip(load, points, strict=True) if p is None]
-    tops = (None, it.model.facts.max_limit_w, it.model.facts.max_sm_clock_mhz, it.model.facts.launch_sequences)
-    for a, label, top in zip(
-        axes,
-        (f"tokens/J\n{'node' if it.node else 'boards'}", "limit\nW", "SM clock\nMHz", "active\nsequences"),
-        tops,
-        strict=True,
-    ):
+    axes[3].step(load, sequences, where="mid", color=PURPLE, linewidth=1.8)
+    facts, missing = it.model.facts, [x for x, b in zip(load, found, strict=True) if b.best is None]
+    tops = (None, facts.max_limit_w, facts.max_sm_clock_mhz, facts.launch_sequences)
+    words = (f"tokens/J\n{'node' if it.node else 'boards'}", "limit\nW", "SM clock\nMHz", "active\nsequences")
+    for a, label, top in zip(axes, words, tops, strict=True):
         a.set_ylabel(label, fontsize=SMALL)
-        a.set_ylim(0, 1.12 * (top if top is not None else np.nanmax([was, *high])))
+        a.set_ylim(0, None if top is None else 1.12 * top)
+        a.set_xlim(2.5, 102.5)
         a.tick_params(labelbottom=a is axes[3], labelsize=SMALL)
         if missing:
             a.axvspan(min(missing) - 2.5, 102.5, color="#eeeeee", linewidth=0, zorder=0)
         _house(a)
-    axes[0].set_title(
-        f"Best point per load{'; grey: no point surely keeps it' if missing else ''}", fontsize=12.5, loc="left"
-    )
-    axes[3].set_xlim(2.5, 102.5)
+    title = f"Best point per load{'; grey: no point surely keeps it' if missing else ''}"
+    axes[0].set_title(title, fontsize=12.5, loc="left")
     axes[3].set_xlabel("load, % of the largest throughput")
     figure.align_ylabels(axes)
+
+
+def _gain(axes: Any, load: Sequence[float], found: Sequence[BestPoint], was: float) -> None:
+    """Tokens per joule with their interval, and the reference's."""
+    nan = float("nan")
+    ends = [(nan, nan, nan) if (e := b.tokens_per_j) is None else (e.value, e.low, e.high) for b in found]
+    value, low, high = zip(*ends, strict=True)
+    axes.plot(load, value, color=GREEN, linewidth=1.8)
+    axes.fill_between(load, low, high, color=GREEN, alpha=0.18, linewidth=0)
+    axes.axhline(was, color=GREY, linestyle="--", linewidth=1.3, label="found limit, launch batch")
+    axes.legend(frameon=False, fontsize=SMALL, loc="lower left")
 
 
 def _residuals(figure: Any, model: Fitted) -> None:

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from pals.core.quantities import Fingerprint
 from pals.models.parameters import CORRECTION_SD
-from pals.views.profile_facts import BestPoint, DrawFacts, Estimate, PointFacts, ProfileFacts, QualityFacts, number
+from pals.views.profile_facts import DrawFacts, ProfileFacts, QualityFacts
 from pals.views.profile_parameters import FAR_SDS, ParameterFacts
+from pals.views.profile_points import BestPoint, Estimate, PointFacts, number
 
 INDENT = (0, 0, 0, 2)
 WEAK_ERROR, WEAK_WIDTH = 0.15, 0.5  # beyond which a quantity is told apart
@@ -205,7 +206,7 @@ def _best_table(best: Sequence[BestPoint], energy_of: str, *, wide: bool) -> Tab
 
 
 def _best_note(facts: ProfileFacts) -> str:
-    first = facts.best_points[0].reference
+    first = facts.references[0]
     none = [b for b in facts.best_points if b.best is None]
     words = (
         "Load: share of the largest predicted throughput, kept by the lower end of the interval. The engine has enough work of the mix; "
