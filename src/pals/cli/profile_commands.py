@@ -102,8 +102,31 @@ def add_simulate(kinds: Any) -> None:
     p.set_defaults(function=_simulate)
 
 
+def add_show(kinds: Any) -> None:
+    """`pals profile show`."""
+    p = kinds.add_parser(
+        "show",
+        help="print a profile for people, or draw it",
+        description="Print what a profile was measured on, how good it is, and what it advises. Needs no engine and no board.",
+        allow_abbrev=False,
+    )
+    p.add_argument("file", metavar="FILE", help="the profile")
+    p.add_argument("--json", action="store_true", help="the same facts for tools; units are in the names")
+    p.add_argument(
+        "--mix", metavar="NAME", help="one of the profile's mixes only (default: all; the figure: the first)"
+    )
+    p.add_argument("--prompt-tokens", type=float, metavar="N", help="predict for another load: mean prompt ...")
+    p.add_argument("--output-tokens", type=float, metavar="N", help="... and mean output")
+    p.add_argument(
+        "--point", metavar="W,MHZ,N", help="predict one point in full, as 400W,1200MHz,32; parts may be left out"
+    )
+    p.add_argument("--node", action="store_true", help="best points by the node's energy instead of the boards'")
+    p.add_argument("--figure", metavar="FILE", help="draw it, as .png, .pdf or .svg")
+    p.set_defaults(function=_show)
+
+
 #: What `pals profile` does besides measuring a running engine; each adds its parser and names its function.
-KINDS: tuple[Callable[[Any], None], ...] = (add_simulate,)
+KINDS: tuple[Callable[[Any], None], ...] = (add_simulate, add_show)
 
 
 def _measure(args: argparse.Namespace) -> int:
@@ -118,3 +141,11 @@ def _simulate(args: argparse.Namespace) -> int:
     from pals.cli.profile_simulate import simulate
 
     return simulate(args)
+
+
+def _show(args: argparse.Namespace) -> int:
+    if args.figure is not None:
+        require("matplotlib")
+    from pals.cli.profile_show import show
+
+    return show(args)
