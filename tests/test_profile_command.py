@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +18,14 @@ from hypothesis import strategies as st
 
 from pals.cli import main
 from pals.cli.main import parser
-from pals.cli.profile import out_of, partial_of
+from pals.cli.profile import keep_file, out_of, partial_of
 from pals.cli.profile_plan import facts_of, plan_of, shape_of
 from pals.cli.profile_progress import HEADER, line_of, so_far
 from pals.control.guard import Guard
 from pals.core.errors import ConfigError
 from pals.core.load import Mix
 from pals.engines.model_zoo import shipped_config
+from pals.models.profile import MOST_BYTES, Profile
 from pals.models.row import ProfileRow
 from pals.profiler.plan import MOST_POINTS
 from pals.profiler.sweep import Progress
@@ -83,7 +88,7 @@ def test_candidates_are_those_given() -> None:
         (["--clocks", "100"], "210..1410 MHz"),
         (["--clocks", "fast"], "numbers separated by commas"),
         (["--points", "51"], "1 to 50 points"),
-        (["--points", "0"], "1 to 50 points"),
+        (["--points", "7"], "a profile needs 8"),
         (["--minutes", "20"], "between 0 and 20"),
         (["--minutes", "nan"], "between 0 and 20"),
         (["--minutes", "0"], "between 0 and 20"),
@@ -179,3 +184,72 @@ def test_progress_never_shows_less_than_no_time(error: float | None, left_s: flo
     assert 60 * int(minutes) + int(seconds) == max(0, round(left_s))
     assert ("not yet known" in told) == (error is None)
     assert math.isfinite(int(minutes))
+
+
+SIMULATED = ["profile", "simulate", "Qwen3-30B-A3B", "--boards", "h100-sxm5-80gb"]
+
+
+def test_a_simulated_sweep_makes_a_small_profile_and_leaves_nothing_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "p.json"
+
+    assert main([*SIMULATED, "--out", str(out), "--points", "10", "--window-s", "4"]) == 0
+    made = Profile.from_json(out.read_text())
+    told = capsys.readouterr()
+    assert (made.source, made.facts.boards, made.fingerprint.model) == ("simulated", 1, "Qwen/Qwen3-30B-A3B")
+    assert len(made.rows) <= 10
+    assert out.stat().st_size <= MOST_BYTES
+    assert list(tmp_path.iterdir()) == [out]
+    assert "pals profile show" in told.err
+    assert "power_w" in told.out
+    assert told.out.count(" chat") + told.out.count(" prefill") + told.out.count(" decode") == len(made.rows)
+
+
+def test_ctrl_c_keeps_the_rows_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pals.cli", *SIMULATED, "--out", str(tmp_path / "p.json"), "--error", "0.0001"]
+    partial = tmp_path / "p.partial.jsonl"
+    first = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    deadline_s = time.monotonic() + 60.0
+    while not partial.exists() or len(partial.read_text().splitlines()) < 4:
+        assert first.poll() is None
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    first.send_signal(signal.SIGINT)
+    told = first.communicate(timeout=60)[0]
+
+    assert first.returncode == 130, told
+    assert "run the same command to go on" in told
+    assert not (tmp_path / "p.json").exists()
+    kept = partial.read_text().splitlines()
+    assert len(kept) >= 4
+    assert main([*command[3:], "--points", "12"]) == 0  # a smaller number is enough for this test
+    rows = Profile.from_json((tmp_path / "p.json").read_text()).rows
+    assert [(r.power_limit_w, r.mix, r.at_s) for r in rows[: len(kept) - 1]] == [
+        (r["power_limit_w"], r["mix"], r["at_s"]) for r in map(json.loads, kept[1:])
+    ]
+
+
+def test_too_short_a_budget_keeps_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "p.json"
+
+    assert main([*SIMULATED, "--out", str(out), "--minutes", "1"]) == 2
+    assert "a profile needs 8. They are kept" in capsys.readouterr().err
+    assert not out.exists()
+    assert (tmp_path / "p.partial.jsonl").exists()
+    assert main([*SIMULATED, "--out", str(out), "--minutes", "6", "--points", "9"]) == 0
+
+
+def test_a_file_that_is_replaced_is_never_half_written(tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    out.write_text("old")
+    keep_file(out, "new")
+
+    assert out.read_text() == "new"
+    with pytest.raises(UnicodeEncodeError):
+        keep_file(out, "\udc80")
+    assert out.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [out]

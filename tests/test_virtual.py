@@ -22,6 +22,7 @@ from pals.engines.emulated_world import emulating
 from pals.engines.model_zoo import local_folder
 from pals.engines.openai_client import RequestResult, RequestSpec
 from pals.experiments.outcome import energy_between_j
+from pals.models.profile import Profile
 from pals.plant.boards import BoardBank
 from pals.plant.specs import parse_boards
 from pals.runtime.config import Config, OutputConfig, load_config
@@ -224,16 +225,19 @@ def test_a_sweep_in_virtual_time_makes_a_profile_that_a_policy_takes(
     profile, out = tmp_path / "p.json", tmp_path / "out"
 
     swept = main(
-        ["emulate", "profile", *target, "--out", str(profile), "--limits-w", "400,200", "--sequences", "4,8,16,32",
-         "--window-s", "3"]
+        ["emulate", "profile", *target, "--out", str(profile), "--limits-w", "400,200", "--sequences", "4,16,32",
+         "--clocks", "none", "--window-s", "3", "--points", "8"]
     )  # fmt: skip
 
     assert swept == 0
-    rows = {(r["power_limit_w"], r["active_sequences"]): r for r in json.loads(profile.read_text())["rows"]}
-    assert len(rows) == 8
-    assert rows[400.0, 32]["tokens_per_s"] > rows[400.0, 4]["tokens_per_s"]
-    assert rows[200.0, 32]["power_w"] <= 2 * 200.0 * 1.01
+    made = Profile.from_json(profile.read_text())
+    rows = {(r.power_limit_w, r.active_sequences): r for r in made.rows if r.mix == 0}
+    assert len(made.rows) == 8
+    assert rows[400.0, 32].tokens_per_s > rows[400.0, 4].tokens_per_s
+    assert rows[200.0, 32].power_w <= 2 * 200.0 * 1.01
+    assert made.facts.shape is not None
     assert not list(tmp_path.glob("*.partial.jsonl"))
+    assert "left out" in capsys.readouterr().out
 
     served = main(
         ["emulate", "run", *target, "--out", str(out), "--policy", "static,pals-paper", "--profile", str(profile),

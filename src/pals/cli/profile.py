@@ -18,7 +18,7 @@ from typing import Protocol
 from pals.cli.agent import boards_of, pick_engine, stopping
 from pals.cli.main import say
 from pals.cli.profile_plan import facts_of, plan_of, shape_of
-from pals.cli.profile_progress import showing
+from pals.cli.profile_progress import SweepNotes, quality_told, showing
 from pals.control.guard import Guard
 from pals.control.static import StaticPolicy
 from pals.core.architecture import ModelShape
@@ -29,7 +29,7 @@ from pals.engines.closed_loop import ClosedLoop
 from pals.hardware.nvml_board import NvmlBoard
 from pals.models.engine_facts import EngineFacts
 from pals.models.fitted import fit
-from pals.models.profile import Profile
+from pals.models.profile import MIN_ROWS, Profile
 from pals.models.row import ProfileRow
 from pals.profiler.load import LoadDriver
 from pals.profiler.partial import PartialRows
@@ -119,8 +119,12 @@ def measure_target(args: argparse.Namespace, target: Target) -> int:
         meters=target.boards, actuators=target.boards, engine=target.channel, setter=target.channel,
         controller=StaticPolicy(OperatingPoint(power_limit_w=guard.max_limit_w)), guard=guard, period_s=0.5,
     )  # fmt: skip
+    notes = SweepNotes()
     try:
-        with boards_as_found(target.boards, target.boards, target.folder / FOUND_RECORD), showing(plan.mixes) as tell:
+        with (
+            boards_as_found(target.boards, target.boards, target.folder / FOUND_RECORD),
+            showing(plan.mixes, notes) as tell,
+        ):
             rows = sweep(
                 rig, plan, load=target.load, facts=facts, partial=partial, clock=target.clock, fit=fit, progress=tell
             )
@@ -136,28 +140,46 @@ def measure_target(args: argparse.Namespace, target: Target) -> int:
         raise ConfigError(f"{e}. What the newest failed request was told: {target.load.last_error}") from e
     finally:
         target.channel.release()
-    finish(args, out, rows, plan.mixes, facts, fingerprint, source="emulated" if target.emulated else "measured")
+    source = "emulated" if target.emulated else "measured"
+    made = profile_of(args, rows, plan.mixes, facts, fingerprint=fingerprint, source=source, notes=notes.lines)
+    finish(out, made)
     partial.discard()
     return 0
 
 
-def finish(
+def profile_of(
     args: argparse.Namespace,
-    out: Path,
     rows: Sequence[ProfileRow],
     mixes: Sequence[Mix],
     facts: EngineFacts,
-    fingerprint: Fingerprint,
     *,
+    fingerprint: Fingerprint,
     source: str,
-) -> None:
-    """Write the profile, whole or not at all, and say what it is worth."""
-    made = Profile(
-        fingerprint=fingerprint, facts=facts, mixes=tuple(mixes), rows=tuple(rows), source=source,
-        made_at=date.today().isoformat(), command=shlex.join(["pals", *args.given]),
+    notes: Sequence[str],
+) -> Profile:
+    """Fit the rows of a sweep that has ended.
+
+    Raises:
+        ConfigError: too few; they are kept.
+    """
+    if len(rows) < MIN_ROWS:
+        raise ConfigError(
+            f"the sweep ended with {len(rows)} rows, and a profile needs {MIN_ROWS}. They are kept: run the same command with "
+            "more --minutes, or a smaller --error, to go on"
+        )
+    return Profile.of(
+        rows, mixes, facts, fingerprint, source=source, made_at=date.today().isoformat(),
+        command=shlex.join(["pals", *args.given]), notes=notes,
     )  # fmt: skip
+
+
+def finish(out: Path, made: Profile) -> None:
+    """Write the profile, whole or not at all, and say what it is worth."""
     keep_file(out, made.to_json())
-    say(f"{out}: {len(rows)} rows, {out.stat().st_size / 1024:.1f} KiB. Look at it: pals profile show {out}")
+    print(quality_told(made.model().quality))
+    for note in made.notes:
+        print(note)
+    say(f"{out}: {len(made.rows)} rows, {out.stat().st_size / 1024:.1f} KiB. Look at it: pals profile show {out}")
 
 
 def out_of(path: str) -> Path:

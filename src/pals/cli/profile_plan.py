@@ -17,6 +17,7 @@ from pals.core.errors import ConfigError
 from pals.core.load import Mix
 from pals.core.quantities import BoardInfo, EngineInfo
 from pals.models.engine_facts import EngineFacts
+from pals.models.profile import MIN_ROWS
 from pals.profiler.plan import SweepPlan, default_clocks, default_limits_w, default_mixes, default_sequences
 
 N = TypeVar("N", int, float)
@@ -99,6 +100,8 @@ def plan_of(args: argparse.Namespace, guard: Guard, context_tokens: int | None) 
 
 def budgets_of(args: argparse.Namespace) -> None:
     """Raise `ConfigError` where a budget makes no sense; the plan itself refuses points and windows."""
+    if args.points < MIN_ROWS:
+        raise ConfigError(f"--points {args.points}: a profile needs {MIN_ROWS} at least. Nothing was changed")
     if not 0 < args.minutes < LONGEST_MINUTES:
         raise ConfigError(
             f"--minutes {args.minutes:g} must lie between 0 and {LONGEST_MINUTES:.0f}. Nothing was changed"

@@ -10,9 +10,9 @@ import numpy as np
 
 from pals.cli.agent import stopping
 from pals.cli.main import say
-from pals.cli.profile import EXIT_INTERRUPTED, finish, out_of, partial_of
+from pals.cli.profile import EXIT_INTERRUPTED, finish, out_of, partial_of, profile_of
 from pals.cli.profile_plan import plan_of
-from pals.cli.profile_progress import showing
+from pals.cli.profile_progress import SweepNotes, showing
 from pals.cli.simulate import engine_of
 from pals.core.quantities import fingerprint_of
 from pals.experiments.simulated_profile import profiled_replica, simulated_sweep
@@ -30,9 +30,9 @@ def simulate(args: argparse.Namespace) -> int:
     node = profiled_replica(sim, np.random.default_rng(args.seed))  # only to ask its boards
     plan = plan_of(args, node.rig.guard, min(sim.model_context, node.replica.kv_tokens))
     say(f"SIMULATED: {sim.model} on {sim.boards} × {sim.spec.nvml_name}; every watt and second is simulated")
-    began_s, kept = time.monotonic(), partial_of(out)
+    began_s, kept, notes = time.monotonic(), partial_of(out), SweepNotes()
     try:
-        with stopping(stop), showing(plan.mixes) as tell:
+        with stopping(stop), showing(plan.mixes, notes) as tell:
             swept = simulated_sweep(
                 sim, fit=fit, plan=plan, seed=args.seed, partial=kept, progress=tell, stop=stop.is_set
             )
@@ -40,7 +40,10 @@ def simulate(args: argparse.Namespace) -> int:
         say(f"interrupted: the rows in {kept} are kept; run the same command to go on")
         return EXIT_INTERRUPTED
     say(f"{swept.event_s:.0f} s of the engine's time in {time.monotonic() - began_s:.1f} s")
-    infos = [m.info for m in node.rig.meters]
-    finish(args, out, swept.rows, plan.mixes, swept.facts, fingerprint_of(sim.engine, infos), source="simulated")
+    fingerprint = fingerprint_of(sim.engine, [m.info for m in node.rig.meters])
+    made = profile_of(
+        args, swept.rows, plan.mixes, swept.facts, fingerprint=fingerprint, source="simulated", notes=notes.lines
+    )
+    finish(out, made)
     kept.unlink(missing_ok=True)
     return 0

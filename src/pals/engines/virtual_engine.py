@@ -247,7 +247,10 @@ class VirtualTrace:
             self._results[i] = result
             self._missing -= 1
 
-        return lambda: engine.send(spec, ids, finished)
+        def arrive() -> None:
+            engine.send(spec, ids, finished)
+
+        return arrive
 
 
 class VirtualClosedLoop:

@@ -68,7 +68,9 @@ class Profile:
             ConfigError: too few rows, or scipy is not installed.
         """
         if len(rows) < MIN_ROWS:
-            raise ConfigError(f"{len(rows)} rows are too few for a profile (need {MIN_ROWS}); let `pals profile` finish")
+            raise ConfigError(
+                f"{len(rows)} rows are too few for a profile (need {MIN_ROWS}); let `pals profile` finish"
+            )
         rows = [_rounded(r) for r in rows]
         fitted = fit(rows, mixes, facts)
         c = Calibration(*(np.array([_short(v) for v in values]) for values in fitted.calibration))
@@ -115,7 +117,9 @@ class Profile:
             "columns": columns,
         }
         lines = [f" {json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}" for name, value in head.items()]
-        rows = ",\n".join("  " + json.dumps([_integral(getattr(r, c)) for c in columns], separators=(",", ":")) for r in self.rows)
+        rows = ",\n".join(
+            "  " + json.dumps([_integral(getattr(r, c)) for c in columns], separators=(",", ":")) for r in self.rows
+        )
         return "{\n" + ",\n".join(lines) + f',\n "rows": [\n{rows}\n ]\n}}\n'
 
     @staticmethod
@@ -129,7 +133,9 @@ class Profile:
             data = json.loads(text, parse_constant=_refuse)
             written_as = data.pop("format", None)
             if written_as != FORMAT:
-                raise ConfigError(f"{name}: format {written_as!r}, expected {FORMAT!r}; make it anew with `pals profile`")
+                raise ConfigError(
+                    f"{name}: format {written_as!r}, expected {FORMAT!r}; make it anew with `pals profile`"
+                )
             return _read(data)
         except (TypeError, AttributeError, ValueError, KeyError, IndexError, RecursionError) as e:
             raise ConfigError(
@@ -139,7 +145,19 @@ class Profile:
 
 def _read(data: dict[str, Any]) -> Profile:
     """Raises `ValueError` and the like for anything that is not as `to_json` writes it."""
-    known = {"source", "made_at", "command", "fingerprint", "facts", "mixes", "notes", "intervals", "parameters", "columns", "rows"}
+    known = {
+        "source",
+        "made_at",
+        "command",
+        "fingerprint",
+        "facts",
+        "mixes",
+        "notes",
+        "intervals",
+        "parameters",
+        "columns",
+        "rows",
+    }
     if odd := set(data) ^ known:
         raise ValueError(f"{', '.join(sorted(odd))}: missing or unknown")
     columns = data["columns"]
@@ -168,7 +186,9 @@ def _read(data: dict[str, Any]) -> Profile:
 
 
 #: Fields that stand at their default where a file leaves them out.
-FACTS_LACK = frozenset({"shape", "tied", "window", "window_layers", "chunked_layers", "attention_format", "ffn_format", "expert_format"})
+FACTS_LACK = frozenset(
+    {"shape", "tied", "window", "window_layers", "chunked_layers", "attention_format", "ffn_format", "expert_format"}
+)
 
 
 def _row(columns: Sequence[str], values: Sequence[Any], *, at: str) -> ProfileRow:
@@ -225,4 +245,3 @@ def _number(value: float) -> float | None:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON; unknown values are null, never NaN")
-
