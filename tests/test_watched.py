@@ -48,10 +48,13 @@ def test_an_engine_that_does_as_forecast_has_factors_of_one_and_the_policy_decid
     points, load = forecaster.asked[-1]
     assert {p.power_limit_w for p in points} == {400.0}
     assert [p.active_sequences for p in points][-1] == 64
-    assert load.mix.output_tokens == pytest.approx(500.0, rel=0.1)
-    assert load.mix.prompt_tokens / load.mix.output_tokens == pytest.approx(600.0 / 500.0, rel=0.3)
-    assert load.context_tokens == pytest.approx(1150.0, rel=0.15)
-    assert len(forecaster.asked) < 8
+    assert load.mix.output_tokens == pytest.approx(500.0, rel=0.5)
+    ratios = {round(each.mix.prefill_per_output) for _, each in forecaster.asked}
+    assert ratios == {1, 2}  # about 600 / 500
+    contexts = {round(each.context_tokens or 0) for _, each in forecaster.asked}
+    assert min(contexts) < 900 + 270 < max(contexts)
+    assert load.running is None
+    assert len(forecaster.asked) == 4
 
 
 def test_a_slower_engine_is_told_once_in_a_decision_and_as_a_note_while_it_lasts() -> None:

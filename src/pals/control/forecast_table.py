@@ -1,11 +1,12 @@
 """What a profile forecasts for an engine at work, looked up: nodes are forecast when they are first needed, and kept.
 
-A forecast costs milliseconds and a window needs one; what is between nodes is interpolated in logarithms. The same question
-has the same answer whatever was asked before, so a replay is exact.
+A forecast costs milliseconds and a window needs one. Nodes stand at powers of each lever; between them all is taken as linear, as
+step times nearly are in what a step computes. The same question has the same answer whatever was asked before: a replay is exact.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from math import exp, floor, log
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -17,7 +18,7 @@ from pals.core.load import Load, Mix
 from pals.core.quantities import OperatingPoint
 from pals.models.forecast import Estimates, FloatArray, Forecast
 
-LIMIT_STEP, RATIO_STEP, LENGTH_STEP, RUNNING_STEP = log(1.1), log(1.5), log(1.2), log(1.25)
+LIMIT_STEP, RATIO_STEP, CONTEXT_STEP, OUTPUT_STEP, RUNNING_STEP = log(1.15), log(2.0), log(1.5), log(2.0), log(1.25)
 _FIELDS = {"power": "power_w", "step": "step_s", "clock": "sm_clock_mhz"}
 
 
@@ -30,15 +31,18 @@ class PointForecaster(Protocol):
         ...
 
 
+#: Running sequences, rising, and the estimates at each, shape (quantities, 3).
+Table = tuple[list[float], list[FloatArray]]
+
+
 class Node(NamedTuple):
     """Where a table stands; steps of the grid."""
 
     limit: int  # below the top limit
     clock_mhz: int | None
     ratio: int  # prompt tokens computed for each output token
-    output: int
-    cached: int
-    context: int
+    context: int  # KV tokens of a sequence
+    output: int  # the nearest: at one ratio and context it hardly matters
     sequences: int  # most
 
 
@@ -48,7 +52,7 @@ class ForecastTable:
     def __init__(self, forecaster: PointForecaster, *, top_w: float) -> None:
         """`top_w`: the limit that the grid of limits hangs from, W per board."""
         self._forecaster, self._top_w = forecaster, top_w
-        self._tables: dict[Node, tuple[FloatArray, FloatArray] | None] = {}
+        self._tables: dict[Node, Table | None] = {}
 
     def look(
         self, point: OperatingPoint, mix: Mix, *, ratio: float, running: float
@@ -61,31 +65,30 @@ class ForecastTable:
             ratio: prompt tokens computed for each output token in this window.
             running: sequences, mean.
         """
-        lengths = [
-            round(log(max(1.0, x)) / LENGTH_STEP) for x in (mix.output_tokens, mix.cached_tokens, mix.context_tokens)
-        ]
-        total = 0.0
-        logs = np.zeros((len(_FIELDS), 3))
-        for limit, by_limit in _corners(log(point.power_limit_w / self._top_w) / LIMIT_STEP):
-            for step, by_ratio in _corners(log(max(ratio, 1e-3)) / RATIO_STEP):
-                node = Node(limit, point.sm_clock_mhz, step, *lengths, point.active_sequences or 1)
-                table = self._table(node)
-                if table is None:
-                    return None
-                total += by_limit * by_ratio
-                logs += by_limit * by_ratio * _at(table, log(max(1.0, running)))
-        return {name: tuple(row) for name, row in zip(_FIELDS, np.exp(logs / total).tolist(), strict=True)}
+        output, total = round(log(mix.output_tokens) / OUTPUT_STEP), 0.0
+        sums = np.zeros((len(_FIELDS), 3))
+        for limit, by_limit in _corners(point.power_limit_w / self._top_w, LIMIT_STEP):
+            for step, by_ratio in _corners(max(ratio, 1e-3), RATIO_STEP):
+                for context, by_context in _corners(mix.context_tokens, CONTEXT_STEP):
+                    weight = by_limit * by_ratio * by_context
+                    sequences = point.active_sequences or 1
+                    table = self._table(Node(limit, point.sm_clock_mhz, step, context, output, sequences))
+                    if table is None:
+                        return None
+                    total += weight
+                    sums += weight * _at(table, max(1.0, running))
+        return {name: tuple(row) for name, row in zip(_FIELDS, (sums / total).tolist(), strict=True)}
 
-    def _table(self, node: Node) -> tuple[FloatArray, FloatArray] | None:
+    def _table(self, node: Node) -> Table | None:
         if node not in self._tables:
             self._tables[node] = self._made(node)
         return self._tables[node]
 
-    def _made(self, node: Node) -> tuple[FloatArray, FloatArray] | None:
-        """Logarithms of running sequences, shape (levels,), and of the estimates, shape (levels, quantities, 3)."""
-        output, cached, context = (exp(step * LENGTH_STEP) for step in (node.output, node.cached, node.context))
+    def _made(self, node: Node) -> Table | None:
+        """The table of a node; None where the profile does not reach."""
+        output, context = exp(node.output * OUTPUT_STEP), exp(node.context * CONTEXT_STEP)
         prompt = max(1.0, output * exp(node.ratio * RATIO_STEP))
-        mix = Mix(name="seen", prompt_tokens=prompt, output_tokens=output, cached_tokens=cached if node.cached else 0.0)
+        mix = Mix(name="seen", prompt_tokens=prompt, output_tokens=max(1.0, output))
         levels = _levels(node.sequences)
         limit_w = self._top_w * exp(node.limit * LIMIT_STEP)
         points = [
@@ -96,7 +99,7 @@ class ForecastTable:
         except (PalsError, ValueError, ArithmeticError):
             return None
         estimates: list[Estimates] = [getattr(told, name) for name in _FIELDS.values()]
-        return np.log(np.array(levels, dtype=float)), np.log(np.array(estimates).transpose(2, 0, 1))
+        return [float(n) for n in levels], list(np.array(estimates).transpose(2, 0, 1))
 
 
 def _levels(most: int) -> list[int]:
@@ -105,18 +108,19 @@ def _levels(most: int) -> list[int]:
     return sorted({round(exp(i * log(most) / count)) for i in range(count + 1)} if count else {1})
 
 
-def _corners(x: float) -> list[tuple[int, float]]:
-    """The whole numbers beside `x`, each with its weight; one where `x` is whole."""
-    below = floor(x + 1e-6)
-    share = x - below
-    return [(below, 1.0)] if share < 1e-6 else [(below, 1.0 - share), (below + 1, share)]
+def _corners(x: float, step: float) -> list[tuple[int, float]]:
+    """The powers of exp(`step`) beside `x`, each with its weight; one where `x` is a power."""
+    below = floor(log(x) / step + 1e-6)
+    low = exp(below * step)
+    share = (x - low) / (low * (exp(step) - 1.0))
+    return [(below, 1.0)] if share < 1e-5 else [(below, 1.0 - share), (below + 1, share)]
 
 
-def _at(table: tuple[FloatArray, FloatArray], x: float) -> FloatArray:
-    """The table at the logarithm `x` of running sequences, shape (quantities, 3)."""
-    levels, logs = table
-    i = int(np.clip(np.searchsorted(levels, x), 1, max(1, len(levels) - 1)))
-    if len(levels) == 1 or x >= levels[-1]:
-        return np.asarray(logs[-1])
+def _at(table: Table, x: float) -> FloatArray:
+    """The table at `x` running sequences, shape (quantities, 3)."""
+    levels, known = table
+    i = bisect_left(levels, x)
+    if i == 0 or i == len(levels):
+        return known[min(i, len(levels) - 1)]
     share = (x - levels[i - 1]) / (levels[i] - levels[i - 1])
-    return np.asarray((1.0 - share) * logs[i - 1] + share * logs[i])
+    return (1.0 - share) * known[i - 1] + share * known[i]

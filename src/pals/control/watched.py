@@ -22,7 +22,7 @@ FEW_RUNNING = 2.0  # or so many sequences
 BUSY = 0.95  # share of a window that the engine must have spent in steps
 FEWEST_STEPS = 20
 FEWEST_REQUESTS = 20  # before lengths of prompts and answers mean anything
-MIX_WINDOWS = 60.0  # memory of those lengths
+MIX_WINDOWS = 150.0  # memory of those lengths
 LOCK_SLACK_MHZ = 30.0  # a lock is taken to be in force where no board runs faster
 
 
