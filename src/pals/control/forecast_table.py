@@ -35,6 +35,14 @@ class PointForecaster(Protocol):
 Table = tuple[list[float], list[FloatArray]]
 
 
+class Figures(NamedTuple):
+    """A forecast and its 90 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 class Node(NamedTuple):
     """Where a table stands; steps of the grid."""
 
@@ -47,16 +55,14 @@ class Node(NamedTuple):
 
 
 class ForecastTable:
-    """Power, step time and SM clock of a working engine, each as (value, low, high)."""
+    """Power, step time and SM clock of a working engine."""
 
     def __init__(self, forecaster: PointForecaster, *, top_w: float) -> None:
         """`top_w`: the limit that the grid of limits hangs from, W per board."""
         self._forecaster, self._top_w = forecaster, top_w
         self._tables: dict[Node, Table | None] = {}
 
-    def look(
-        self, point: OperatingPoint, mix: Mix, *, ratio: float, running: float
-    ) -> dict[str, tuple[float, ...]] | None:
+    def look(self, point: OperatingPoint, mix: Mix, *, ratio: float, running: float) -> dict[str, Figures] | None:
         """The forecast for so many running sequences; None where the profile does not reach.
 
         Args:
@@ -77,7 +83,7 @@ class ForecastTable:
                         return None
                     total += weight
                     sums += weight * _at(table, max(1.0, running))
-        return {name: tuple(row) for name, row in zip(_FIELDS, (sums / total).tolist(), strict=True)}
+        return {name: Figures(*row) for name, row in zip(_FIELDS, (sums / total).tolist(), strict=True)}
 
     def _table(self, node: Node) -> Table | None:
         if node not in self._tables:
