@@ -23,7 +23,7 @@ from pals.models.fit import Calibration, fit_rows, precision_at
 from pals.models.forecast import Estimates, Forecast
 from pals.models.hull import CORNER, WIDER_BETWEEN, WIDER_PER_STEP, Hull, hull_of
 from pals.models.node_power import node_power_w
-from pals.models.observed import FREE_MHZ, OBSERVED, UNSEEN, Conditions, jacobian, told
+from pals.models.observed import FREE_MHZ, OBSERVED, UNSEEN, Conditions, jacobian, sequences_of, told
 from pals.models.parameters import values_of
 from pals.models.physics import Base, Work, base_of, work_of
 from pals.models.row import ProfileRow
@@ -35,7 +35,6 @@ DESIGN_OUTPUTS = ("power", "step", "tpot_p95", "ttft_p95")
 Level = TypeVar("Level", int, float)
 _DESIGN = (0, 1, 4, 6)  # their places in OBSERVED
 _AT = {name: i for i, name in enumerate((*OBSERVED, *UNSEEN))}
-FULL_CACHE = 0.9  # rows that ran fewer sequences than this share of their limit had no room for more in the KV cache
 MOST_LEVELS = 12  # of each lever among the points to choose from
 
 
@@ -73,7 +72,7 @@ class Fitted:
     @cached_property
     def kv_tokens(self) -> float:
         """KV tokens that the cache held when rows ran into its end; infinite where none did."""
-        full = [r for r in self.rows if r.running < FULL_CACHE * r.active_sequences and r.active_sequences > 1]
+        full = [r for r in self.rows if sequences_of(r) < r.active_sequences > 1]
         return max((r.running * self.mixes[r.mix].context_tokens for r in full), default=math.inf)
 
     @cached_property

@@ -20,6 +20,7 @@ OBSERVED = ("power_w", "step_s", "tokens_per_s", "tpot_p50_s", "tpot_p95_s", "tt
 UNSEEN = ("natural_draw_w", "prefill_tokens_per_s")
 #: Relative noise of a row's figure before anything is known of it: windows are short, quantiles come from few requests.
 FIRST_NOISE: FloatArray = np.array([0.010, 0.012, 0.012, 0.02, 0.03, 0.04, 0.06, 0.08, 0.02, 0.03])
+FULL = 0.85  # rows that ran fewer sequences than this share of their limit had no room for more in the KV cache
 FREE_MHZ = 1e9  # a ceiling that holds nothing
 
 
@@ -33,6 +34,14 @@ class Conditions(NamedTuple):
     mid_step: bool = False  # requests arrive at any time, not when another ends
 
 
+def sequences_of(row: ProfileRow) -> float:
+    """How many sequences shared the engine: its limit, unless fewer had room in the KV cache.
+
+    A gauge read between steps misses those that have ended and those that take their place, at most a few.
+    """
+    return float(row.active_sequences) if row.running > FULL * row.active_sequences else round(row.running, 2)
+
+
 def conditions_of(rows: Sequence[ProfileRow], mixes: Sequence[Mix]) -> Conditions:
     """Under which the rows were measured, with the share of prefill that each really had."""
     kinds: dict[tuple[float, int, float, float], int] = {}
@@ -41,7 +50,7 @@ def conditions_of(rows: Sequence[ProfileRow], mixes: Sequence[Mix]) -> Condition
         ratio = (
             r.prefill_tokens_per_s / r.tokens_per_s if r.prefill_tokens_per_s > 0 else mixes[r.mix].prefill_per_output
         )
-        key = (round(r.running, 2), r.mix, round(ratio, 4), r.distinct_experts or np.nan)
+        key = (sequences_of(r), r.mix, round(ratio, 4), r.distinct_experts or np.nan)
         batch[i] = kinds.setdefault(key, len(kinds))
     like = [mixes[mix] for _, mix, _, _ in kinds]
     work = Work(

@@ -28,6 +28,7 @@ GRAPH_TOKENS = (
     512  # vLLM captures CUDA graphs for steps up to so many tokens; larger ones are launched kernel by kernel
 )
 SHARP = 8.0  # of the soft minima and maxima between regimes
+MOST_PIECES = 9  # steps that one prompt may take
 TILE_TOKENS = 16.0  # rows of an expert's smallest tile
 
 
@@ -156,15 +157,23 @@ def steps_of(v: Values, b: Base, w: Work) -> Steps:
     room = (b.step_tokens - np.minimum(free, 0.5 * b.step_tokens)) / w.prefill_per_output  # a step computes no more
     yields = free * (1.0 + (free / room) ** SHARP) ** (-1.0 / SHARP)
     starts = yields * w.prefill_per_output / w.prompt_tokens
-    share = np.maximum(1e-9, -np.expm1(-starts))
     cv2 = w.spread**2 / 3.0
     others = starts * (1.0 - 1.0 / np.maximum(1.0, w.sequences))
     own = w.prompt_tokens * (1.0 + others)
     large = own + 1.645 * w.prompt_tokens * np.sqrt(cv2 + others * (1.0 + cv2))
-    most = b.step_tokens - np.minimum(yields, 0.5 * b.step_tokens)
-    return Steps(
-        yields, starts, share, np.minimum(most, yields * w.prefill_per_output / share), large, most, own,
-    )  # fmt: skip
+    full = b.step_tokens - np.minimum(yields, 0.5 * b.step_tokens)
+    each = yields * w.prefill_per_output  # prefill tokens of a step, were they spread evenly
+    chunk = w.prompt_tokens / _pieces(w.prompt_tokens / full, w.spread)
+    together = -each / np.expm1(-each / chunk)  # those that come at once share a step
+    prefill = together * (1.0 + (together / full) ** SHARP) ** (-1.0 / SHARP)
+    return Steps(yields, starts, np.minimum(1.0, each / prefill), prefill, large, full, own)
+
+
+def _pieces(steps: FloatArray, spread: FloatArray) -> FloatArray:
+    """Mean of a length rounded up to whole steps; lengths are uniform about a mean of so many steps."""
+    low, high = steps * (1.0 - spread), steps * (1.0 + spread)
+    beyond = [np.clip((high - k) / np.maximum(1e-9, high - low), 0.0, 1.0) for k in range(1, MOST_PIECES)]
+    return np.asarray(1.0 + np.sum(beyond, axis=0))
 
 
 class Curves(NamedTuple):
@@ -274,12 +283,13 @@ def settle(
     prefill_f = np.minimum(ceiling, _clock_at(log_f, c.prefill_w[batch], goal_w))
     decode_f = together + v.apart * (decode_f - together)
     prefill_f = together + v.apart * (prefill_f - together)
+    share = c.steps.share[batch]
     decode_i, prefill_i = _place(decode_f, *at), _place(prefill_f, *at)
     decode_s, decode_w = _at(c.decode_s, batch, *decode_i), _at(c.decode_w, batch, *decode_i)
     prefill_s, prefill_w = _at(c.prefill_s, batch, *prefill_i), _at(c.prefill_w, batch, *prefill_i)
-    share = c.steps.share[batch]
     step_s = (1.0 - share) * decode_s + share * prefill_s
     power_w = ((1.0 - share) * decode_s * decode_w + share * prefill_s * prefill_w) / step_s
+    power_w = np.minimum(power_w, np.maximum(goal_w, mean_w[batch, 0]))  # firmware holds the mean where any clock can
     return Settled(
         power_w=power_w,
         natural_w=mean_w[batch, -1],
@@ -335,7 +345,7 @@ def latencies(v: Values, w: Work, s: Steps, settled: Settled, batch: NDArray[np.
     (`mid_step`: an open load, not a closed loop) waits for the rest of that too.
     """
     alone = 1.0 - 1.0 / np.maximum(1.0, w.sequences[batch])
-    meets = -np.expm1(-s.starts[batch] * alone)
+    meets = 1.0 - (1.0 - np.minimum(s.share[batch], 1.0 - 1e-9)) ** alone
     extra_s = settled.prefill_s - settled.decode_s
     mean_s = settled.decode_s + meets * extra_s
     steps = np.maximum(1.0, w.output_tokens[batch] - 1.0)

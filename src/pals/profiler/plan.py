@@ -25,7 +25,7 @@ class SweepPlan(Checked):
     clocks_mhz: tuple[int, ...] = ()  # locks; empty: none is set
     points: int = 40  # rows, repeats included
     seconds: float = 1100.0  # of engine time; a point that would end later is not begun
-    error: float = 0.01  # stop where the mean predicted relative standard deviation is below this
+    error: float = 0.005  # stop where the mean predicted relative standard deviation is below this
     settle_s: float = 2.0  # least wait before a window
     window_s: float = 8.0  # shortest window; at most `longest_window_s`
     read_s: float = 0.5  # between two readings of the boards in a window
