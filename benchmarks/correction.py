@@ -50,7 +50,7 @@ def delays(seeds: int) -> bool:
     print(
         f"a step of {STEP - 1:.0%}, profile's error as said, white noise; seconds until it is told, median and 95th percentile:"
     )
-    for sd in (0.02, 0.03, 0.04):
+    for sd in (0.03, 0.04):
         for hours in (0.0, 2.0):
             found = [step_delay_s(s, sd, hours) for s in range(seeds)]
             told = sorted(f for f in found if f is not None)

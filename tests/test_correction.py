@@ -154,6 +154,7 @@ def test_the_same_windows_give_the_same_correction() -> None:
     [
         (Shifts(step=2.5, power=-2.0), True, "more time on the host"),
         (Shifts(step=-2.5, power=1.6), False, "less time on the host"),
+        (Shifts(step=2.5, clock=1.6), True, "more time on the host"),
         (Shifts(step=2.5, power=0.3), True, "more distinct experts"),
         (Shifts(step=2.5, power=0.3), False, "the engine was updated"),
         (Shifts(step=2.0, clock=-3.0), True, "lower clock (heat, the hottest at 91 °C"),

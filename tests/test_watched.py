@@ -25,7 +25,9 @@ Change = Callable[[TelemetrySample], TelemetrySample]
 
 
 def watched(forecaster: Forecaster | None = None, *, clock_mhz: int | None = None) -> Watched:
-    return Watched(StaticPolicy(replace(POINT, sm_clock_mhz=clock_mhz)), forecaster or Forecaster(), experts=True)
+    return Watched(
+        StaticPolicy(replace(POINT, sm_clock_mhz=clock_mhz)), forecaster or Forecaster(), top_w=400.0, experts=True
+    )
 
 
 def stepped(policy: Watched, samples: Iterable[TelemetrySample]) -> tuple[list[Decision], ControllerState]:
@@ -43,13 +45,16 @@ def test_an_engine_that_does_as_forecast_has_factors_of_one_and_the_policy_decid
     alone = StaticPolicy(POINT).step(None, next(steady(1.0)), Budget(), Slo(), 0.0)[0]
     assert set(map(repr, decisions)) == {repr(alone)}
     assert state.correction.told.bias == pytest.approx({"power": 1.0, "step": 1.0, "clock": 1.0}, abs=0.003)
-    point, load = forecaster.asked[-1]
-    assert point == POINT
-    assert load.running == RUNNING
-    assert load.mix.prompt_tokens == pytest.approx(600.0)
-    assert load.mix.cached_tokens == pytest.approx(300.0)
-    assert load.mix.output_tokens == pytest.approx(500.0, rel=0.02)
-    assert load.prefill_tokens_per_s == pytest.approx(2400.0, rel=0.02)
+    points, load = forecaster.asked[-1]
+    assert {p.power_limit_w for p in points} == {400.0}
+    assert [p.active_sequences for p in points][-1] == 64
+    assert load.mix.output_tokens == pytest.approx(500.0, rel=0.5)
+    ratios = {round(each.mix.prefill_per_output) for _, each in forecaster.asked}
+    assert ratios == {1, 2}  # about 600 / 500
+    contexts = {round(each.context_tokens or 0) for _, each in forecaster.asked}
+    assert min(contexts) < 900 + 270 < max(contexts)
+    assert load.running is None
+    assert len(forecaster.asked) == 4
 
 
 def test_a_slower_engine_is_told_once_in_a_decision_and_as_a_note_while_it_lasts() -> None:
@@ -149,7 +154,7 @@ class Curious:
 def test_a_policy_that_asks_for_it_gets_the_correction() -> None:
     policy = Curious([])
 
-    _, state = stepped(Watched(policy, Forecaster()), steady(300.0))
+    _, state = stepped(Watched(policy, Forecaster(), top_w=400.0), steady(300.0))
     assert policy.seen[-1] == state.correction
 
 

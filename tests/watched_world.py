@@ -22,11 +22,11 @@ STEP_S, POWER_W, CLOCK_MHZ, RUNNING = 0.02, 600.0, 1400, 40
 class Forecaster:
     """Forecasts what `steady` does; asked is what it was asked."""
 
-    asked: list[tuple[OperatingPoint, Load]] = field(default_factory=list)
+    asked: list[tuple[Sequence[OperatingPoint], Load]] = field(default_factory=list)
     reaches: bool = True
 
     def forecast(self, points: Sequence[OperatingPoint], load: Load) -> Forecast:
-        self.asked.append((points[0], load))
+        self.asked.append((points, load))
         if not self.reaches:
             raise ConfigError("outside the profile")
         ones = np.ones(len(points))

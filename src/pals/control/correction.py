@@ -23,7 +23,10 @@ FORGET_MINUTES = 10.0  # time constant of the bias, in comparable time: an idle 
 RELEARN_MINUTES = 3.0  # the same while a quantity has drifted, and least weight at the start
 HUBER = 1.5  # residuals count up to so many scales
 BIAS_LIMIT = log(2.0)  # beyond it the profile is useless, not biased
-SD_RANGE = (0.02, 0.10)  # of a prediction's own relative standard deviation, from its 90 % interval
+SD_RANGE = (
+    0.03,
+    0.10,
+)  # of a prediction's relative standard deviation; no less, as a window's load is known by means only
 Z90 = 1.645
 NOISE_MINUTES, NOISE_PRIOR = 600, 30  # memory of the residuals' variance, and weight of what is assumed before
 NOISE_BEFORE = (0.35, 0.14)  # variance and lag-one covariance assumed, in the prediction's variances
@@ -63,6 +66,15 @@ class Drift(NamedTuple):
         )
 
 
+class Side(NamedTuple):
+    """The sum of excess one way, and the residuals since it left 0."""
+
+    excess: float = 0.0
+    since_s: float = 0.0
+    total_log: float = 0.0
+    minutes: int = 0
+
+
 class Track(NamedTuple):
     """What is remembered of one quantity; logarithms of measured over predicted."""
 
@@ -76,11 +88,8 @@ class Track(NamedTuple):
     judged_by: tuple[float, float] = NOISE_BEFORE  # both, before the present excess began: a drift is not noise
     last: float = 0.0  # deviation of the minute before
     recent: float = 0.0  # deviation, mean of about three minutes
-    above: float = 0.0  # sums of excess
-    below: float = 0.0
-    onset_s: float | None = None
-    onset_log: float = 0.0  # sum of residuals since then
-    onset_minutes: int = 0
+    above: Side = Side()
+    below: Side = Side()
     drift: Drift | None = None
 
     @property
@@ -160,7 +169,7 @@ def _residual(seen: Observation) -> tuple[float, float] | None:
 def _minute(track: Track, now_s: float) -> Track:
     """One update, with the median of the residuals of a minute."""
     residual, sd = median(r for r, _ in track.pending), median(s for _, s in track.pending)
-    if track.above == track.below == 0.0:
+    if track.above.excess == track.below.excess == 0.0:
         track = track._replace(judged_by=(track.variance, track.covariance))
     scale = max(1.0, sqrt(track.judged_by[0]))  # in prediction's standard deviations
     weight = min(
@@ -179,17 +188,20 @@ def _excess(track: Track, residual: float, sd: float, scale: float, now_s: float
     allowed = BASELINE_RANGE * sd
     baseline = max(-allowed, min(allowed, track.mean_log))
     z = max(-CLIP, min(CLIP, (residual - baseline) / (sd * scale)))
-    most = KEPT * threshold(track)
-    above = min(most, max(0.0, track.above + z - SLACK))
-    below = min(most, max(0.0, track.below - z - SLACK))
-    recent = track.recent + (z - track.recent) / RELEARN_MINUTES
-    if above == below == 0.0:
-        return track._replace(above=0.0, below=0.0, recent=recent, onset_s=None, onset_log=0.0, onset_minutes=0)
-    began_s = now_s - MINUTE_WINDOWS * WINDOW_S if track.onset_s is None else track.onset_s
+    most, began_s = KEPT * threshold(track), now_s - MINUTE_WINDOWS * WINDOW_S
+
+    def side(before: Side, more: float) -> Side:
+        excess = min(most, max(0.0, before.excess + more))
+        if excess == 0.0:
+            return Side()
+        since_s = before.since_s if before.excess > 0 else began_s
+        return Side(excess, since_s, before.total_log + residual, before.minutes + 1)
+
     return track._replace(
-        above=above, below=below, recent=recent, onset_s=began_s, onset_log=track.onset_log + residual,
-        onset_minutes=track.onset_minutes + 1,
-    )  # fmt: skip
+        above=side(track.above, z - SLACK),
+        below=side(track.below, -z - SLACK),
+        recent=track.recent + (z - track.recent) / RELEARN_MINUTES,
+    )
 
 
 def threshold(track: Track) -> float:
@@ -220,18 +232,18 @@ def _judged(
 ) -> tuple[Track, str | None]:
     """The track with its drift begun or ended, and the sentence that says so."""
     track = tracks[quantity]
-    excess = max(track.above, track.below)
-    if track.drift is not None and excess == 0.0:
+    side = max(track.above, track.below)
+    if track.drift is not None and side.excess == 0.0:
         name = {"power": "power", "step": "step time"}[quantity]
         return track._replace(drift=None), f"profile drift of {name} has ended: it is as the profile says again"
-    if track.drift is not None or excess < threshold(track) or track.onset_s is None:
+    if track.drift is not None or side.excess < threshold(track):
         return track, None
     shifts = Shifts(**{q: t.recent for q, t in tracks.items()})
     drift = Drift(
         quantity=quantity,
-        since_s=track.onset_s,
+        since_s=side.since_s,
         found_s=now_s,
-        ratio=exp(track.onset_log / track.onset_minutes),
+        ratio=exp(side.total_log / side.minutes),
         cause=guess_cause(quantity, shifts, experts=experts, temperature_c=temperature_c),
     )
     return track._replace(drift=drift), drift.told()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 MOVED = 1.0  # standard deviations of the prediction
+ALONG = 0.6  # the same of what moves along with a step time that has drifted
 
 
 class Shifts(NamedTuple):
@@ -28,9 +29,10 @@ def guess_cause(quantity: str, shifts: Shifts, *, experts: bool, temperature_c: 
 
 
 def _of_step(shifts: Shifts, *, experts: bool) -> str:
-    """Boards that wait longer for the host draw less; boards that read more weights do not."""
+    """Boards that wait longer for the host draw less, or under a limit run at a higher clock; those that read more do not."""
     slower = shifts.step > 0
-    if shifts.power * shifts.step < 0 and abs(shifts.power) > MOVED:
+    rested = (-shifts.power if slower else shifts.power, shifts.clock if slower else -shifts.clock)
+    if max(rested) > ALONG:
         change = "more" if slower else "less"
         return (
             f"the engine spends {change} time on the host per step (another build or flag, or a host with other work)"

@@ -10,7 +10,7 @@ from pals.control.guard import Guard
 from pals.control.levers import LEVERS, points_of, trim_of
 from pals.control.pals_paper import PaperPolicy, PaperSettings
 from pals.control.static import StaticPolicy
-from pals.control.watched import PointForecaster, Watched
+from pals.control.watched import Watched
 from pals.core.errors import ConfigError
 from pals.core.protocols import AnyController
 from pals.core.quantities import OperatingPoint
@@ -28,29 +28,27 @@ def build_policy(
     Raises:
         ConfigError: unknown name, a missing profile, or settings outside the boards' range; nothing was written.
     """
+    policy: AnyController
+    if profile is not None and accepted:
+        profile = profile.widened(ACCEPTED_WIDENING)
     if name == "static":
-        return _static(settings, guard)
-    if name not in LEVERS:
+        policy = _static(settings, guard)
+    elif name not in LEVERS:
         raise ConfigError(f"unknown policy {name!r}; known: static, {', '.join(LEVERS)}")
-    if profile is None:
+    elif profile is None:
         raise ConfigError(f"policy {name} needs a profile: make one with `pals profile`, then give --profile FILE")
-    model = (widened(profile, ACCEPTED_WIDENING) if accepted else profile).model()
-    known = replace(PaperSettings(), **settings)
-    policy = PaperPolicy(model, points=points_of(name, model, guard), trim=trim_of(name, guard, known), settings=known)
-    return watched(policy, model)
+    else:
+        model, known = profile.model(), replace(PaperSettings(), **settings)
+        policy = PaperPolicy(
+            model, points=points_of(name, model, guard), trim=trim_of(name, guard, known), settings=known
+        )
+    return policy if profile is None else watched(policy, profile, guard)
 
 
-def widened(profile: Profile, factor: float) -> Profile:
-    """The profile with intervals `factor` times as wide; one that has none is as it was."""
-    widen = getattr(profile, "widened", None)
-    return profile if widen is None else widen(factor)
-
-
-def watched(policy: AnyController, model: object) -> AnyController:
-    """`policy` with its profile watched, where that forecasts loads."""
-    if not isinstance(model, PointForecaster):
-        return policy
-    return Watched(policy, model)
+def watched(policy: AnyController, profile: Profile, guard: Guard) -> Watched:
+    """`policy` with its profile watched."""
+    shape = profile.facts.shape
+    return Watched(policy, profile.model(), top_w=guard.max_limit_w, experts=shape is not None and shape.experts > 0)
 
 
 def _static(settings: Mapping[str, Any], guard: Guard) -> StaticPolicy:

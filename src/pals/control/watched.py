@@ -6,16 +6,14 @@ say nothing of the profile are left out: a point that moved, an engine that lack
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from pals.control.correction import WINDOW_S, Correction, Observation, Told, update
-from pals.core.errors import PalsError
-from pals.core.load import Load, Mix
+from pals.control.forecast_table import ForecastTable, PointForecaster
+from pals.core.load import Mix
 from pals.core.protocols import AnyController
 from pals.core.quantities import Budget, Decision, EngineSample, OperatingPoint, Slo, TelemetrySample
-from pals.models.forecast import Estimates, Forecast
 
 SETTLE_S = 3.0  # after a point moved, before a window may begin
 SAME_LIMIT = 0.03  # share by which a limit may move within a window: less than its effect can be told from noise
@@ -24,17 +22,8 @@ FEW_RUNNING = 2.0  # or so many sequences
 BUSY = 0.95  # share of a window that the engine must have spent in steps
 FEWEST_STEPS = 20
 FEWEST_REQUESTS = 20  # before lengths of prompts and answers mean anything
-MIX_WINDOWS = 60.0  # memory of those lengths
+MIX_WINDOWS = 150.0  # memory of those lengths
 LOCK_SLACK_MHZ = 30.0  # a lock is taken to be in force where no board runs faster
-
-
-@runtime_checkable
-class PointForecaster(Protocol):
-    """Forecasts operating points under a load; a fitted profile."""
-
-    def forecast(self, points: Sequence[OperatingPoint], load: Load) -> Forecast:
-        """Every quantity for each point; raises `PalsError` or `ValueError` where it cannot know."""
-        ...
 
 
 @runtime_checkable
@@ -110,9 +99,12 @@ class ControllerState(NamedTuple):
 class Watched:
     """See the module; a `Controller` around another one."""
 
-    def __init__(self, policy: AnyController, forecaster: PointForecaster, *, experts: bool = False) -> None:
-        """Watch `forecaster`; `experts`: whether the model has any, for the guess of a cause."""
-        self.policy, self._forecaster, self._experts = policy, forecaster, experts
+    def __init__(
+        self, policy: AnyController, forecaster: PointForecaster, *, top_w: float, experts: bool = False
+    ) -> None:
+        """Watch `forecaster`; `top_w`: the highest limit of a board; `experts`: whether the model has any, to guess a cause."""
+        self.policy, self._experts = policy, experts
+        self._table = ForecastTable(forecaster, top_w=top_w)
         self._corrected = policy if isinstance(policy, CorrectedPolicy) else None
 
     def initial(self) -> ControllerState:
@@ -189,25 +181,14 @@ class Watched:
         point = OperatingPoint(
             power_limit_w=w.limits / w.ticks, sm_clock_mhz=w.clock_mhz, active_sequences=w.active_limit
         )
-        load = Load(
-            mix=mix, prefill_tokens_per_s=(b.prefill_tokens - a.prefill_tokens) / passed_s, running=w.running / w.ticks,
-            queued_tokens=b.waiting * mix.prompt_tokens,
-        )  # fmt: skip
-        try:
-            told = self._forecaster.forecast((point,), load)
-        except (PalsError, ValueError, ArithmeticError):
+        prefilled, output = b.prefill_tokens - a.prefill_tokens, b.output_tokens - a.output_tokens
+        told = self._table.look(point, mix, ratio=prefilled / max(1, output), running=w.running / w.ticks)
+        if told is None:
             return {}
-        seen = {
-            "step": _seen(told.step_s, (b.busy_s - a.busy_s) / steps),
-            "clock": _seen(told.sm_clock_mhz, w.clock / w.ticks),
-        }
+        measured = {"step": (b.busy_s - a.busy_s) / steps, "clock": w.clock / w.ticks}
         if w.energy_j is not None:
-            seen["power"] = _seen(told.power_w, w.energy_j / passed_s)
-        return seen
-
-
-def _seen(estimate: Estimates, measured: float) -> Observation:
-    return Observation(float(estimate.value[0]), float(estimate.low[0]), float(estimate.high[0]), measured)
+            measured["power"] = w.energy_j / passed_s
+        return {q: Observation(*told[q], m) for q, m in measured.items()}
 
 
 def _with(w: Window, sample: TelemetrySample, engine: EngineSample, limit_w: float) -> Window:
