@@ -87,6 +87,6 @@ def drift_told(drift: Drift) -> str:
 
 
 def quality_told(quality: Mapping[str, tuple[float, float]]) -> str:
-    """The fit's mean errors as a small table."""
+    """The fit's typical (median) errors as a small table."""
     lines = [f"{name:24}{fitted:9.1%}{left_out:11.1%}" for name, (fitted, left_out) in quality.items()]
-    return "\n".join([f"{'mean error':24}{'fitted':>9}{'left out':>11}", *lines])
+    return "\n".join([f"{'typical error':24}{'fitted':>9}{'left out':>11}", *lines])

@@ -39,7 +39,7 @@ class Calibration(NamedTuple):
 
     noise: FloatArray  # relative deviation of a row
     width: FloatArray  # half an interval, in predicted deviations
-    error: FloatArray  # mean absolute relative error of rows left out; NaN where none was measured
+    error: FloatArray  # median absolute relative error of rows left out; NaN where none was measured
     in_sample: FloatArray
 
 
@@ -78,12 +78,23 @@ def _least_squares(x: FloatArray, b: Base, at: Conditions, seen: FloatArray, noi
         raise ConfigError(f"fitting a profile needs scipy ({e}); {INSTALL}. Nothing was fitted") from e
     known = np.isfinite(seen)
 
+    def off(trial: FloatArray) -> FloatArray:
+        return np.asarray(((told(values_of(trial), b, at) - seen) / noise[:, None])[known])
+
     def residuals(trial: FloatArray) -> FloatArray:
-        off = ((told(values_of(trial), b, at) - seen) / noise[:, None])[known]
-        soft = ROBUST_AT * np.sqrt(2.0 * (np.sqrt(1.0 + (off / ROBUST_AT) ** 2) - 1.0)) * np.sign(off)
+        r = off(trial)
+        soft = ROBUST_AT * np.sqrt(2.0 * (np.sqrt(1.0 + (r / ROBUST_AT) ** 2) - 1.0)) * np.sign(r)
         return np.concatenate([soft, trial])  # priors are never cut
 
-    found: Any = least_squares(residuals, x, max_nfev=STEPS, ftol=TOLERANCE, xtol=TOLERANCE, gtol=TOLERANCE)
+    def slopes(trial: FloatArray) -> FloatArray:
+        r = off(trial)
+        root = np.sqrt(1.0 + (r / ROBUST_AT) ** 2)
+        soft = ROBUST_AT * np.sqrt(np.maximum(1e-24, 2.0 * (root - 1.0)))
+        gain = np.where(np.abs(r) < 1e-6, 1.0, np.abs(r) / (root * np.maximum(soft, 1e-12)))
+        moved = (jacobian(trial, b, at) / noise[:, None, None])[known]
+        return np.concatenate([gain[:, None] * moved, np.eye(len(trial))])
+
+    found: Any = least_squares(residuals, x, jac=slopes, max_nfev=STEPS, ftol=TOLERANCE, xtol=TOLERANCE, gtol=TOLERANCE)
     return np.asarray(found.x)
 
 
@@ -158,8 +169,8 @@ def _calibrated(left_out: FloatArray, spread: FloatArray, noise: FloatArray, off
         known = np.isfinite(left_out[q])
         if not known.any():
             continue
-        error[q] = float(np.mean(np.abs(np.expm1(np.clip(left_out[q][known], -5.0, 5.0)))))
-        inside[q] = float(np.mean(np.abs(np.expm1(off[q][known]))))
+        error[q] = float(np.median(np.abs(np.expm1(np.clip(left_out[q][known], -5.0, 5.0)))))
+        inside[q] = float(np.median(np.abs(np.expm1(off[q][known]))))
         count = int(known.sum())
         if count >= ENOUGH:
             ratio = np.abs(left_out[q][known]) / np.hypot(spread[q][known], noise[q])

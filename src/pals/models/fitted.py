@@ -90,7 +90,7 @@ class Fitted:
 
     @property
     def quality(self) -> dict[str, tuple[float, float]]:
-        """Mean relative error by quantity: of the fitted rows, and of rows as if each had been left out; those measured."""
+        """Median relative error by quantity: of the fitted rows, and of rows as if each had been left out; those measured."""
         c = self.calibration
         return {
             name: (float(c.in_sample[i]), float(c.error[i]))

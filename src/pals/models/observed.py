@@ -95,12 +95,17 @@ def told(v: Values, b: Base, at: Conditions) -> FloatArray:
 DIFFERENCE = 1e-3  # of a prior's standard deviation, for numerical derivatives
 
 
-def jacobian(x: FloatArray, b: Base, at: Conditions, base: FloatArray | None = None) -> FloatArray:
-    """d told / d x, shape (quantities, candidates, parameters)."""
-    here = told(values_of(x), b, at) if base is None else base
-    columns = []
-    for i in range(len(x)):
-        moved = x.copy()
-        moved[i] += DIFFERENCE
-        columns.append((told(values_of(moved), b, at) - here) / DIFFERENCE)
-    return np.stack(columns, axis=-1)
+def jacobian(x: FloatArray, b: Base, at: Conditions, here: FloatArray | None = None) -> FloatArray:
+    """d told / d x, shape (quantities, candidates, parameters); all parameters are moved at once, each in a copy of the batches."""
+    here = told(values_of(x), b, at) if here is None else here
+    count, batches, candidates = len(x), len(at.work.sequences), len(at.batch)
+    moved = np.repeat(x[None] + DIFFERENCE * np.eye(count), batches, axis=0)
+    copies = Conditions(
+        Work(*(np.tile(a, count) for a in at.work)),
+        np.tile(at.batch, count) + np.repeat(batches * np.arange(count), candidates),
+        np.tile(at.limit_w, count),
+        np.tile(at.ceiling_mhz, count),
+        at.mid_step,
+    )
+    there = told(values_of(moved), b, copies).reshape(-1, count, candidates)
+    return np.asarray((there - here[:, None]).transpose(0, 2, 1) / DIFFERENCE)

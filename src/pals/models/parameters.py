@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import log
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,45 +66,46 @@ _PLAIN = len(PARAMETERS) - len(ANCHORS)
 
 
 class Values(NamedTuple):
-    """Parameters as plain factors, in the order of PARAMETERS."""
+    """Parameters as plain factors, in the order of PARAMETERS: numbers, or arrays of one value a batch."""
 
-    weights: float
-    experts: float
-    kv: float
-    token_core: float
-    sequence_core: float
-    tile_core: float
-    pair_core: float
-    fixed: float
-    fixed_core: float
-    fixed_busy: float
-    kv_core: float
-    launch: float
-    link: float
-    host_sequence: float
-    overlap: float
-    popularity_cv: float
-    static: float
-    busy: float
-    tensor: float
-    decode_tensor: float
-    memory_w: float
-    knee: float
-    voltage: float
-    aim: float
-    apart: float
-    gap_steps: float
-    tpot_spread: float
-    tpot_floor: float
-    ttft: float
-    corrections: FloatArray  # of the logarithm, shape (anchors,)
+    weights: Any
+    experts: Any
+    kv: Any
+    token_core: Any
+    sequence_core: Any
+    tile_core: Any
+    pair_core: Any
+    fixed: Any
+    fixed_core: Any
+    fixed_busy: Any
+    kv_core: Any
+    launch: Any
+    link: Any
+    host_sequence: Any
+    overlap: Any
+    popularity_cv: Any
+    static: Any
+    busy: Any
+    tensor: Any
+    decode_tensor: Any
+    memory_w: Any
+    knee: Any
+    voltage: Any
+    aim: Any
+    apart: Any
+    gap_steps: Any
+    tpot_spread: Any
+    tpot_floor: Any
+    ttft: Any
+    corrections: FloatArray  # of the logarithm, shape (anchors,) or (batches, anchors)
 
 
 def values_of(x: FloatArray) -> Values:
-    """The parameters behind a vector of deviations from the prior, in its standard deviations."""
+    """The parameters behind deviations from the prior, in its standard deviations; a vector, or one row a batch."""
     raw = MEANS + SDS * x
     plain = np.where(_LOGS, np.exp(np.minimum(raw, 50.0)), raw)
-    return Values._make([*plain[:_PLAIN].tolist(), plain[_PLAIN:]])
+    first = plain[:_PLAIN].tolist() if plain.ndim == 1 else list(plain.T[:_PLAIN])
+    return Values._make([*first, plain[..., _PLAIN:]])
 
 
 def values_by_name(x: FloatArray) -> dict[str, float]:

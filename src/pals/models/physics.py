@@ -193,6 +193,8 @@ def curves(v: Values, b: Base, w: Work) -> Curves:
     s = steps_of(v, b, w)
     k = len(w.sequences)
     all_kinds = Work(*(np.concatenate([a] * 4) for a in w))
+    if np.ndim(v.weights):
+        v = Values._make(np.concatenate([a] * 4) for a in v)
     prefill = np.concatenate([np.zeros(k), s.prefill, np.minimum(s.large, s.full), s.full])
     seconds, watts = step(v, b, all_kinds, prefill, np.concatenate([s.yields] * 4))
     kinds_s = seconds.reshape(4, k, CLOCKS)
@@ -214,26 +216,43 @@ def step(v: Values, b: Base, w: Work, prefill: FloatArray, decode: FloatArray) -
     decode_s = decode_s + v.kv_core * kv_s
     core_s = (prefill_s + decode_s)[:, None] * slower
     longer, shorter = np.maximum(memory_s[:, None], core_s), np.minimum(memory_s[:, None], core_s)
-    kernels = longer * (1.0 + (shorter / longer) ** v.overlap) ** (1.0 / v.overlap)
-    kernels = kernels * np.exp(np.interp(np.log2(np.maximum(1.0, total)), ANCHORS, v.corrections))[:, None]
-    fixed = v.fixed * b.fixed_s * (1.0 + v.fixed_core * (slower - 1.0))
+    kernels = longer * (1.0 + (shorter / longer) ** _column(v.overlap)) ** _column(1.0 / np.asarray(v.overlap))
+    kernels = kernels * _column(np.exp(_correction(v, total)))
+    fixed = _column(v.fixed * b.fixed_s) * (1.0 + _column(v.fixed_core) * (slower - 1.0))
     waits = v.link * b.link_s * total + v.host_sequence * 1e-5 * w.sequences
-    seconds = kernels + fixed + waits[:, None]
-    launch_s = v.launch * b.launch_s * np.where(total > GRAPH_TOKENS, 1.0, 0.0)[:, None]
-    seconds = seconds * (1.0 + (launch_s / seconds) ** SHARP) ** (1.0 / SHARP)
-    tensor_w = v.tensor * b.tensor_w * (prefill_s + v.decode_tensor * decode_s)[:, None] * slower
-    busy_w = v.busy * b.busy_w * (kernels + v.fixed_busy * fixed)
-    dynamic_w = (dynamic(v, b) * (busy_w + tensor_w) + v.memory_w * b.memory_w * memory_s[:, None]) / seconds
-    return seconds, v.static * b.static_w + dynamic_w
+    seconds = kernels + fixed + _column(waits)
+    launch_s = v.launch * b.launch_s * np.where(total > GRAPH_TOKENS, 1.0, 0.0)
+    seconds = seconds * (1.0 + (_column(launch_s) / seconds) ** SHARP) ** (1.0 / SHARP)
+    tensor_w = _column(v.tensor * b.tensor_w * (prefill_s + v.decode_tensor * decode_s)) * slower
+    busy_w = _column(v.busy * b.busy_w) * (kernels + _column(v.fixed_busy) * fixed)
+    memory_w = _column(v.memory_w * b.memory_w * memory_s)
+    return seconds, _column(v.static * b.static_w) + (dynamic(v, b) * (busy_w + tensor_w) + memory_w) / seconds
+
+
+def _column(x: Any) -> FloatArray:
+    """One value a batch, beside the clocks."""
+    return np.asarray(x, dtype=float)[..., None]
+
+
+def _correction(v: Values, tokens: FloatArray) -> FloatArray:
+    """Of the logarithm of kernels' time, linear between anchors in log2 of the step's tokens."""
+    at = np.minimum(np.log2(np.maximum(1.0, tokens)), ANCHORS[-1])
+    if v.corrections.ndim == 1:
+        return np.asarray(np.interp(at, ANCHORS, v.corrections))
+    above = np.clip(np.searchsorted(ANCHORS, at, side="right"), 1, len(ANCHORS) - 1)
+    part = (at - ANCHORS[above - 1]) / (ANCHORS[above] - ANCHORS[above - 1])
+    rows = np.arange(len(at))
+    low = v.corrections[rows, above - 1]
+    return np.asarray(low + part * (v.corrections[rows, above] - low))
 
 
 def distinct_experts(v: Values, b: Base, tokens: FloatArray) -> FloatArray:
     """Distinct experts of a layer that so many tokens touch: sum of 1 − (1 − p)^tokens over a log-normal popularity."""
     if b.experts == 0:
         return np.zeros_like(tokens)
-    spread = np.sqrt(np.log1p(v.popularity_cv**2))
-    weight = np.exp(spread * _NODES)
-    p = np.minimum(0.999, weight / (weight @ _WEIGHTS) * b.top_k / b.experts)
+    spread = np.sqrt(np.log1p(np.asarray(v.popularity_cv) ** 2))
+    weight = np.exp(_column(spread) * _NODES)
+    p = np.minimum(0.999, weight / _column(weight @ _WEIGHTS) * b.top_k / b.experts)
     return np.asarray(b.experts * (-np.expm1(tokens[:, None] * np.log1p(-p)) @ _WEIGHTS))
 
 
@@ -243,11 +262,11 @@ _WEIGHTS: FloatArray = _hermite[1] / _hermite[1].sum()
 
 
 def dynamic(v: Values, b: Base) -> FloatArray:
-    """f · v(f)² relative to the top clock, on the grid."""
-    above = np.maximum(0.0, b.clock_ghz - v.knee * b.knee_ghz)
-    volts = 1.0 + v.voltage * (b.voltage_per_ghz * above + b.voltage_per_ghz2 * above**2)
+    """f · v(f)² relative to the top clock, on the grid; one row a batch where parameters are."""
+    above = np.maximum(0.0, b.clock_ghz - _column(v.knee) * b.knee_ghz)
+    volts = 1.0 + _column(v.voltage) * (b.voltage_per_ghz * above + b.voltage_per_ghz2 * above**2)
     g = b.clock_ghz * volts**2
-    return np.asarray(g / g[-1])
+    return np.asarray(g / g[..., -1:])
 
 
 class Settled(NamedTuple):
@@ -271,6 +290,8 @@ def settle(
     A limit holds either the mean of all steps, where they alternate faster than firmware reacts, or each kind by itself,
     where they last; `apart` says how much of the second.
     """
+    if np.ndim(v.aim):
+        v = v._replace(aim=v.aim[batch], apart=v.apart[batch])
     share_b = c.steps.share[:, None]
     mean_s = (1.0 - share_b) * c.decode_s + share_b * c.prefill_s
     mean_w = ((1.0 - share_b) * c.decode_s * c.decode_w + share_b * c.prefill_s * c.prefill_w) / mean_s
@@ -344,6 +365,8 @@ def latencies(v: Values, w: Work, s: Steps, settled: Settled, batch: NDArray[np.
     planned already, which prefills in `share` of cases, then for its own; one that arrives in the middle of a step
     (`mid_step`: an open load, not a closed loop) waits for the rest of that too.
     """
+    if np.ndim(v.ttft):
+        v = v._replace(**{name: getattr(v, name)[batch] for name in ("ttft", "tpot_floor", "tpot_spread")})
     alone = 1.0 - 1.0 / np.maximum(1.0, w.sequences[batch])
     meets = 1.0 - (1.0 - np.minimum(s.share[batch], 1.0 - 1e-9)) ** alone
     extra_s = settled.prefill_s - settled.decode_s

@@ -131,6 +131,8 @@ class Profile:
         """
         try:
             data = json.loads(text, parse_constant=_refuse)
+            if not isinstance(data, dict):
+                raise ValueError("it holds no object")
             written_as = data.pop("format", None)
             if written_as != FORMAT:
                 raise ConfigError(
@@ -164,6 +166,8 @@ def _read(data: dict[str, Any]) -> Profile:
     if unknown := set(columns) - set(COLUMNS):
         raise ValueError(f"columns {', '.join(sorted(unknown))} are unknown")
     rows = tuple(_row(columns, r, at=f"rows[{i}]") for i, r in enumerate(data["rows"]))
+    if len(rows) < MIN_ROWS:
+        raise ValueError(f"{len(rows)} rows are too few for a profile (need {MIN_ROWS})")
     mixes = decode(tuple[Mix, ...], data["mixes"], at="mixes")
     if bad := [i for i, r in enumerate(rows) if not 0 <= r.mix < len(mixes)]:
         raise ValueError(f"rows[{bad[0]}] names mix {rows[bad[0]].mix} of {len(mixes)}")

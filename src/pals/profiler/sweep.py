@@ -65,7 +65,9 @@ def sweep(
     chooser = Chooser(plan, facts, fit)
     spent_s = max((r.at_s for r in partial.rows), default=0.0)
     begun_s = clock.now_s() - spent_s
-    visitor = Visitor(rig, rig.setter, plan, load=load, facts=facts, clock=clock, begun_s=begun_s)
+    visitor = Visitor(
+        rig, rig.setter, plan, load=load, facts=facts, clock=clock, begun_s=begun_s, known=partial.rows
+    )  # fmt: skip
 
     def tell(row: ProfileRow | None, notes: tuple[str, ...] = ()) -> None:
         left_s = max(0.0, begun_s + plan.seconds - clock.now_s())

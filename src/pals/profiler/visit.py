@@ -6,6 +6,7 @@ All boards of the engine are written in the same way as by the agent (`ClockLock
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from pals.core.load import Mix
 from pals.core.protocols import EngineActuator
 from pals.core.quantities import SAME_LIMIT_W, EngineSample, OperatingPoint, TelemetrySample
 from pals.models.engine_facts import EngineFacts
+from pals.models.observed import sequences_of
 from pals.models.row import ProfileRow
 from pals.profiler.costs import ENOUGH_REQUESTS, ENOUGH_TOKENS, generation_steps
 from pals.profiler.design import Candidate
@@ -62,15 +64,17 @@ class Visitor:
 
     def __init__(
         self, rig: Rig, setter: EngineActuator, plan: SweepPlan, *, load: LoadDriver, facts: EngineFacts, clock: GridClock,
-        begun_s: float,
+        begun_s: float, known: Sequence[ProfileRow] = (),
     ) -> None:  # fmt: skip
-        """`begun_s`: when the sweep began, by the clock; rows tell their time from there."""
+        """`begun_s`: when the sweep began, by the clock; rows tell their time from there. `known`: rows of this sweep before."""
         self._rig, self._setter, self._plan, self._load = rig, setter, plan, load
         self._facts, self._clock, self._begun_s = facts, clock, begun_s
         self._full = OperatingPoint(power_limit_w=max(plan.limits_w))
         self._mix: Mix | None = None
         self._in_flight = 0
-        self._room = dict[Mix, int]()  # requests that run at once, where that was found to be fewer than wanted
+        crowded = [r for r in known if sequences_of(r) < r.active_sequences]
+        #: Requests that run at once, where that was found to be fewer than wanted.
+        self._room = {plan.mixes[r.mix]: max(1, round(r.running)) for r in crowded}
         self._notes: list[str] = []
         ranks = re.search(r"dp(\d+)", rig.engine.info.parallelism)
         self._ranks = int(ranks[1]) if ranks else 1

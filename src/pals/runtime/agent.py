@@ -74,7 +74,7 @@ def load_profile(path: Path) -> Profile:
     """
     try:
         return Profile.from_json(path.read_text(encoding="utf-8"), name=str(path))
-    except OSError as e:
+    except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"cannot read the profile {path}: {e}; make one with `pals profile --out {path}`") from e
 
 

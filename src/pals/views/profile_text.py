@@ -50,7 +50,9 @@ def print_profile(facts: ProfileFacts, console: Console) -> None:
     _section(console, "Boards: natural draw, without a clock lock", _draw_table(facts.draws, wide=wide))
     console.print(_draw_note(facts), style="dim")
     _section(
-        console, "Quality: mean error of measured rows, and half width of 90 % intervals", _quality_table(facts.quality)
+        console,
+        "Quality: median error of measured rows, and half width of 90 % intervals",
+        _quality_table(facts.quality),
     )
     for name in dict.fromkeys(b.mix for b in facts.best_points):
         mine = [b for b in facts.best_points if b.mix == name]
