@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,16 +15,12 @@ from pals.engines.model_zoo import full_name, model_names, shipped_config
 from pals.experiments.simulated_run import EMPTY, Simulation
 from pals.plant.perturb import SPREAD
 from pals.plant.specs import CLOCK_STEP_MHZ, parse_boards
+from pals.profiler.plan import default_mixes, fitting
 
 #: Boards, and the tokens of a step that vLLM's server takes on them.
 BOARDS = {"4xa100-sxm4-80gb": 2048, "h100-sxm5-80gb": 8192, "8xh200-sxm5-141gb": 8192}
 SEEDS = tuple(range(1, 11))
-MIXES = (
-    Mix(name="chat", prompt_tokens=512, output_tokens=192),
-    Mix(name="long prompts", prompt_tokens=1536, output_tokens=64),
-    Mix(name="long answers", prompt_tokens=128, output_tokens=384),
-)
-LIMITS, BATCHES = 7, 6  # levels of the grid; batches halve from the launch limit
+LIMITS, BATCHES = 7, 7  # levels of the grid; batches halve from the launch limit
 LOCK_SHARES = (0.4, 0.55, 0.7, 0.85)  # of the top clock
 LAUNCH, LEAST_LAUNCH = 256, 16  # active sequences; the most that the KV cache holds of the longest mix
 
@@ -91,20 +87,9 @@ def launch_of(sim: Simulation) -> int:
     Raises:
         ConfigError: the weights do not fit the boards.
     """
-    longest = max(m.context_tokens for m in mixes_for(sim))
+    longest = max(m.context_tokens for m in default_mixes(sim.model_context))
     held = int(sim.replica().kv_tokens / longest)
     return 0 if held < 1 else min(LAUNCH, 1 << (held.bit_length() - 1))
-
-
-def mixes_for(sim: Simulation) -> tuple[Mix, ...]:
-    """`MIXES`, shortened in proportion where a model's context is too short for the longest request of one."""
-    found = []
-    for m in MIXES:
-        longest = (1.0 + m.spread) * (m.prompt_tokens + m.output_tokens)
-        share = min(1.0, sim.model_context / longest)
-        shorter = {"prompt_tokens": m.prompt_tokens * share, "output_tokens": m.output_tokens * share}
-        found.append(replace(m, **shorter))
-    return tuple(found)
 
 
 def grid_of(sim: Simulation) -> list[OperatingPoint]:
@@ -119,3 +104,8 @@ def grid_of(sim: Simulation) -> list[OperatingPoint]:
         for w, mhz in levels
         for n in sorted(batches)
     ]
+
+
+def unswept_mix(sim: Simulation) -> Mix:
+    """A mix between those of the sweep, which the profile never saw."""
+    return fitting(Mix(name="unswept", prompt_tokens=500, output_tokens=120), sim.model_context)

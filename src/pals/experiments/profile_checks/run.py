@@ -1,0 +1,74 @@
+"""All cases judged, several at a time, each kept as soon as it is done."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from pals.experiments.profile_checks.case import Case
+from pals.experiments.profile_checks.combination import Combination
+from pals.experiments.profile_checks.judge import Judged, judge_case, methods_of
+from pals.experiments.profile_checks.kept import JUDGED, keep, read_kept
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One case to judge, and where its result is kept."""
+
+    subject: Combination | Case  # a combination is simulated by whoever judges it
+    rivals: bool
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        """Of the result."""
+        name = self.subject.slug if isinstance(self.subject, Combination) else self.subject.name
+        return self.folder / "judged" / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.json"
+
+
+def run_job(job: Job) -> Judged:
+    """Judge it, or take what is kept; a result with rivals serves where none were asked for."""
+    kept = read_kept(job.path, JUDGED)
+    if kept is not None and (kept["rivals"] or not job.rivals):
+        return Judged.from_dict(kept["judged"])
+    judged = _judged(job)
+    keep(job.path, JUDGED, {"rivals": job.rivals, "judged": judged.to_dict()})
+    return judged
+
+
+def _judged(job: Job) -> Judged:
+    methods = methods_of(job.rivals)
+    if isinstance(job.subject, Case):
+        return judge_case(job.subject, methods, {})
+    from pals.experiments.profile_checks.cost import costs_of
+    from pals.experiments.profile_checks.world import world_of
+
+    world = world_of(job.subject, job.folder)
+    return judge_case(world.case, methods, costs_of(world))
+
+
+def run_jobs(
+    jobs: Sequence[Job], *, workers: int, stop: Callable[[], bool], done: Callable[[Job], None]
+) -> Iterator[Judged]:
+    """Results in the order of the jobs; fewer where `stop` said so."""
+    if workers == 1:
+        for job in jobs:
+            if stop():
+                return
+            yield run_job(job)
+            done(job)
+        return
+    results: dict[int, Judged] = {}
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        places: dict[Future[Judged], int] = {pool.submit(run_job, job): i for i, job in enumerate(jobs)}
+        for future in as_completed(places):
+            results[places[future]] = future.result()
+            done(jobs[places[future]])
+            if stop():
+                pool.shutdown(wait=True, cancel_futures=True)
+                break
+    yield from (results[i] for i in sorted(results))
