@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -63,7 +64,9 @@ def run_jobs(
             done(job)
         return
     results: dict[int, Judged] = {}
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_interrupts
+    ) as pool:
         places: dict[Future[Judged], int] = {pool.submit(run_job, job): i for i, job in enumerate(jobs)}
         for future in as_completed(places):
             results[places[future]] = future.result()
@@ -72,3 +75,8 @@ def run_jobs(
                 pool.shutdown(wait=True, cancel_futures=True)
                 break
     yield from (results[i] for i in sorted(results))
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C in a terminal reaches every process; whoever started the workers decides, and a case ends whole."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
