@@ -39,6 +39,16 @@ class RequestTimes:
     preemptions: NDArray[np.int32]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SentRequests:
+    """Requests that have arrived, arrays of shape (requests,), seconds from the start; NaN where it is not so far."""
+
+    arrival_s: FloatArray
+    first_token_s: FloatArray
+    last_token_s: FloatArray
+    output_tokens: NDArray[np.int32]
+
+
 class Replica:
     """See the module. Time starts at 0; nothing moves but by `advance`."""
 
@@ -272,6 +282,26 @@ class Replica:
             tpot_counts=tuple(m.tpot_counts.tolist()),
             scheduled=s["scheduled"],
             lowering=LOWERINGS[s["lowering"]],
+        )
+
+    @property
+    def sent_count(self) -> int:
+        """Requests that have arrived, or got their time of arrival, so far."""
+        return int(self._state["released"])
+
+    @property
+    def unsent_count(self) -> int:
+        """Requests of a closed loop's supply that are still to be sent."""
+        return int(self._state["submitted"]) - self.sent_count
+
+    def sent(self, first: int = 0) -> SentRequests:
+        """Requests sent so far, from number `first` on; a closed loop knows their arrivals only afterwards."""
+        r = self._memory.requests[first : self.sent_count]
+        return SentRequests(
+            arrival_s=r["arrival_s"].copy(),
+            first_token_s=r["first_s"].copy(),
+            last_token_s=r["last_s"].copy(),
+            output_tokens=r["output"].copy(),
         )
 
     def results(self) -> RequestTimes:

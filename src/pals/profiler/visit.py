@@ -1,0 +1,221 @@
+"""Visiting a point: set it, load the engine, let it settle, read it for a window; the sweep's only writer.
+
+All boards of the engine are written in the same way as by the agent (`ClockLocks`), its active-sequence limit under a lease.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from pals.core.errors import DeviceLostError, PalsError
+from pals.core.load import Mix
+from pals.core.protocols import EngineActuator
+from pals.core.quantities import EngineSample, OperatingPoint, TelemetrySample
+from pals.models.engine_facts import EngineFacts
+from pals.models.row import ProfileRow
+from pals.profiler.costs import ENOUGH_REQUESTS, ENOUGH_TOKENS, settling_steps
+from pals.profiler.design import Candidate
+from pals.profiler.load import LoadDriver
+from pals.profiler.plan import SweepPlan
+from pals.profiler.window import Window, fault_of, row_of
+from pals.runtime.loop import GridClock
+from pals.runtime.tick import Rig, read_sample
+
+TRIES = 3  # a window that does not count is measured again at most twice
+LEASE_S = 15.0  # renewed at every reading
+SETTLE_READ_S = 0.25
+SILENT_S = 10.0  # without a step while settling: no request reaches the engine, or it hangs
+POWER_SETTLED, POWER_WAIT_S = 0.05, 3.0  # two means of a second differ by less, or so long was waited for it
+BALANCED = 0.1  # a window whose prompt tokens per output token are this near to the mix's is long enough
+
+
+class Interrupted(Exception):
+    """The sweep was told to stop; the rows so far are in the partial file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visited:
+    """What came of a visit; `row` None: every window had a fault."""
+
+    row: ProfileRow | None
+    notes: tuple[str, ...]
+    lock_refused: bool = False
+
+
+class Visitor:
+    """Measures one point after the other; remembers which load runs."""
+
+    def __init__(
+        self, rig: Rig, setter: EngineActuator, plan: SweepPlan, *, load: LoadDriver, facts: EngineFacts, clock: GridClock,
+        begun_s: float,
+    ) -> None:  # fmt: skip
+        """`begun_s`: when the sweep began, by the clock; rows tell their time from there."""
+        self._rig, self._setter, self._plan, self._load = rig, setter, plan, load
+        self._facts, self._clock, self._begun_s = facts, clock, begun_s
+        self._mix: Mix | None = None
+        self._in_flight = 0
+        self._notes: list[str] = []
+        ranks = re.search(r"dp(\d+)", rig.engine.info.parallelism)
+        self._ranks = int(ranks[1]) if ranks else 1
+
+    def measure(self, wanted: Candidate, *, until_s: float) -> Visited:
+        """Measure `wanted`; a window with a fault again, unless it is past `until_s` of the clock.
+
+        Raises:
+            Interrupted: the clock said stop.
+            EngineGoneError, PermissionDeniedError: as the parts raise them.
+        """
+        told = list[str]()
+        for _ in range(TRIES):
+            self._notes = []
+            outcome = self._once(wanted)
+            told += self._notes
+            if isinstance(outcome, ProfileRow):
+                return Visited(row=outcome, notes=tuple(told))
+            told.append(outcome)
+            refused = wanted.point.sm_clock_mhz is not None and self._rig.locks.in_force_mhz(0) is None
+            if refused or self._clock.now_s() > until_s:
+                return Visited(row=None, notes=tuple(told), lock_refused=refused)
+        return Visited(row=None, notes=tuple(told))
+
+    def _once(self, wanted: Candidate) -> ProfileRow | str:
+        """A row, or why there is none."""
+        mix, sequences = self._plan.mixes[wanted.mix], wanted.sequences
+        try:
+            accepted = self._write(wanted.point)
+            if accepted.sm_clock_mhz != wanted.point.sm_clock_mhz:
+                return f"no clock lock at {wanted.point.sm_clock_mhz} MHz is possible here"
+            self._setter.apply(sequences, lease_s=LEASE_S)
+            settled = self._settle(mix, sequences)
+            if settled is None:
+                return f"the engine took no step for {SILENT_S:g} s; does the load reach it?"
+            since_s = self._clock.now_s()
+            samples = self._read_window(mix, sequences)
+        except DeviceLostError as e:
+            return str(e)
+        window = Window(
+            point=replace(accepted, active_sequences=sequences), mix=wanted.mix, samples=samples,
+            latencies=self._load.latencies(since_s), whole_requests=settled, ranks=self._ranks,
+            at_s=self._clock.now_s() - self._begun_s,
+        )  # fmt: skip
+        if (fault := fault_of(window)) is not None:
+            return fault
+        row = row_of(window)
+        self._note_room(samples, row)
+        return row
+
+    def _write(self, point: OperatingPoint) -> OperatingPoint:
+        """Bring all boards to `point`; the lowest limit in force, and the lock where all accepted it."""
+        now_s, boards = self._clock.now_s(), [meter.read() for meter in self._rig.meters]
+        accepted = [
+            self._rig.locks.apply(i, actuator, point, boards[i], now_s=now_s, notes=self._notes)
+            for i, actuator in enumerate(self._rig.actuators)
+        ]
+        limit_w = min(p.power_limit_w for p in accepted)
+        if max(p.power_limit_w for p in accepted) > limit_w:  # one board is held lower: the others go with it
+            for i, actuator in enumerate(self._rig.actuators):
+                lower = replace(point, power_limit_w=limit_w)
+                self._rig.locks.apply(i, actuator, lower, boards[i], now_s=now_s, notes=self._notes)
+        locked = all(p.sm_clock_mhz == point.sm_clock_mhz for p in accepted)
+        return OperatingPoint(power_limit_w=limit_w, sm_clock_mhz=point.sm_clock_mhz if locked else None)
+
+    def _settle(self, mix: Mix, sequences: int) -> bool | None:
+        """Wait until the engine is as the point makes it; whether requests that end from now on ran wholly at it.
+
+        A larger batch is filled over one generation, so that its requests have all ages at once. None: it took no step.
+        """
+        before, from_n = self._mix, min(self._in_flight, sequences)
+        needed = settling_steps(mix, before, sequences, self._facts)
+        began_s, power = self._clock.now_s(), PowerTrend()
+        begun = self._engine(self._read())
+        self._mix = mix
+        while True:
+            sample = self._read()
+            engine = self._engine(sample)
+            elapsed_s, steps = sample.time_s - began_s, (engine.steps - begun.steps) / self._ranks
+            filled = min(1.0, steps / mix.output_tokens)
+            self._keep(mix, max(1, round(from_n + (sequences - from_n) * filled)))
+            power.add(sample)
+            if steps == 0 and elapsed_s > SILENT_S:
+                return None
+            if elapsed_s >= self._plan.longest_settle_s:
+                return bool(steps >= mix.output_tokens)
+            calm = power.settled or elapsed_s >= self._plan.settle_s + POWER_WAIT_S
+            if elapsed_s >= self._plan.settle_s and steps >= needed and engine.running <= sequences and calm:
+                return True
+            self._wait(SETTLE_READ_S, sequences)
+
+    def _keep(self, mix: Mix, in_flight: int) -> None:
+        self._load.set_load(mix, in_flight)
+        self._in_flight = in_flight
+
+    def _read_window(self, mix: Mix, sequences: int) -> list[TelemetrySample]:
+        """Read until there are tokens and requests enough, in the mix's proportion, or the longest window is over."""
+        plan, samples = self._plan, [self._read()]
+        self._keep(mix, sequences)
+        while True:
+            self._wait(plan.read_s, sequences)
+            samples.append(self._read())
+            span_s = samples[-1].time_s - samples[0].time_s + 1e-6
+            if span_s >= plan.longest_window_s or samples[-1].absent:
+                return samples
+            if span_s >= plan.window_s and enough(samples[0].engine, samples[-1].engine, mix):
+                return samples
+
+    def _note_room(self, samples: list[TelemetrySample], row: ProfileRow) -> None:
+        preempted = self._engine(samples[-1]).preemptions - self._engine(samples[0]).preemptions
+        if preempted > 0:
+            self._notes.append(
+                f"{preempted} requests were preempted for lack of KV cache: {row.running:.1f} of {row.active_sequences} ran"
+            )
+
+    def _read(self) -> TelemetrySample:
+        return read_sample(self._rig, None, self._clock.now_s(), [])
+
+    @staticmethod
+    def _engine(sample: TelemetrySample) -> EngineSample:
+        if sample.engine is None:
+            raise PalsError("the engine told nothing of itself; the boards stay as they are until they are put back")
+        return sample.engine
+
+    def _wait(self, seconds: float, sequences: int) -> None:
+        """Wait, and renew the engine's lease."""
+        if self._clock.wait(seconds):
+            raise Interrupted
+        self._setter.apply(sequences, lease_s=LEASE_S + seconds)
+
+
+class PowerTrend:
+    """Whether the mean power of the last second is that of the second before."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, float]] = []  # time, energy of all boards
+
+    def add(self, sample: TelemetrySample) -> None:
+        """Take a reading; boards without a counter are left out."""
+        self._seen.append((sample.time_s, sum(b.energy_j for b in sample.boards if b.energy_j is not None)))
+
+    @property
+    def settled(self) -> bool:
+        """See the class; True on boards without counters."""
+        n = round(1.0 / SETTLE_READ_S)
+        if len(self._seen) <= 2 * n:
+            return False
+        (t0, e0), (t1, e1), (t2, e2) = (self._seen[-1 - k * n] for k in (2, 1, 0))
+        if e2 == e0 or min(t1 - t0, t2 - t1) <= 0:
+            return True
+        before_w, now_w = (e1 - e0) / (t1 - t0), (e2 - e1) / (t2 - t1)
+        return abs(now_w - before_w) <= POWER_SETTLED * max(now_w, before_w)
+
+
+def enough(first: EngineSample | None, last: EngineSample | None, mix: Mix) -> bool:
+    """Whether a window holds enough requests and tokens, prompts and outputs in about the mix's proportion."""
+    if first is None or last is None:
+        return False
+    tokens = last.output_tokens - first.output_tokens
+    requests = last.finished_requests - first.finished_requests
+    if tokens < ENOUGH_TOKENS or requests < ENOUGH_REQUESTS:
+        return False
+    proportion = (last.prefill_tokens - first.prefill_tokens) / tokens / mix.prefill_per_output
+    return abs(proportion - 1.0) <= BALANCED
