@@ -16,6 +16,10 @@ class ProfileMismatchError(ConfigError):
     """A profile belongs to another engine, model, board or parallelism; it was not used."""
 
 
+class OutsideProfileError(PalsError):
+    """A point or load lies outside what a profile sampled; nothing is predicted for it."""
+
+
 class PermissionDeniedError(PalsError):
     """The driver refused a write for lack of privilege; the old value is still in force."""
 

@@ -20,7 +20,8 @@ from pals.profiler.plan import default_mixes, fitting
 #: Boards, and the tokens of a step that vLLM's server takes on them.
 BOARDS = {"4xa100-sxm4-80gb": 2048, "h100-sxm5-80gb": 8192, "8xh200-sxm5-141gb": 8192}
 SEEDS = tuple(range(1, 11))
-LIMITS, BATCHES = 7, 7  # levels of the grid; batches halve from the launch limit
+LIMITS = 7  # levels of the grid
+BATCHES = (32, 8, 4, 2, 1)  # the launch limit over these
 LOCK_SHARES = (0.4, 0.55, 0.7, 0.85)  # of the top clock
 LAUNCH, LEAST_LAUNCH = 256, 16  # active sequences; the most that the KV cache holds of the longest mix
 
@@ -93,16 +94,16 @@ def launch_of(sim: Simulation) -> int:
 
 
 def grid_of(sim: Simulation) -> list[OperatingPoint]:
-    """Limits × sequences without a lock, and locks × sequences at the highest limit."""
+    """Limits × sequences without a lock, and locks × sequences at the default limit."""
     spec = sim.spec
-    limits_w = [float(5 * round(w / 5)) for w in np.linspace(spec.min_limit_w, spec.max_limit_w, LIMITS)]
+    limits_w = [float(5 * round(w / 5)) for w in np.linspace(spec.min_limit_w, spec.default_limit_w, LIMITS)]
     locks = [CLOCK_STEP_MHZ * round(share * spec.max_sm_clock_mhz / CLOCK_STEP_MHZ) for share in LOCK_SHARES]
     levels: list[tuple[float, int | None]] = [*((w, None) for w in limits_w), *((limits_w[-1], mhz) for mhz in locks)]
-    batches = [n for n in (sim.max_num_seqs >> i for i in range(BATCHES)) if n]
+    batches = sorted({max(1, sim.max_num_seqs // share) for share in BATCHES})
     return [
         OperatingPoint(power_limit_w=w, sm_clock_mhz=mhz, active_sequences=n)
         for w, mhz in levels
-        for n in sorted(batches)
+        for n in batches
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from pals.experiments.profile_checks.combination import Combination, grid_of, si
 from pals.experiments.profile_checks.kept import SWEPT, TRUTH, keep, read_kept
 from pals.experiments.simulated_profile import facts_of, measured_truth, simulated_sweep
 from pals.experiments.simulated_run import Simulation
+from pals.models.fitted import fit
 from pals.models.row import ProfileRow
 from pals.profiler.plan import default_mixes
 
@@ -27,10 +28,9 @@ class World:
 def world_of(c: Combination, folder: Path) -> World:
     """Measured, or as kept in `folder`."""
     sim = simulation_of(c)
-    swept_mixes = default_mixes(sim.model_context)
-    mixes = (*swept_mixes, unswept_mix(sim))
+    mixes = (*default_mixes(sim.model_context), unswept_mix(sim))
     truth = _truth(c, sim, mixes, folder / "rows" / f"{c.slug}-grid.json")
-    swept = _swept(sim, swept_mixes, folder / "rows" / f"{c.slug}-sweep.json")
+    swept, sweep_s = _swept(c, sim, folder / "rows" / f"{c.slug}-sweep.json")
     last = len(mixes) - 1
     case = Case(
         name=c.slug,
@@ -43,7 +43,7 @@ def world_of(c: Combination, folder: Path) -> World:
         swept=swept,
         seed=c.seed,
     )
-    return World(case=case, sweep_s=max((r.at_s for r in swept), default=0.0))
+    return World(case=case, sweep_s=sweep_s)
 
 
 def _truth(c: Combination, sim: Simulation, mixes: tuple[Mix, ...], path: Path) -> list[ProfileRow]:
@@ -51,18 +51,23 @@ def _truth(c: Combination, sim: Simulation, mixes: tuple[Mix, ...], path: Path) 
     if (kept := read_kept(path, TRUTH)) is not None:
         return _rows(kept["rows"])
     points = grid_of(sim)
-    rows = [r for i, mix in enumerate(mixes) for r in measured_truth(sim, points, mix, mix_index=i)]
+    rows = [
+        replace(row, mix=i)
+        for i, mix in enumerate(mixes)
+        for row in measured_truth(sim, points, mix, seed=c.seed)
+    ]  # fmt: skip
     keep(path, TRUTH, {"rows": [r.to_dict() for r in rows]})
     return rows
 
 
-def _swept(sim: Simulation, mixes: tuple[Mix, ...], path: Path) -> tuple[ProfileRow, ...]:
-    """What the sweep measures, at most 50 rows."""
-    if (kept := read_kept(path, SWEPT)) is not None:
-        return tuple(_rows(kept["rows"]))
-    rows = tuple(simulated_sweep(sim, mixes))
-    keep(path, SWEPT, {"rows": [r.to_dict() for r in rows]})
-    return rows
+def _swept(c: Combination, sim: Simulation, path: Path) -> tuple[tuple[ProfileRow, ...], float]:
+    """What the default sweep measures, and the engine time it takes, s."""
+    kept = read_kept(path, SWEPT)
+    if kept is None:
+        sweep = simulated_sweep(sim, fit=fit, seed=c.seed)
+        kept = {"rows": [r.to_dict() for r in sweep.rows], "seconds": sweep.event_s}
+        keep(path, SWEPT, kept)
+    return tuple(_rows(kept["rows"])), float(kept["seconds"])
 
 
 def _rows(kept: list[dict[str, Any]]) -> list[ProfileRow]:
