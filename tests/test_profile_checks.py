@@ -89,7 +89,9 @@ class Scaled:
         return self
 
     def answer(self, questions: Sequence[Question], quantities: Sequence[str]) -> Mapping[str, Told]:
-        rows = [row(q.point.power_limit_w, q.point.sm_clock_mhz, q.point.active_sequences or 1, q.mix) for q in questions]
+        rows = [
+            row(q.point.power_limit_w, q.point.sm_clock_mhz, q.point.active_sequences or 1, q.mix) for q in questions
+        ]
         refused = np.array([r.power_limit_w < self.refuse_below_w for r in rows])
         told = {}
         for quantity in quantities:
@@ -160,7 +162,11 @@ def test_a_short_measured_sweep_is_left_out_row_by_row() -> None:
 
 
 def test_errors_coverage_and_width_of_hand_made_numbers() -> None:
-    told = Told(np.array([110.0, 90.0, np.nan, 50.0]), np.array([105.0, 80.0, np.nan, 40.0]), np.array([115.0, 105.0, np.nan, 60.0]))
+    told = Told(
+        np.array([110.0, 90.0, np.nan, 50.0]),
+        np.array([105.0, 80.0, np.nan, 40.0]),
+        np.array([115.0, 105.0, np.nan, 60.0]),
+    )
     found = score(told, np.array([100.0, 100.0, 100.0, np.nan]))
 
     assert (found.asked, found.answered, found.refused) == (3, 2, 1)
@@ -197,7 +203,9 @@ def test_a_rival_learns_a_toy_surface(name: str) -> None:
 def test_the_forest_has_the_papers_three_hundred_trees_and_interpolation_meets_its_rows() -> None:
     assert TREES == 300
     rows = grid()
-    told = RIVALS["interpolation"](rows, MIXES, FACTS, QUANTITIES).answer([Question(r.point, r.mix) for r in rows], QUANTITIES)
+    told = RIVALS["interpolation"](rows, MIXES, FACTS, QUANTITIES).answer(
+        [Question(r.point, r.mix) for r in rows], QUANTITIES
+    )
     np.testing.assert_allclose(told["power_w"].value, [r.power_w for r in rows], rtol=1e-6)
 
 
@@ -222,7 +230,9 @@ def test_a_wrong_model_regrets() -> None:
     rows = [r for r in grid() if r.mix == 0]
     truth = measured_figures(rows)
     upside_down = truth._replace(tokens_per_j=1.0 / truth.tokens_per_j)
-    blind = truth._replace(tokens_per_s=np.full(len(rows), 1e9), tpot_p95_s=np.zeros(len(rows)), ttft_p95_s=np.zeros(len(rows)))
+    blind = truth._replace(
+        tokens_per_s=np.full(len(rows), 1e9), tpot_p95_s=np.zeros(len(rows)), ttft_p95_s=np.zeros(len(rows))
+    )
 
     choices = [judge(upside_down, rows, s) for s in scenarios_of(rows, 0)]
     assert max(c.regret for c in choices) > 0.01

@@ -54,7 +54,9 @@ def evaluate(args: argparse.Namespace) -> int:
     from pals.cli.agent import stopping
     from pals.experiments.profile_checks.summary import lines_of
 
-    if args.record and (args.quick or args.models or args.boards or args.seeds or args.data or args.no_simulated or args.no_silicon):
+    if args.record and (
+        args.quick or args.models or args.boards or args.seeds or args.data or args.no_simulated or args.no_silicon
+    ):
         raise ConfigError("--record keeps every case; leave out what restricts them. Nothing was done")
     if args.workers < 1 or args.rival_seeds < 0:
         raise ConfigError("--workers must be at least 1 and --rival-seeds at least 0. Nothing was done")
@@ -65,7 +67,10 @@ def evaluate(args: argparse.Namespace) -> int:
     with stopping(stop):
         judged = run_all(jobs, args.workers, stop)
     if len(judged) < len(jobs):
-        print(f"interrupted: {len(judged)} of {len(jobs)} cases are kept in {args.out}; run the same command to go on", file=sys.stderr)
+        print(
+            f"interrupted: {len(judged)} of {len(jobs)} cases are kept in {args.out}; run the same command to go on",
+            file=sys.stderr,
+        )
         return 130
     lines = lines_of(judged)
     show(args, lines, told_of(jobs))

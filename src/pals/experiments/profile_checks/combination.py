@@ -100,11 +100,7 @@ def grid_of(sim: Simulation) -> list[OperatingPoint]:
     locks = [CLOCK_STEP_MHZ * round(share * spec.max_sm_clock_mhz / CLOCK_STEP_MHZ) for share in LOCK_SHARES]
     levels: list[tuple[float, int | None]] = [*((w, None) for w in limits_w), *((limits_w[-1], mhz) for mhz in locks)]
     batches = sorted({max(1, sim.max_num_seqs // share) for share in BATCHES})
-    return [
-        OperatingPoint(power_limit_w=w, sm_clock_mhz=mhz, active_sequences=n)
-        for w, mhz in levels
-        for n in batches
-    ]
+    return [OperatingPoint(power_limit_w=w, sm_clock_mhz=mhz, active_sequences=n) for w, mhz in levels for n in batches]
 
 
 def unswept_mix(sim: Simulation) -> Mix:

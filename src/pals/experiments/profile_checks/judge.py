@@ -27,6 +27,7 @@ from pals.experiments.profile_checks.score import Score, score
 from pals.experiments.profile_checks.splits import RANDOM, SWEEP, UNSWEPT, Split
 
 WHOLE = (RANDOM, SWEEP, UNSWEPT)  # kinds of split on which every method answers every quantity
+LEAST_CANDIDATES = 10  # points with every figure, for a choice to be one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +134,8 @@ def _picks(case: Case, learned: Mapping[str, Learned]) -> list[Pick]:
     """The choice of each method in each scenario of each mix."""
     found = []
     for mix in range(len(case.mixes)):
-        rows = [r for r in case.rows if r.mix == mix]
-        if not rows:
+        rows = [r for r in case.rows if r.mix == mix and all(getattr(r, q) is not None for q in NEEDED)]
+        if len(rows) < LEAST_CANDIDATES:  # too few requests ended in the others' windows
             continue
         scenarios = scenarios_of(rows, mix)
         for name, who in learned.items():
@@ -150,4 +151,3 @@ def _picks(case: Case, learned: Mapping[str, Learned]) -> list[Pick]:
                 for s in scenarios
             ]  # fmt: skip
     return found
-

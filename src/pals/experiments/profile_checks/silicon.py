@@ -90,7 +90,15 @@ def batch_cases(folder: Path) -> list[Case]:
     shapes = {case.model: case.shape for case in load(folder)[0]}
     table = read_table(folder / MLENERGY / "serving_batch_sweep.csv", BATCH_COLUMNS)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    keys = ("gpu_model", "num_gpus", "model_id", "weight_precision", "tensor_parallel", "expert_parallel", "data_parallel")
+    keys = (
+        "gpu_model",
+        "num_gpus",
+        "model_id",
+        "weight_precision",
+        "tensor_parallel",
+        "expert_parallel",
+        "data_parallel",
+    )
     for row in _lines(table):
         if row["task"] in TASKS and row["gpu_model"] in BOARDS:
             groups.setdefault((row["task"], *(row[k] for k in keys)), []).append(row)

@@ -123,7 +123,9 @@ def _regret_lines(title: str, judged: Sequence[Judged]) -> list[Line]:
         ("picks that break it by more than 2 %", _broken(CLEAR), None, "beyond the noise of a window"),
     )
     lines = [
-        _line(title, judged, check, figure, target=target, note=f"up to {scenarios} scenarios a case; {note}".rstrip("; "))
+        _line(
+            title, judged, check, figure, target=target, note=f"up to {scenarios} scenarios a case; {note}".rstrip("; ")
+        )
         for check, figure, target, note in wanted
     ]
     return [line for line in lines if line]

@@ -67,10 +67,17 @@ def _table(basis: str, section: str, lines: Sequence[Line]) -> Table:
 
 def cells_of(line: Line) -> tuple[str, ...]:
     """The line as text: check, basis, cases, mean, median, worst, target, verdict, then every method on the same cases."""
-    own = (line.check, line.basis, str(line.cases), *(number(v, line.unit) for v in (line.value, line.median, line.worst)))
+    own = (
+        line.check,
+        line.basis,
+        str(line.cases),
+        *(number(v, line.unit) for v in (line.value, line.median, line.worst)),
+    )
     methods = {OWN: line.beside, **line.rivals}
     compared = (
-        "" if (value := methods.get(name)) is None else number(value, line.unit) + (WINS if name in line.winners else "")
+        ""
+        if (value := methods.get(name)) is None
+        else number(value, line.unit) + (WINS if name in line.winners else "")
         for name in (OWN, *RIVALS)
     )
     return (*own, wanted(line), line.verdict, *compared)
@@ -103,12 +110,27 @@ def verdict(lines: Sequence[Line]) -> str:
 
 def write_page(path: Path, lines: Sequence[Line], told: Told) -> None:
     """The same as Markdown."""
-    text = ["# Profiles against truth, and against their rivals", "", f"Written by `{told.command}`. {verdict(lines)}.", ""]
+    text = [
+        "# Profiles against truth, and against their rivals",
+        "",
+        f"Written by `{told.command}`. {verdict(lines)}.",
+        "",
+    ]
     text += [f"- {remark}" for remark in told.remarks]
     for basis, section in dict.fromkeys((line.basis, line.section) for line in lines):
         shown = [line for line in lines if (line.basis, line.section) == (basis, section)]
         compared = any(line.rivals for line in shown)
-        heads = ("check", "basis", "cases", OWN, "median", "worst", "target", "", *((SAME, *RIVALS) if compared else ()))
+        heads = (
+            "check",
+            "basis",
+            "cases",
+            OWN,
+            "median",
+            "worst",
+            "target",
+            "",
+            *((SAME, *RIVALS) if compared else ()),
+        )
         text += ["", f"## {section[0].upper()}{section[1:]} ({basis})", "", f"| {' | '.join(heads)} |"]
         text += [f"| --- | --- |{' ---: |' * (len(heads) - 2)}"]
         for line in shown:
