@@ -269,7 +269,7 @@ def test_errors_of_a_case_are_the_methods_own() -> None:
     assert line.rivals["random forest"] == pytest.approx(20.0)
     assert line.reached
     assert lines["profile file, largest"].reached is False
-    assert lines[f"power, {SWEEP}: truth in the 90 % interval"].value == pytest.approx(100.0)
+    assert lines[f"power, {SWEEP}: coverage"].value == pytest.approx(100.0)
 
 
 def test_a_confident_miss_at_the_lowest_cap_is_counted_and_a_refusal_is_none() -> None:

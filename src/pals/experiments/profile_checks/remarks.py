@@ -13,10 +13,10 @@ from pals.experiments.profile_checks.splits import DRAWN_SHARE, DRAWS, SHORT, TR
 from pals.plant.perturb import SPREAD
 
 RIVALS_TOLD = (
-    "rivals learn the same rows, with limit, clock ceiling, batch, prompt and output tokens as features and logarithms as targets: random "
-    "forest (scikit-learn, 300 trees), nine-term polynomial (quadratic in limit and batch, clock and clock × batch, prompt/output), "
-    "boosting (scikit-learn, 300 trees of depth 3, rate 0.05), interpolation (linear radial basis functions, clipped to the rows). They "
-    "answer everywhere and have no interval; methods are compared on the rows that pals answered"
+    "rivals learn the same rows, with limit, clock ceiling, batch, prompt and output tokens as features; both they and the targets in logarithms. random "
+    "forest: scikit-learn, 300 trees; polynomial: nine terms (limit and batch with their squares, clock, prompt, output, batch × prompt/output); boosting: "
+    "scikit-learn's defaults; interpolation: cubic radial basis functions through every row, clipped to the rows' range. They answer "
+    "everywhere and have no interval; methods are compared on the rows that pals answered"
 )
 REGRET_TOLD = (
     f"regret: targets of {', '.join(f'{100 * s:.0f}' for s in SHARES)} % of a mix's largest throughput, each with TPOT p95 and TTFT p95 of at most "

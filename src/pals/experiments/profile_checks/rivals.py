@@ -86,21 +86,21 @@ def forest(features: FloatArray, target: FloatArray) -> Guess:
 
 
 def boosting(features: FloatArray, target: FloatArray) -> Guess:
-    """Gradient boosting with scikit-learn's defaults and 300 trees."""
+    """Gradient boosting with scikit-learn's defaults."""
     from sklearn.ensemble import GradientBoostingRegressor
 
-    model = GradientBoostingRegressor(n_estimators=TREES, learning_rate=0.05, random_state=SEED)
-    return _predict(model.fit(features, target))
+    return _predict(GradientBoostingRegressor(random_state=SEED).fit(features, target))
 
 
 def polynomial(features: FloatArray, target: FloatArray) -> Guess:
-    """Nine terms in logarithms: 1, x, y, x², xy, y² of limit and batch, the clock z with yz, and prompt over output tokens."""
+    """Nine terms in logarithms: limit and batch with their squares, clock, prompt, output, and batch × prompt/output."""
     middle, scale = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-9)
 
     def terms(asked: FloatArray) -> FloatArray:
-        x, z, y = ((asked - middle) / scale)[:, :3].T
+        limit, clock, batch, prompt, output = ((asked - middle) / scale).T
         mix = asked[:, 3] - asked[:, 4] - (middle[3] - middle[4])
-        return np.stack([np.ones_like(x), x, y, x * x, x * y, y * y, z, y * z, mix], axis=1)
+        one = np.ones_like(limit)
+        return np.stack([one, limit, limit**2, batch, batch**2, clock, prompt, output, batch * mix], axis=1)
 
     a = terms(features)
     solved: FloatArray = np.linalg.solve(a.T @ a + RIDGE * np.eye(a.shape[1]), a.T @ target)
@@ -108,13 +108,11 @@ def polynomial(features: FloatArray, target: FloatArray) -> Guess:
 
 
 def interpolation(features: FloatArray, target: FloatArray) -> Guess:
-    """Linear radial basis functions through every row, in features scaled to the rows' range, clipped to it outside."""
+    """Cubic radial basis functions through every row, features scaled to the rows' range and clipped to it outside."""
     from scipy.interpolate import RBFInterpolator
 
     low, span = features.min(axis=0), np.ptp(features, axis=0)
     used = span > 0
-    if not used.any():
-        return lambda asked: np.full(len(asked), float(target.mean()))
 
     def scaled(asked: FloatArray) -> FloatArray:
         return np.clip((asked[:, used] - low[used]) / span[used], 0.0, 1.0)
@@ -123,7 +121,9 @@ def interpolation(features: FloatArray, target: FloatArray) -> Guess:
     means = np.bincount(inverse.ravel(), weights=target) / np.bincount(inverse.ravel())
     if len(places) < 2:
         return lambda asked: np.full(len(asked), float(target.mean()))
-    through = RBFInterpolator(places, means, kernel="linear", degree=0)
+    flat = np.linalg.matrix_rank(np.column_stack([np.ones(len(places)), places])) <= places.shape[1]  # no plane fits
+    kernel = {"kernel": "linear", "degree": 0} if flat else {"kernel": "cubic", "degree": 1}
+    through = RBFInterpolator(places, means, **kernel)
     return lambda asked: np.asarray(through(scaled(asked)))
 
 

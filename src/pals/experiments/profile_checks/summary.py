@@ -85,9 +85,9 @@ def _coverage_lines(title: str, judged: Sequence[Judged], kind: str) -> list[Lin
         shares = [100.0 * (m.coverage or 0.0) for m in marks]
         found.append(
             Line(
-                section=title, basis=judged[0].basis, check=f"{NAMES[quantity]}, {kind}: truth in the 90 % interval",
+                section=title, basis=judged[0].basis, check=f"{NAMES[quantity]}, {kind}: coverage",
                 cases=len(marks), value=100.0 * total.coverage, median=float(np.median(shares)), worst=min(shares),
-                target=COVERAGE_PCT, note=f"mean width {100.0 * total.width:.1f} % of the value",
+                target=COVERAGE_PCT, note=f"truths in the 90 % intervals; their mean width is {100.0 * total.width:.1f} % of the value",
             )
         )  # fmt: skip
     return found

@@ -52,7 +52,7 @@ def _table(basis: str, section: str, lines: Sequence[Line]) -> Table:
         pad_edge=False,
     )  # fmt: skip
     table.add_column("check", overflow="fold")
-    for heading in ("", "cases", OWN, "median", "worst", "target"):
+    for heading in ("basis", "cases", OWN, "median", "worst", "target"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for heading in (SAME, *RIVALS) if compared else ():
