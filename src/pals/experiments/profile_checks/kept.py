@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 SOURCES = Path(__file__).parents[2]  # src/pals
-TRUTH = ("core", "plant", "experiments/*.py", "experiments/profile_checks/combination.py")
+MEASURING = tuple(f"profiler/{name}.py" for name in ("costs", "load", "plan", "visit", "window"))
+TRUTH = (
+    "plant", "core/architecture.py", "core/load.py", "core/quantities.py", "models/row.py", *MEASURING, "experiments/simulated_*.py",
+    "experiments/profile_checks/combination.py",
+)  # fmt: skip
 SWEPT = (*TRUTH, "models", "profiler")
 JUDGED = (*SWEPT, "experiments/profile_checks", "experiments/plant_checks")
 

@@ -18,7 +18,8 @@ INTERIOR = {"limit": "interior cap withheld", "batch": "interior batch withheld"
 LOWEST = "lowest cap withheld"
 EDGE = "outermost level withheld"  # of measured sets: the highest level of the knob, and its lowest if it is no limit
 UNSWEPT = "a mix that no row has"
-KINDS = (RANDOM, SWEEP, UNSWEPT, *INTERIOR.values(), LOWEST, EDGE)
+FEW, FEW_ROWS = "sweep, first 10 rows", 10
+KINDS = (RANDOM, SWEEP, FEW, UNSWEPT, *INTERIOR.values(), LOWEST, EDGE)
 SHORT, DRAWS, DRAWN_SHARE = 8, 3, 0.7  # of measured sweeps
 NO_LOCK = float("inf")
 
@@ -49,6 +50,7 @@ def grid_splits(
     splits = [Split(kind=RANDOM, train=drawn, test=rest)]
     if swept:
         splits.append(Split(kind=SWEEP, train=tuple(swept), test=tuple(grid)))
+        splits.append(Split(kind=FEW, train=tuple(swept[:FEW_ROWS]), test=tuple(grid)))
         splits.append(Split(kind=UNSWEPT, train=tuple(swept), test=tuple(unswept)))
     for knob in LEVELS:
         splits += withheld(grid, drawn, knob)

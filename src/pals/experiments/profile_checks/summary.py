@@ -13,7 +13,7 @@ from pals.experiments.profile_checks.own import OWN
 from pals.experiments.profile_checks.question import POWER, QUANTITIES, THROUGHPUT, TPOT, TTFT
 from pals.experiments.profile_checks.rivals import RIVALS
 from pals.experiments.profile_checks.score import added, spread_of
-from pals.experiments.profile_checks.splits import EDGE, INTERIOR, LOWEST, RANDOM, SWEEP, UNSWEPT
+from pals.experiments.profile_checks.splits import EDGE, FEW, INTERIOR, LOWEST, RANDOM, SWEEP, UNSWEPT
 
 NAMES = {POWER: "power", THROUGHPUT: "throughput", TPOT: "TPOT p95", TTFT: "TTFT p95"}
 WHOLE_PCT = {POWER: 3.0, THROUGHPUT: 4.0, TPOT: 8.0, TTFT: 15.0}  # largest mean errors allowed
@@ -55,7 +55,7 @@ def _section(title: str, judged: Sequence[Judged]) -> list[Line]:
         *(line for kind in (RANDOM, SWEEP, *INTERIOR.values()) for line in _error_lines(title, judged, kind)),
         *(line for kind in COVERED for line in _coverage_lines(title, judged, kind)),
         *_lowest_lines(title, judged),
-        *(line for kind in (LOWEST, EDGE, UNSWEPT) for line in _error_lines(title, judged, kind)),
+        *(line for kind in (LOWEST, EDGE, FEW, UNSWEPT) for line in _error_lines(title, judged, kind)),
         *_regret_lines(title, judged),
     ]
 
