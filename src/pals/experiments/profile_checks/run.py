@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pals.experiments.profile_checks.case import Case
 from pals.experiments.profile_checks.combination import Combination
@@ -31,10 +32,15 @@ class Job:
         return self.folder / "judged" / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.json"
 
 
+def usable(kept: Mapping[str, Any], job: Job) -> bool:
+    """Whether a kept result answers the job: one with rivals serves where none were asked for."""
+    return bool(kept["rivals"]) or not job.rivals
+
+
 def run_job(job: Job) -> Judged:
-    """Judge it, or take what is kept; a result with rivals serves where none were asked for."""
+    """Judge it, or take what is kept."""
     kept = read_kept(job.path, JUDGED)
-    if kept is not None and (kept["rivals"] or not job.rivals):
+    if kept is not None and usable(kept, job):
         return Judged.from_dict(kept["judged"])
     judged = _judged(job)
     keep(job.path, JUDGED, {"rivals": job.rivals, "judged": judged.to_dict()})
