@@ -17,7 +17,7 @@ class ProfileMismatchError(ConfigError):
 
 
 class OutsideProfileError(PalsError):
-    """A point or load lies outside what a profile sampled; nothing is predicted for it."""
+    """A point or load lies further outside what a profile was measured at than it may say anything about."""
 
 
 class PermissionDeniedError(PalsError):

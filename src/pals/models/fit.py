@@ -1,0 +1,144 @@
+"""Fitting a profile: robust least squares of log quantities over rows, priors as further residuals, intervals calibrated.
+
+What a quantity's rows scatter about the fit, each as if it had been left out, becomes its noise; and the factor on the
+predicted deviation that holds nine tenths of those residuals becomes its interval's (a jackknife, linearised).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pals.core.errors import INSTALL, ConfigError
+from pals.core.load import Mix
+from pals.models.engine_facts import EngineFacts
+from pals.models.observed import FIRST_NOISE, Conditions, conditions_of, jacobian, observations_of, told
+from pals.models.parameters import NAMES, values_of
+from pals.models.physics import Base, base_of
+from pals.models.row import ProfileRow
+
+FloatArray = NDArray[np.float64]
+
+ROBUST_AT = 2.0  # standard deviations beyond which a residual counts linearly
+STEPS = 40
+TOLERANCE = 3e-4
+PASSES = 2  # the noise found in the first weighs the second
+SHARE = 0.9  # of the intervals
+NORMAL_HALF_WIDTH = 1.645  # of a normal law at that share
+WIDEST, NARROWEST = 3.0, 0.4  # what noise may become, relative to FIRST_NOISE
+ENOUGH = 12  # rows of a quantity before its noise and width are its own
+
+
+class Calibration(NamedTuple):
+    """What the rows say of the fit's honesty, by quantity of OBSERVED, then UNSEEN."""
+
+    noise: FloatArray  # relative deviation of a row
+    width: FloatArray  # half an interval, in predicted deviations
+    error: FloatArray  # mean absolute relative error of rows left out; NaN where none was measured
+    in_sample: FloatArray
+
+
+class Fit(NamedTuple):
+    """Where a fit came to rest."""
+
+    x: FloatArray
+    precision: FloatArray  # inverse covariance of x, priors included
+    calibration: Calibration
+
+
+def fit_rows(rows: Sequence[ProfileRow], mixes: Sequence[Mix], facts: EngineFacts) -> Fit:
+    """Fit `rows`; with none, what the priors say.
+
+    Raises:
+        ConfigError: scipy is not installed.
+    """
+    b = base_of(facts)
+    x, noise = np.zeros(len(NAMES)), FIRST_NOISE.copy()
+    if not rows:
+        width = np.full(len(FIRST_NOISE), NORMAL_HALF_WIDTH)
+        unknown = np.full(len(FIRST_NOISE), np.nan)
+        return Fit(x, np.eye(len(x)), Calibration(noise, width, unknown, unknown))
+    at, seen = conditions_of(rows, mixes), observations_of(rows)
+    for _ in range(PASSES):
+        x = _least_squares(x, b, at, seen, noise)
+        precision, left_out, spread = _left_out(x, b, at, seen, noise)
+        noise = _noise(left_out, spread, noise)
+    precision, left_out, spread = _left_out(x, b, at, seen, noise)
+    return Fit(x, precision, _calibrated(left_out, spread, noise, seen - told(values_of(x), b, at)))
+
+
+def _least_squares(x: FloatArray, b: Base, at: Conditions, seen: FloatArray, noise: FloatArray) -> FloatArray:
+    try:
+        from scipy.optimize import least_squares
+    except ImportError as e:
+        raise ConfigError(f"fitting a profile needs scipy ({e}); {INSTALL}. Nothing was fitted") from e
+    known = np.isfinite(seen)
+
+    def residuals(trial: FloatArray) -> FloatArray:
+        off = ((told(values_of(trial), b, at) - seen) / noise[:, None])[known]
+        soft = ROBUST_AT * np.sqrt(2.0 * (np.sqrt(1.0 + (off / ROBUST_AT) ** 2) - 1.0)) * np.sign(off)
+        return np.concatenate([soft, trial])  # priors are never cut
+
+    found: Any = least_squares(residuals, x, max_nfev=STEPS, ftol=TOLERANCE, xtol=TOLERANCE, gtol=TOLERANCE)
+    return np.asarray(found.x)
+
+
+def _left_out(
+    x: FloatArray, b: Base, at: Conditions, seen: FloatArray, noise: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Precision; residuals of rows as if each had not been fitted; deviation of the prediction there. Shape (quantities, rows).
+
+    A row's quantities are left out together: they come from one window.
+    """
+    here = told(values_of(x), b, at)
+    slopes = jacobian(x, b, at, here) / noise[:, None, None]
+    off = (seen - here) / noise[:, None]
+    known = np.isfinite(off)
+    off = np.where(known, off, 0.0)
+    weight = np.where(known, 1.0 / np.sqrt(1.0 + (off / ROBUST_AT) ** 2), 0.0)
+    scaled = slopes * np.sqrt(weight)[:, :, None]
+    precision = np.eye(len(x)) + np.einsum("qri,qrj->ij", scaled, scaled)
+    covariance = np.linalg.inv(precision)
+    left, spread = np.empty_like(off), np.empty_like(off)
+    for i in range(off.shape[1]):
+        s, r = scaled[:, i], off[:, i] * np.sqrt(weight[:, i])
+        hat = s @ covariance @ s.T
+        rest = np.linalg.solve(np.eye(len(r)) - hat, np.stack([r, np.zeros_like(r)], axis=1))[:, 0]
+        root = np.sqrt(np.maximum(weight[:, i], 1e-12))
+        left[:, i] = rest / root
+        # prediction variance of the row without itself: hat / (1 - hat), matrix-wise
+        own = np.linalg.solve(np.eye(len(r)) - hat, hat)
+        spread[:, i] = np.sqrt(np.maximum(np.diag(own), 0.0)) / root
+    return precision, np.where(known, left, np.nan) * noise[:, None], spread * noise[:, None]
+
+
+def _noise(left_out: FloatArray, spread: FloatArray, noise: FloatArray) -> FloatArray:
+    """Deviation of rows that is left when the prediction's own is taken away, robustly."""
+    found = noise.copy()
+    for q, first in enumerate(FIRST_NOISE):
+        values = left_out[q][np.isfinite(left_out[q])]
+        if len(values) < ENOUGH:
+            continue
+        scale = 1.4826 * float(np.median(np.abs(values)))
+        own = float(np.median(spread[q][np.isfinite(left_out[q])]))
+        found[q] = min(WIDEST * first, max(NARROWEST * first, math.sqrt(max(0.0, scale**2 - own**2))))
+    return found
+
+
+def _calibrated(left_out: FloatArray, spread: FloatArray, noise: FloatArray, off: FloatArray) -> Calibration:
+    width, error, inside = (np.full(len(FIRST_NOISE), v) for v in (NORMAL_HALF_WIDTH, np.nan, np.nan))
+    for q in range(len(FIRST_NOISE)):
+        known = np.isfinite(left_out[q])
+        if not known.any():
+            continue
+        error[q] = float(np.mean(np.abs(np.expm1(np.clip(left_out[q][known], -5.0, 5.0)))))
+        inside[q] = float(np.mean(np.abs(np.expm1(off[q][known]))))
+        count = int(known.sum())
+        if count >= ENOUGH:
+            ratio = np.abs(left_out[q][known]) / np.hypot(spread[q][known], noise[q])
+            width[q] = float(np.quantile(ratio, min(1.0, SHARE * (1.0 + 1.0 / count))))
+    return Calibration(noise, width, error, inside)

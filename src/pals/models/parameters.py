@@ -1,0 +1,123 @@
+"""The unknowns of a profile: names, priors, and the vector of prior deviations that a fit moves."""
+
+from __future__ import annotations
+
+from math import log
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
+
+class Parameter(NamedTuple):
+    """One unknown: its prior."""
+
+    name: str
+    mean: float  # of the value, or of its logarithm
+    sd: float
+    log: bool = True
+
+
+#: Tokens of a step, as powers of two, between which a correction of its kernels' time is interpolated.
+ANCHORS: FloatArray = np.array([0.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 13.0])
+CORRECTION_SD = 0.08
+
+#: Means are factors on what sizes and datasheets say (`physics.Base`), sds relative, except where the comment says otherwise.
+PARAMETERS: tuple[Parameter, ...] = (
+    Parameter("weights", log(1.3), 0.3),  # HBM seconds of dense weights; 1 is the datasheet's bandwidth
+    Parameter("experts", log(1.5), 0.4),  # of a distinct expert
+    Parameter("kv", log(1.5), 0.6),  # of the KV cache
+    Parameter("token_core", log(1.7), 0.4),  # SM seconds of a token's products; 1 is the datasheet's rate
+    Parameter("sequence_core", log(2.0), 1.2),  # of a sequence's output row and sampling
+    Parameter("tile_core", 0.0, 1.0),  # of a distinct expert's smallest tile
+    Parameter("pair_core", log(2.0), 0.7),  # of a query × key pair
+    Parameter("fixed", 0.0, 0.6),  # latencies
+    Parameter("fixed_core", log(0.15), 0.8),  # share of them that follows the clock
+    Parameter("fixed_busy", log(0.6), 0.4),  # how busy the board is meanwhile, 0..1
+    Parameter("kv_core", log(0.5), 1.0),  # SM seconds of attention relative to its HBM seconds
+    Parameter("launch", 0.0, 0.7),  # host time of a step without a CUDA graph
+    Parameter("link", log(1.5), 0.8),
+    Parameter("host_sequence", 0.0, 1.0),  # of 10 us a sequence
+    Parameter("overlap", log(2.0), 0.5),  # p of the p-norm
+    Parameter("popularity_cv", log(0.5), 0.4),  # of the experts, itself
+    Parameter("static", -0.2, 0.3),
+    Parameter("busy", 0.0, 0.4),
+    Parameter("tensor", 0.3, 0.5),
+    Parameter("decode_tensor", log(0.7), 0.6),  # tensor watts of decoding relative to prefill
+    Parameter("memory_w", 0.0, 0.5),
+    Parameter("knee", 0.0, 0.07),
+    Parameter("voltage", 0.0, 0.2),
+    Parameter("aim", 0.003, 0.006, False),  # share of the limit that firmware stays below it
+    Parameter("apart", 0.6, 0.3, False),  # 0: the limit holds the mean of all steps, 1: each kind by itself
+    Parameter("gap_steps", 0.0, 0.3),  # steps that a slot stands empty between two requests
+    Parameter("tpot_spread", log(0.85), 0.25),  # of the chance that decoding meets prefill, relative to independence
+    Parameter("tpot_floor", log(0.01), 0.7),  # p95 over the median where nothing disturbs
+    Parameter("ttft", 0.0, 0.05),
+    *(Parameter(f"correction_{2**int(a)}", 0.0, CORRECTION_SD, False) for a in ANCHORS),
+)
+NAMES = tuple(p.name for p in PARAMETERS)
+MEANS = np.array([p.mean for p in PARAMETERS])
+SDS = np.array([p.sd for p in PARAMETERS])
+_LOGS = np.array([p.log for p in PARAMETERS])
+_PLAIN = len(PARAMETERS) - len(ANCHORS)
+
+
+class Values(NamedTuple):
+    """Parameters as plain factors, in the order of PARAMETERS."""
+
+    weights: float
+    experts: float
+    kv: float
+    token_core: float
+    sequence_core: float
+    tile_core: float
+    pair_core: float
+    fixed: float
+    fixed_core: float
+    fixed_busy: float
+    kv_core: float
+    launch: float
+    link: float
+    host_sequence: float
+    overlap: float
+    popularity_cv: float
+    static: float
+    busy: float
+    tensor: float
+    decode_tensor: float
+    memory_w: float
+    knee: float
+    voltage: float
+    aim: float
+    apart: float
+    gap_steps: float
+    tpot_spread: float
+    tpot_floor: float
+    ttft: float
+    corrections: FloatArray  # of the logarithm, shape (anchors,)
+
+
+def values_of(x: FloatArray) -> Values:
+    """The parameters behind a vector of deviations from the prior, in its standard deviations."""
+    raw = MEANS + SDS * x
+    plain = np.where(_LOGS, np.exp(np.minimum(raw, 50.0)), raw)
+    return Values(*plain[:_PLAIN].tolist(), plain[_PLAIN:])
+
+
+def deviations_of(values: dict[str, float]) -> FloatArray:
+    """The inverse of `values_of`, by name; what is missing stays at its prior.
+
+    Raises:
+        ValueError: an unknown name, or a value that cannot be (0 or less where it must be above).
+    """
+    raw = MEANS.copy()
+    for name, value in values.items():
+        if name not in NAMES:
+            raise ValueError(f"parameter {name!r} is unknown")
+        i = NAMES.index(name)
+        if _LOGS[i] and value <= 0:
+            raise ValueError(f"parameter {name} is {value:g}, not above 0")
+        raw[i] = log(value) if _LOGS[i] else value
+    return np.asarray((raw - MEANS) / SDS)
