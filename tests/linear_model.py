@@ -30,7 +30,9 @@ class LinearModel:
         clock = np.log([(p.sm_clock_mhz or self.facts.max_sm_clock_mhz) / self.facts.max_sm_clock_mhz for p in points])
         batch = np.log([p.active_sequences or 1 for p in points])
         share = np.array([m.prefill_share for m in mixes]) - 0.5
-        return np.stack([np.ones(len(points)), limit, limit**2, clock, clock**2, batch, batch**2, share, share * batch], 1)
+        return np.stack(
+            [np.ones(len(points)), limit, limit**2, clock, clock**2, batch, batch**2, share, share * batch], 1
+        )
 
     def predict(self, points: Sequence[OperatingPoint], mixes: Sequence[Mix]) -> FloatArray:
         """Power and step time, shape (points, 2)."""

@@ -35,8 +35,9 @@ from pals.profiler.visit import Visitor
 from pals.runtime.loop import GridClock
 from pals.runtime.tick import Rig
 
-SUPPLY, REFILL_BELOW = 4096, 2048  # requests; what is used in one wait is far less
-ADVANCE_S = 0.5  # most event time between two looks at the supply
+SUPPLY, REFILL_BELOW = 4096, 2048  # requests; fewer are used between two looks at the supply
+ADVANCE_S = 1.0  # most event time between these
+BLOCK = 32  # requests
 KEPT_REQUESTS = 200_000  # of a replica that measures many points: then a new one, as it never forgets a request
 
 
@@ -82,7 +83,10 @@ class SimulatedLoad:
         )  # fmt: skip
 
     def _lengths(self, mean: float, spread: float) -> np.ndarray:
-        return np.rint(mean * self._rng.uniform(1.0 - spread, 1.0 + spread, SUPPLY)).astype(np.int32)
+        """Uniform; each block of `BLOCK` requests covers the law evenly, so that chance says little in a window."""
+        order = self._rng.permuted(np.tile(np.arange(BLOCK), (SUPPLY // BLOCK, 1)), axis=1)
+        share = (order + self._rng.random(order.shape)).ravel() / BLOCK
+        return np.asarray(np.rint(mean * (1.0 - spread + 2.0 * spread * share)), dtype=np.int32)
 
 
 class ProfiledReplica(NamedTuple):
@@ -211,7 +215,7 @@ def simulated_sweep(
 
 
 def measured_truth(
-    sim: Simulation, points: Sequence[OperatingPoint], mix: Mix, *, window_s: float = 60.0, seed: int = 0
+    sim: Simulation, points: Sequence[OperatingPoint], mix: Mix, *, window_s: float = 16.0, seed: int = 0
 ) -> list[ProfileRow]:
     """Each of `points` measured by the path of a sweep, in windows of at least `window_s`; rows in their order.
 

@@ -7,12 +7,13 @@ whichever is larger: the largest of all candidates would be ruled by one corner 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
 from pals.core.load import Mix
+from pals.core.quantities import SAME_LIMIT_W
 from pals.models.engine_facts import EngineFacts
 from pals.models.forecast import FloatArray
 from pals.models.row import ProfileRow
@@ -49,7 +50,7 @@ class Chooser:
     _now: Candidate | None = None
 
     def __post_init__(self) -> None:
-        self.space = Space.of(self.plan)
+        self.space = Space.of(self.plan, self.facts)
 
     def next(self, rows: Sequence[ProfileRow], seconds_left: float) -> Candidate | None:
         """The next point; None: the rows suffice, or the budget does not."""
@@ -68,19 +69,27 @@ class Chooser:
 
     def visited(self, wanted: Candidate, visited: Visited) -> None:
         """Remember where the engine is, and what is not to be tried again."""
-        self._now = wanted
-        if visited.row is None or not is_at(visited.row, wanted.point, wanted.mix):
-            self._left_out.add(wanted)  # held lower by another hand, its row stands elsewhere
+        self._now, row = wanted, visited.row
+        if row is None or not is_at(row, wanted.point, wanted.mix):
+            self._left_out.add(wanted)
+        if row is not None and row.power_limit_w < wanted.point.power_limit_w - SAME_LIMIT_W:
+            self._lower(row.power_limit_w)
         if visited.lock_refused:
             self._left_out.update(c for c in self.space.candidates if c.point.sm_clock_mhz is not None)
+
+    def _lower(self, ceiling_w: float) -> None:
+        """Somebody else holds the limit down: that is the highest now."""
+        below = {w for w in self.plan.limits_w if w < ceiling_w - SAME_LIMIT_W}
+        self.plan = replace(self.plan, limits_w=tuple(sorted({*below, ceiling_w})))
+        self.space, self._model = Space.of(self.plan, self.facts), None
 
     def learn(self, rows: Sequence[ProfileRow]) -> None:
         """Fit again where enough is new, once the corners are measured; else add what the newest row tells."""
         if not rows or next_corner(self.space, rows, self._left_out, self.facts) is not None:
             return
-        if self._model is None or len(rows) - self._fitted >= REFIT_EVERY or len(rows) >= self.plan.points:
-            if self._model is None or len(rows) > self._fitted:
-                self._refit(rows)
+        new = len(rows) - self._fitted
+        if self._model is None or new >= REFIT_EVERY or (new and len(rows) >= self.plan.points):
+            self._refit(rows)
 
     def _refit(self, rows: Sequence[ProfileRow]) -> None:
         self._model = self.fit(rows, self.space.mixes, self.facts)
@@ -93,8 +102,9 @@ class Chooser:
 
     def _repeat(self, rows: Sequence[ProfileRow]) -> Candidate | None:
         row = due_repeat(rows)
-        here = [c for c in self.space.candidates if row is not None and is_at(row, c.point, c.mix)]
-        return next((c for c in here if c not in self._left_out), None)
+        at = self.space.where(row) if row is not None else None
+        found = self.space.candidates[at] if at is not None else None
+        return found if found not in self._left_out else None
 
     def _best(self, rows: Sequence[ProfileRow], seconds: FloatArray, seconds_left: float) -> Candidate | None:
         """The free candidate that promises most per second."""
@@ -102,11 +112,11 @@ class Chooser:
         free = possible & ~self.space.measured(rows) & (seconds <= seconds_left) & self._kept()
         if not free.any():
             return None
-        covariance = np.linalg.inv(self._precision_with(rows[self._fitted :]))
+        covariance = np.asarray(np.linalg.inv(self._precision_with(rows[self._fitted :])), dtype=np.float64)
         gain = gains(self._sensitivities, covariance, possible)
         score = np.where(free, scores(self.space, rows, gain, seconds), -np.inf)
         order = np.random.default_rng(self.plan.seed).permutation(len(score))
-        return self.space.candidates[order[int(np.argmax(score[order]))]]
+        return self.space.candidates[int(order[np.argmax(score[order])])]
 
     def _kept(self) -> Mask:
         return np.array([c not in self._left_out for c in self.space.candidates])
@@ -114,7 +124,7 @@ class Chooser:
     def _precision_with(self, rows: Sequence[ProfileRow]) -> FloatArray:
         """The model's precision, and what rows measured since its fit add."""
         precision = self._precision
-        for row in rows:
-            for s in self._sensitivities[self.space.measured([row])]:
-                precision = precision + s.T @ s
+        for at in map(self.space.where, rows):
+            if at is not None:
+                precision = precision + self._sensitivities[at].T @ self._sensitivities[at]
         return precision

@@ -14,21 +14,20 @@ from pals.profiler.design import Candidate, Space
 from pals.profiler.plan import SweepPlan
 
 GENERATION = 1.25  # of a mean answer's steps: then nearly all requests that end began at the point
-ENOUGH_REQUESTS = 24  # for a p95 with some to spare
+ENOUGH_REQUESTS = 32  # for a p95, and for means of lengths that differ by half
 ENOUGH_TOKENS = 400
 FIRST_STEP_S = 0.04  # a guess, before anything is measured
 OTHER_MIX = 1.0  # added distance of a row of another mix, in ranges of a lever
 
 
-def settling_steps(mix: Mix, before: Mix | None, sequences: int, facts: EngineFacts) -> float:
-    """Engine steps until requests of `mix` alone run, of all ages, begun at the present point.
+def generation_steps(mix: Mix, sequences: int, facts: EngineFacts) -> float:
+    """Engine steps until requests of all ages run that began at the present point."""
+    return GENERATION * (mix.output_tokens + sequences * mix.prompt_tokens / facts.step_tokens)
 
-    A running sequence gets a token each step, so a step count tells when the requests of the mix before must have ended.
-    """
-    steps = GENERATION * mix.output_tokens + GENERATION * sequences * mix.prompt_tokens / facts.step_tokens
-    if before is not None and before != mix:
-        steps = max(steps, (1.0 + before.spread) * before.output_tokens)
-    return steps
+
+def turnover_steps(mix: Mix, before: Mix | None) -> float:
+    """Engine steps until the requests of the mix before have ended: a running sequence gets a token each step."""
+    return 0.0 if before is None or before == mix else (1.0 + before.spread) * before.output_tokens
 
 
 def seconds_of(
@@ -37,9 +36,13 @@ def seconds_of(
     """Engine time each candidate would take, settling included, shape (candidates,); rough."""
     step_s = _step_s(space, rows)
     before = space.mixes[now.mix] if now is not None else None
-    steps = [settling_steps(space.mixes[c.mix], before, c.sequences, facts) for c in space.candidates]
+    own = np.array([generation_steps(space.mixes[c.mix], c.sequences, facts) for c in space.candidates])
+    others = np.array([turnover_steps(space.mixes[c.mix], before) for c in space.candidates])
     outputs = np.array([space.mixes[c.mix].output_tokens for c in space.candidates])
-    settle_s = np.clip(np.array(steps) * step_s, plan.settle_s, plan.longest_settle_s)
+    settle_s = np.maximum(
+        np.clip(own * step_s, plan.settle_s, plan.longest_settle_s),
+        np.minimum(others * step_s, plan.longest_turnover_s),
+    )
     window_s = ENOUGH_REQUESTS * outputs * step_s / space.sequences
     return np.asarray(settle_s + np.clip(window_s, plan.window_s, plan.longest_window_s))
 
@@ -48,10 +51,10 @@ def _step_s(space: Space, rows: Sequence[ProfileRow]) -> FloatArray:
     """Step time of each candidate: that of the measured one nearest to it."""
     nearest, found = np.full(len(space.candidates), np.inf), np.full(len(space.candidates), FIRST_STEP_S)
     for row in rows:
-        at = [i for i in np.flatnonzero(space.measured([row]))]
-        if not at:
+        at = space.where(row)
+        if at is None:
             continue
-        distance = np.linalg.norm(space.places - space.places[at[0]], axis=1) + OTHER_MIX * (space.mix != row.mix)
+        distance = np.linalg.norm(space.places - space.places[at], axis=1) + OTHER_MIX * (space.mix != row.mix)
         closer = distance < nearest
         nearest[closer], found[closer] = distance[closer], 1.0 / row.steps_per_s
     return found

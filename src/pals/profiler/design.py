@@ -5,7 +5,8 @@ Gain is I-optimality: how much the variance of all predictions, summed over the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -13,17 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pals.core.load import Mix
-from pals.core.quantities import OperatingPoint
+from pals.core.quantities import SAME_LIMIT_W, OperatingPoint
 from pals.models.engine_facts import EngineFacts
 from pals.models.forecast import FloatArray
 from pals.models.row import ProfileRow
 from pals.profiler.plan import SweepPlan
-from pals.profiler.repeats import is_at
+from pals.profiler.repeats import REACHED, is_at
 
 Mask = NDArray[np.bool_]
-REACHED = 0.8  # of the level: an engine that runs fewer sequences has no room for more
-BELOW_NATURAL = 0.95  # of natural draw: a limit that just binds
-APART = 0.15  # of a lever's range: candidates nearer to a measured one count less, since a model may bend between points
+BELOW_NATURAL = 0.97  # of natural draw: a limit that just binds
+APART = (
+    0.15  # of a lever's range: candidates nearer to a measured one count less, since a model may bend between points
+)
 
 
 class SweepModel(Protocol):
@@ -53,7 +55,6 @@ class Corners(NamedTuple):
     found_w: float
     floor_w: float
     lock_mhz: int | None
-    most: int
     fewest: int
     prefill: int  # mixes
     decode: int
@@ -69,9 +70,11 @@ class Space:
     places: FloatArray  # limit, clock and log of sequences, each 0..1 of its range
     mix: NDArray[np.intp]
     sequences: FloatArray
+    index: Mapping[tuple[int, int, int | None], list[tuple[float, int]]]  # limits and positions by mix, sequences, lock
+    room: FloatArray  # sequences that a closed loop can keep running, by mix: prompts that fit a step, for as long as they last
 
     @staticmethod
-    def of(plan: SweepPlan) -> Space:
+    def of(plan: SweepPlan, facts: EngineFacts) -> Space:
         """Limits × sequences × mixes without a lock, and locks × sequences × mixes at the highest limit."""
         found_w = max(plan.limits_w)
         levels: list[tuple[float, int | None]] = [(w, None) for w in sorted(set(plan.limits_w), reverse=True)]
@@ -83,16 +86,21 @@ class Space:
             for w, mhz in levels
         )
         shares = [m.prefill_share for m in plan.mixes]
+        index = defaultdict[tuple[int, int, int | None], list[tuple[float, int]]](list)
+        for i, c in enumerate(chosen):
+            index[c.mix, c.sequences, c.point.sm_clock_mhz].append((c.point.power_limit_w, i))
         return Space(
             candidates=chosen,
             mixes=plan.mixes,
             corners=Corners(
-                found_w, min(plan.limits_w), min(plan.clocks_mhz, default=None), max(plan.sequences), min(plan.sequences),
+                found_w, min(plan.limits_w), min(plan.clocks_mhz, default=None), min(plan.sequences),
                 int(np.argmax(shares)), int(np.argmin(shares)),
             ),
             places=_places([c.point for c in chosen], plan),
             mix=np.array([c.mix for c in chosen]),
             sequences=np.array([float(c.sequences) for c in chosen]),
+            index=index,
+            room=np.array([m.output_tokens * facts.step_tokens / m.prompt_tokens for m in plan.mixes]),
         )  # fmt: skip
 
     @property
@@ -105,13 +113,20 @@ class Space:
         """Of each candidate."""
         return [self.mixes[c.mix] for c in self.candidates]
 
+    def where(self, row: ProfileRow) -> int | None:
+        """Position of the candidate that `row` was measured at; None: it is no candidate."""
+        levels = (row.mix, row.active_sequences, row.sm_clock_lock_mhz)
+        return next((i for w, i in self.index.get(levels, ()) if abs(w - row.power_limit_w) < SAME_LIMIT_W), None)
+
     def measured(self, rows: Sequence[ProfileRow]) -> Mask:
         """Which candidates have a row."""
-        return np.array([any(is_at(r, c.point, c.mix) for r in rows) for c in self.candidates], dtype=bool)
+        mask = np.zeros(len(self.candidates), dtype=bool)
+        mask[[i for row in rows if (i := self.where(row)) is not None]] = True
+        return mask
 
     def possible(self, rows: Sequence[ProfileRow]) -> Mask:
-        """Which candidates the engine has room for, as far as the rows tell: where it ran fewer, more change nothing."""
-        room = np.full(len(self.mixes), np.inf)
+        """Which candidates the engine has room for: where steps are full of prompts, or it ran fewer, more change nothing."""
+        room = self.room.copy()
         for r in rows:
             if r.running < REACHED * r.active_sequences:
                 room[r.mix] = min(room[r.mix], r.running / REACHED)
@@ -140,24 +155,23 @@ def next_corner(
 ) -> Candidate | None:
     """The first corner of the start design that has no row; None: all have, or were left out.
 
-    No limit at the largest batch, the clock floor by limit and by lock, just below natural draw (as the first row shows
+    No limit at the largest batch that finds room, the clock floor by limit and by lock, just below natural draw (as the first row shows
     it), the smallest batch, then a prefill-heavy and a decode-heavy mix.
     """
-    k = space.corners
-    natural = next((r for r in rows if is_at(r, _at(k.found_w, None, k.most), 0)), None)
-    wanted = [(_at(k.found_w, None, k.most), 0), (_at(k.floor_w, None, k.most), 0)]
-    wanted += [(_at(k.found_w, k.lock_mhz, k.most), 0)] * (k.lock_mhz is not None)
-    if natural is not None:
-        aim_w = min(BELOW_NATURAL * natural.power_w / facts.boards, k.found_w)
-        limits_w = sorted({c.point.power_limit_w for c in space.candidates})
-        wanted.append((_at(min(limits_w, key=lambda w: abs(w - aim_w)), None, k.most), 0))
-    wanted += [(_at(k.found_w, None, k.fewest), 0)]
-    wanted += [(_at(k.found_w, None, k.most), k.prefill), (_at(k.found_w, None, k.most), k.decode)]
-    room = space.possible(rows)
+    k, room = space.corners, space.possible(rows)
+    most = [int(space.sequences[room & (space.mix == mix)].max()) for mix in range(len(space.mixes))]
+    wanted = [(_at(k.found_w, None, most[0]), 0), (_at(k.floor_w, None, most[0]), 0)]
+    wanted += [(_at(k.found_w, k.lock_mhz, most[0]), 0)] * (k.lock_mhz is not None)
+    if (natural := next((r for r in rows if is_at(r, *wanted[0])), None)) is not None:
+        highest_w = BELOW_NATURAL * min(natural.power_w / facts.boards, k.found_w)
+        binding = [c.point.power_limit_w for c in space.candidates if c.point.power_limit_w <= highest_w]
+        wanted.append((_at(max(binding, default=k.floor_w), None, most[0]), 0))
+    wanted.append((_at(k.found_w, None, k.fewest), 0))
+    wanted += [(_at(k.found_w, None, most[mix]), mix) for mix in (k.prefill, k.decode)]
     for point, mix in wanted:
-        i = space.candidates.index(Candidate(point, mix))
-        if room[i] and space.candidates[i] not in left_out and not any(is_at(r, point, mix) for r in rows):
-            return space.candidates[i]
+        candidate = Candidate(point, mix)
+        if candidate not in left_out and not any(is_at(r, point, mix) for r in rows):
+            return candidate
     return None
 
 

@@ -79,9 +79,7 @@ def _differences(found: dict[str, Any], here: dict[str, Any]) -> list[str]:
     told = []
     for part in ("fingerprint", "facts"):
         before, now = found.get(part) or {}, here[part]
-        told += [
-            f"{key}: {before.get(key)!r} before, {now[key]!r} now" for key in now if before.get(key) != now[key]
-        ]
+        told += [f"{key}: {before.get(key)!r} before, {now[key]!r} now" for key in now if before.get(key) != now[key]]
     if found.get("mixes") != here["mixes"]:
         told.append(f"mixes: {found.get('mixes')!r} before, {here['mixes']!r} now")
     return told

@@ -12,7 +12,7 @@ from pals.core.quantities import Checked
 MOST_POINTS = 50
 LIMIT_LEVELS, CLOCK_LEVELS = 8, 6
 LOWEST_LOCK = 0.4  # of the top clock: far below every knee known, where nothing is saved any more
-LEAST_SEQUENCES = 1
+SHORTEST = 16  # tokens: the shorter part of a mix is not cut below, so that its requests still decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,7 @@ class SweepPlan(Checked):
     sequences: tuple[int, ...]
     clocks_mhz: tuple[int, ...] = ()  # locks; empty: none is set
     points: int = 40  # rows, repeats included
-    seconds: float = 1140.0  # of engine time; a point that would end later is not begun
+    seconds: float = 1100.0  # of engine time; a point that would end later is not begun
     error: float = 0.01  # stop where the mean predicted relative standard deviation is below this
     settle_s: float = 2.0  # least wait before a window
     window_s: float = 8.0  # shortest window; at most `longest_window_s`
@@ -46,12 +46,17 @@ class SweepPlan(Checked):
     @property
     def longest_window_s(self) -> float:
         """A window is not made longer than this for the sake of more requests."""
-        return 2.5 * self.window_s
+        return 3.0 * self.window_s
 
     @property
     def longest_settle_s(self) -> float:
-        """After so long a point is measured as it then is."""
+        """After so long a point is measured, even if requests that began before it still run; their latencies do not count."""
         return max(self.settle_s, 25.0)
+
+    @property
+    def longest_turnover_s(self) -> float:
+        """So long is waited for requests of another mix, or above the new level, to end."""
+        return max(self.settle_s, 60.0)
 
 
 def default_limits_w(min_w: float, found_w: float) -> tuple[float, ...]:
@@ -62,8 +67,8 @@ def default_limits_w(min_w: float, found_w: float) -> tuple[float, ...]:
 
 
 def default_sequences(launch: int) -> tuple[int, ...]:
-    """Powers of two below the launch limit, from one, and the launch limit itself."""
-    powers = (LEAST_SEQUENCES << i for i in range(launch.bit_length()))
+    """Powers of two below the launch limit, and the launch limit itself."""
+    powers = (1 << i for i in range(launch.bit_length()))
     return tuple(sorted({*(n for n in powers if n < launch), launch}))
 
 
@@ -84,22 +89,26 @@ def default_mixes(
     mixes = (
         Mix(name="chat", prompt_tokens=prompt_tokens, output_tokens=output_tokens),
         Mix(name="prefill", prompt_tokens=2000, output_tokens=16),
-        Mix(name="decode", prompt_tokens=128, output_tokens=512),
+        Mix(name="decode", prompt_tokens=64, output_tokens=256),
     )
     return tuple(fitting(mix, context_tokens) for mix in mixes)
 
 
 def fitting(mix: Mix, context_tokens: int | None) -> Mix:
-    """`mix`, its lengths reduced alike where its longest request exceeds the model's context.
+    """`mix`, its lengths reduced where its longest request exceeds the model's context: alike, but not to nothing.
 
     Raises:
-        ConfigError: nothing would be left of it.
+        ConfigError: the context holds no request.
     """
-    longest = (1.0 + mix.spread) * (mix.prompt_tokens + mix.output_tokens) + 2.0
-    if context_tokens is None or longest <= context_tokens:
+    room = (context_tokens - 2) / (1.0 + mix.spread) if context_tokens is not None else float("inf")
+    if mix.prompt_tokens + mix.output_tokens <= room:
         return mix
-    share = (context_tokens - 2.0) / (longest - 2.0)
-    prompt, output = int(mix.prompt_tokens * share), int(mix.output_tokens * share)
-    if min(prompt, output) < 2:
+    if room < 16:
         raise ConfigError(f"mix {mix.name!r} does not fit a context of {context_tokens} tokens; nothing was changed")
-    return replace(mix, prompt_tokens=prompt, output_tokens=output)
+    short = min(mix.prompt_tokens, mix.output_tokens)
+    alike = short * room / (mix.prompt_tokens + mix.output_tokens)
+    kept = min(short, float(max(int(alike), min(SHORTEST, int(room / 8)))))
+    rest = float(int(room - kept))
+    if mix.prompt_tokens < mix.output_tokens:
+        return replace(mix, prompt_tokens=kept, output_tokens=rest)
+    return replace(mix, prompt_tokens=rest, output_tokens=kept)

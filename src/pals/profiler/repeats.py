@@ -11,6 +11,7 @@ import numpy as np
 from pals.core.quantities import SAME_LIMIT_W, Checked, OperatingPoint
 from pals.models.row import ProfileRow
 
+REACHED = 0.8  # of the level: an engine that runs fewer sequences has no room for more
 EVERY = 8  # measurements, of which one is a repeat
 
 
@@ -35,7 +36,7 @@ def due_repeat(rows: Sequence[ProfileRow]) -> ProfileRow | None:
     """The early row to measure again now: every `EVERY`-th time that which was measured least often; None: not now."""
     if len(rows) % EVERY != EVERY - 1:
         return None
-    early = rows[: EVERY - 1]
+    early = [r for r in rows[: EVERY - 1] if r.running >= REACHED * r.active_sequences] or rows[: EVERY - 1]
     return min(early, key=lambda row: sum(is_at(r, row.point, row.mix) for r in rows))
 
 

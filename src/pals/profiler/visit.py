@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from pals.core.errors import DeviceLostError, PalsError
+from pals.core.errors import EngineGoneError, PalsError, PermissionDeniedError
 from pals.core.load import Mix
 from pals.core.protocols import EngineActuator
-from pals.core.quantities import EngineSample, OperatingPoint, TelemetrySample
+from pals.core.quantities import SAME_LIMIT_W, EngineSample, OperatingPoint, TelemetrySample
 from pals.models.engine_facts import EngineFacts
 from pals.models.row import ProfileRow
-from pals.profiler.costs import ENOUGH_REQUESTS, ENOUGH_TOKENS, settling_steps
+from pals.profiler.costs import ENOUGH_REQUESTS, ENOUGH_TOKENS, generation_steps, turnover_steps
 from pals.profiler.design import Candidate
 from pals.profiler.load import LoadDriver
 from pals.profiler.plan import SweepPlan
@@ -25,9 +26,14 @@ from pals.runtime.tick import Rig, read_sample
 TRIES = 3  # a window that does not count is measured again at most twice
 LEASE_S = 15.0  # renewed at every reading
 SETTLE_READ_S = 0.25
+HURRY_AFTER_S = 8.0  # a change of load that takes longer at a slow point is made at full speed
 SILENT_S = 10.0  # without a step while settling: no request reaches the engine, or it hangs
 POWER_SETTLED, POWER_WAIT_S = 0.05, 3.0  # two means of a second differ by less, or so long was waited for it
-BALANCED = 0.1  # a window whose prompt tokens per output token are this near to the mix's is long enough
+CROWDED, CROWDED_READS = (
+    0.1,
+    4,
+)  # more wait than this share of the running, several readings in a row: they find no room
+BALANCED = 0.04  # a window whose prompt tokens per output token are this near to the mix's is long enough
 
 
 class Interrupted(Exception):
@@ -43,6 +49,13 @@ class Visited:
     lock_refused: bool = False
 
 
+class Since(NamedTuple):
+    """A moment, and what the engine had done by then."""
+
+    time_s: float
+    engine: EngineSample
+
+
 class Visitor:
     """Measures one point after the other; remembers which load runs."""
 
@@ -53,8 +66,10 @@ class Visitor:
         """`begun_s`: when the sweep began, by the clock; rows tell their time from there."""
         self._rig, self._setter, self._plan, self._load = rig, setter, plan, load
         self._facts, self._clock, self._begun_s = facts, clock, begun_s
+        self._full = OperatingPoint(power_limit_w=max(plan.limits_w))
         self._mix: Mix | None = None
         self._in_flight = 0
+        self._room = dict[Mix, int]()  # requests that run at once, where that was found to be fewer than wanted
         self._notes: list[str] = []
         ranks = re.search(r"dp(\d+)", rig.engine.info.parallelism)
         self._ranks = int(ranks[1]) if ranks else 1
@@ -87,12 +102,15 @@ class Visitor:
             if accepted.sm_clock_mhz != wanted.point.sm_clock_mhz:
                 return f"no clock lock at {wanted.point.sm_clock_mhz} MHz is possible here"
             self._setter.apply(sequences, lease_s=LEASE_S)
-            settled = self._settle(mix, sequences)
-            if settled is None:
+            since = self._change_load(wanted)
+            if since is None:
                 return f"the engine took no step for {SILENT_S:g} s; does the load reach it?"
+            settled = self._settle(mix, sequences, since)
             since_s = self._clock.now_s()
             samples = self._read_window(mix, sequences)
-        except DeviceLostError as e:
+        except (EngineGoneError, PermissionDeniedError):
+            raise
+        except (PalsError, ValueError) as e:  # one point that cannot be set or read must not end the sweep
             return str(e)
         window = Window(
             point=replace(accepted, active_sequences=sequences), mix=wanted.mix, samples=samples,
@@ -117,38 +135,72 @@ class Visitor:
             for i, actuator in enumerate(self._rig.actuators):
                 lower = replace(point, power_limit_w=limit_w)
                 self._rig.locks.apply(i, actuator, lower, boards[i], now_s=now_s, notes=self._notes)
+        if limit_w < point.power_limit_w - SAME_LIMIT_W:
+            self._notes.append(f"{point.power_limit_w:.0f} W asked, {limit_w:.0f} W in force: something holds it lower")
         locked = all(p.sm_clock_mhz == point.sm_clock_mhz for p in accepted)
         return OperatingPoint(power_limit_w=limit_w, sm_clock_mhz=point.sm_clock_mhz if locked else None)
 
-    def _settle(self, mix: Mix, sequences: int) -> bool | None:
-        """Wait until the engine is as the point makes it; whether requests that end from now on ran wholly at it.
+    def _change_load(self, wanted: Candidate) -> Since | None:
+        """Bring the engine to `wanted`'s requests; since when it is at `wanted`'s point. None: it took no step.
 
-        A larger batch is filled over one generation, so that its requests have all ages at once. None: it took no step.
+        A larger batch is filled over one generation, so that requests of all ages run. What lasts is done at full speed.
         """
-        before, from_n = self._mix, min(self._in_flight, sequences)
-        needed = settling_steps(mix, before, sequences, self._facts)
-        began_s, power = self._clock.now_s(), PowerTrend()
-        begun = self._engine(self._read())
-        self._mix = mix
+        mix, sequences = self._plan.mixes[wanted.mix], wanted.sequences
+        from_n, since = min(self._in_flight, sequences), self._now()
+        filling = generation_steps(mix, sequences, self._facts)
+        change, crowded, hurried = Change(since.engine, turnover_steps(mix, self._mix), self._ranks), 0, False
         while True:
-            sample = self._read()
-            engine = self._engine(sample)
-            elapsed_s, steps = sample.time_s - began_s, (engine.steps - begun.steps) / self._ranks
-            filled = min(1.0, steps / mix.output_tokens)
-            self._keep(mix, max(1, round(from_n + (sequences - from_n) * filled)))
-            power.add(sample)
+            now = self._now()
+            elapsed_s, steps = now.time_s - since.time_s, change.steps(now.engine)
+            filled = 1.0 if from_n == sequences else min(1.0, steps / mix.output_tokens)
+            self._keep(mix, round(from_n + (sequences - from_n) * filled))
+            queue = now.engine.waiting > 2 + CROWDED * now.engine.running
+            crowded = crowded + 1 if steps >= filling and queue else 0
+            if crowded == CROWDED_READS:
+                self._take_back(mix, now.engine)
             if steps == 0 and elapsed_s > SILENT_S:
                 return None
-            if elapsed_s >= self._plan.longest_settle_s:
-                return bool(steps >= mix.output_tokens)
-            calm = power.settled or elapsed_s >= self._plan.settle_s + POWER_WAIT_S
-            if elapsed_s >= self._plan.settle_s and steps >= needed and engine.running <= sequences and calm:
+            done = filled == 1.0 and change.over(now.engine) and now.engine.running <= sequences and not queue
+            if (done and steps > 0) or elapsed_s > self._plan.longest_turnover_s:
+                break
+            if elapsed_s > HURRY_AFTER_S and not hurried:
+                hurried = True
+                self._write(self._full)
+            self._wait(SETTLE_READ_S, sequences)
+        if hurried:
+            self._write(wanted.point)
+        return self._now() if hurried else since
+
+    def _settle(self, mix: Mix, sequences: int, since: Since) -> bool:
+        """Wait until power is steady and a generation of requests has run at the point, or long enough.
+
+        Returns whether requests that end from now on ran wholly at the point.
+        """
+        plan, power = self._plan, PowerTrend()
+        needed = generation_steps(mix, sequences, self._facts)
+        while True:
+            sample = self._read()
+            steps = (self._engine(sample).steps - since.engine.steps) / self._ranks
+            elapsed_s = sample.time_s - since.time_s
+            power.add(sample)
+            calm = power.settled or elapsed_s >= plan.settle_s + POWER_WAIT_S
+            if elapsed_s >= plan.settle_s and steps >= needed and calm:
                 return True
+            too_slow = steps * plan.longest_settle_s < mix.output_tokens * elapsed_s  # no generation ends in time
+            if elapsed_s >= (plan.settle_s + POWER_WAIT_S if too_slow else plan.longest_settle_s):
+                return steps >= mix.output_tokens
             self._wait(SETTLE_READ_S, sequences)
 
+    def _take_back(self, mix: Mix, engine: EngineSample) -> None:
+        """Keep no more requests in flight than find room: a queue would only delay first tokens and the next point."""
+        self._room[mix] = max(1, engine.running)
+        self._notes.append(f"{engine.running} requests run and {engine.waiting} find no room: fewer are kept in flight")
+
     def _keep(self, mix: Mix, in_flight: int) -> None:
-        self._load.set_load(mix, in_flight)
-        self._in_flight = in_flight
+        in_flight = max(1, min(in_flight, self._room.get(mix, in_flight)))
+        if (mix, in_flight) != (self._mix, self._in_flight):
+            self._load.set_load(mix, in_flight)
+            self._mix, self._in_flight = mix, in_flight
 
     def _read_window(self, mix: Mix, sequences: int) -> list[TelemetrySample]:
         """Read until there are tokens and requests enough, in the mix's proportion, or the longest window is over."""
@@ -170,6 +222,9 @@ class Visitor:
                 f"{preempted} requests were preempted for lack of KV cache: {row.running:.1f} of {row.active_sequences} ran"
             )
 
+    def _now(self) -> Since:
+        return Since(self._clock.now_s(), self._rig.engine.read())
+
     def _read(self) -> TelemetrySample:
         return read_sample(self._rig, None, self._clock.now_s(), [])
 
@@ -184,6 +239,24 @@ class Visitor:
         if self._clock.wait(seconds):
             raise Interrupted
         self._setter.apply(sequences, lease_s=LEASE_S + seconds)
+
+
+class Change:
+    """What an engine has done since its load was changed."""
+
+    def __init__(self, begun: EngineSample, others_steps: float, ranks: int) -> None:
+        self._begun, self._others_steps, self._ranks = begun, others_steps, ranks
+        self._admitted_at: float | None = None
+
+    def steps(self, engine: EngineSample) -> float:
+        """Steps of one rank since then."""
+        return (engine.steps - self._begun.steps) / self._ranks
+
+    def over(self, engine: EngineSample) -> bool:
+        """Whether all that were sent before have ended, as first come is first served; to be asked at each reading."""
+        if self._admitted_at is None and engine.arrived_requests - engine.waiting >= self._begun.arrived_requests:
+            self._admitted_at = self.steps(engine)
+        return self._admitted_at is not None and self.steps(engine) - self._admitted_at >= self._others_steps
 
 
 class PowerTrend:

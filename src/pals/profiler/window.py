@@ -43,7 +43,9 @@ def _board_fault(window: Window) -> str | None:
         for i, b in enumerate(s.boards):
             if abs(b.enforced_limit_w - window.point.power_limit_w) > SAME_LIMIT_W:
                 asked_w = window.point.power_limit_w
-                return f"board at position {i}: {b.enforced_limit_w:.0f} W was in force, not the {asked_w:.0f} W accepted"
+                return (
+                    f"board at position {i}: {b.enforced_limit_w:.0f} W was in force, not the {asked_w:.0f} W accepted"
+                )
             lock_mhz = window.point.sm_clock_mhz
             if lock_mhz is not None and b.sm_clock_mhz > lock_mhz + MARGIN_MHZ:
                 return f"board at position {i} ran at {b.sm_clock_mhz} MHz: its lock at {lock_mhz} MHz was lost"
