@@ -348,7 +348,7 @@ def test_every_source_that_decides_a_result_is_in_its_digest(tmp_path: Path) -> 
 
 def test_a_result_without_rivals_does_not_serve_where_they_are_asked_for(tmp_path: Path) -> None:
     job = Job(subject=case(), rivals=False, folder=tmp_path)
-    keep(job.path, JUDGED, {"rivals": False, "judged": judged(Scaled(1.02)).to_dict()})
+    keep(job.path, JUDGED, {"rivals": False, "levels": True, "judged": judged(Scaled(1.02)).to_dict()})
     assert run_job(job).name == "toy"
     assert job.path == replace(job, rivals=True).path
     kept = read_kept(job.path, JUDGED)

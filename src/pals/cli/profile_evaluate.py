@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pals.experiments.profile_checks.run import Job
     from pals.experiments.profile_checks.table import Told
 
-QUICK = {"models": "OLMoE-1B-7B", "boards": "h100-sxm5-80gb", "seeds": "1", "rival_seeds": 1}
+QUICK = {"models": "OLMoE-1B-7B", "boards": "h100-sxm5-80gb", "seeds": "1", "rival_seeds": 1, "level_seeds": 1}
 
 
 def add_evaluate(subparsers: Any) -> None:
@@ -34,6 +34,9 @@ def add_evaluate(subparsers: Any) -> None:
     p.add_argument("--seeds", metavar="A,B", help="of the plants' constants, at least 1 (default 1 to 10)")
     p.add_argument(
         "--rival-seeds", type=int, default=3, metavar="N", help="judge the rivals on the first N of them (default 3)"
+    )
+    p.add_argument(
+        "--level-seeds", type=int, default=3, metavar="N", help="withhold levels on the first N of them (default 3)"
     )
     p.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
     p.add_argument("--no-simulated", action="store_true", help="measured sets alone")
@@ -58,8 +61,8 @@ def evaluate(args: argparse.Namespace) -> int:
         args.quick or args.models or args.boards or args.seeds or args.data or args.no_simulated or args.no_silicon
     ):
         raise ConfigError("--record keeps every case; leave out what restricts them. Nothing was done")
-    if args.workers < 1 or args.rival_seeds < 0:
-        raise ConfigError("--workers must be at least 1 and --rival-seeds at least 0. Nothing was done")
+    if args.workers < 1 or min(args.rival_seeds, args.level_seeds) < 0:
+        raise ConfigError("--workers must be at least 1, --rival-seeds and --level-seeds at least 0. Nothing was done")
     jobs = jobs_of(args)
     if not jobs:
         raise ConfigError("no case is left: none of these models fits these boards. Nothing was done")
@@ -93,8 +96,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     seeds, jobs = seeds_of(args.seeds) or SEEDS, []
     if not args.no_simulated:
         found = combinations(names_of(args.models), names_of(args.boards), seeds)
-        with_rivals = set(seeds[: args.rival_seeds])
-        jobs += [Job(subject=c, rivals=c.seed in with_rivals, folder=args.out) for c in found]
+        rivals, levels = set(seeds[: args.rival_seeds]), set(seeds[: args.level_seeds])
+        jobs += [Job(subject=c, rivals=c.seed in rivals, levels=c.seed in levels, folder=args.out) for c in found]
     if not args.no_silicon:
         cases = silicon_cases(data_folder(args.data))
         jobs += [Job(subject=case, rivals=True, folder=args.out) for case in cases]

@@ -26,9 +26,10 @@ class Case:
     swept: tuple[ProfileRow, ...] = ()
     unswept: tuple[ProfileRow, ...] = ()  # under the last of the mixes, which no other row has
     knob: str = ""  # of a measured sweep: "limit", "batch" or "clock"
+    levels: bool = True  # whether levels of a grid are withheld too, which takes most of the time
 
     def splits(self) -> list[Split]:
         """All that it is judged on."""
         if self.basis == SIMULATED:
-            return grid_splits(self.rows, self.swept, self.unswept, self.seed)
+            return grid_splits(self.rows, self.swept, self.unswept, self.seed, levels=self.levels)
         return measured_splits(self.rows, self.knob, self.seed)

@@ -87,8 +87,9 @@ def judge_case(case: Case, methods: Mapping[str, Method], costs: Mapping[str, fl
     """Every split, and choices with what was learned from the sweep."""
     totals: dict[tuple[str, str, str], tuple[Score, Score]] = {}
     picks: list[Pick] = []
+    known: dict[tuple[int, ...], dict[str, Learned]] = {}
     for split in case.splits():
-        learned = {name: _learn(name, method, case, split) for name, method in methods.items()}
+        learned = {name: _learn(name, method, case, split, known) for name, method in methods.items()}
         for key, pair in _marks(split, learned).items():
             before = totals.get(key, (Score(), Score()))
             totals[key] = (before[0] + pair[0], before[1] + pair[1])
@@ -108,8 +109,15 @@ def _quantities(name: str, split: Split) -> tuple[str, ...]:
     return QUANTITIES if name == OWN or split.kind in WHOLE else (POWER, THROUGHPUT)
 
 
-def _learn(name: str, method: Method, case: Case, split: Split) -> Learned:
-    return method(split.train, case.mixes, case.facts, _quantities(name, split))
+def _learn(
+    name: str, method: Method, case: Case, split: Split, known: dict[tuple[int, ...], dict[str, Learned]]
+) -> Learned:
+    """Learned once where splits share their rows, as leaving out a row of a short sweep and leaving out its level do."""
+    rows = (split.kind in WHOLE, *map(id, split.train))
+    mine = known.setdefault(rows, {})
+    if name not in mine:
+        mine[name] = method(split.train, case.mixes, case.facts, _quantities(name, split))
+    return mine[name]
 
 
 def _marks(split: Split, learned: Mapping[str, Learned]) -> dict[tuple[str, str, str], tuple[Score, Score]]:

@@ -38,18 +38,15 @@ class OwnFit:
     def _forecasts(
         self, questions: Sequence[Question], places: Sequence[int], load: Load
     ) -> list[tuple[list[int], Forecast]]:
-        """All at once where none is refused, else those that are not, each alone."""
-        points = [q.point for q in questions]
+        """All at once where none is refused, else each half by itself."""
         try:
-            return [(list(places), self.fitted.forecast(points, load))]
+            return [(list(places), self.fitted.forecast([q.point for q in questions], load))]
         except OutsideProfileError:
-            found = []
-            for place, point in zip(places, points, strict=True):
-                try:
-                    found.append(([place], self.fitted.forecast([point], load)))
-                except OutsideProfileError:
-                    continue
-            return found
+            half = len(places) // 2
+            if not half:
+                return []
+            first = self._forecasts(questions[:half], places[:half], load)
+            return first + self._forecasts(questions[half:], places[half:], load)
 
 
 def own(

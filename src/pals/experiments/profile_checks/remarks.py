@@ -42,7 +42,9 @@ def _plants(jobs: Sequence[Job]) -> str:
     engines = len({(c.model, c.boards) for c in subjects})
     rivals = sorted({job.subject.seed for job in jobs if job.rivals})
     seeds = sorted({c.seed for c in subjects})
+    levels = sorted({job.subject.seed for job in jobs if job.levels})
     thinned = f"; rivals on seeds {_listed(rivals)} alone" if rivals != seeds else ""
+    thinned += f"; levels withheld on seeds {_listed(levels)} alone" if levels != seeds else ""
     return (
         f"simulated: {engines} engines (model on boards) on plants with every constant moved (spread {SPREAD:g}), seeds {_listed(seeds)}; the "
         f"default constants are not among them{thinned}"

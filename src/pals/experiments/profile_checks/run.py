@@ -7,7 +7,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Job:
 
     subject: Combination | Case  # a combination is simulated by whoever judges it
     rivals: bool
+    levels: bool = True  # of a simulated grid are withheld too
     folder: Path
 
     @property
@@ -33,8 +34,8 @@ class Job:
 
 
 def usable(kept: Mapping[str, Any], job: Job) -> bool:
-    """Whether a kept result answers the job: one with rivals serves where none were asked for."""
-    return bool(kept["rivals"]) or not job.rivals
+    """Whether a kept result answers the job: one with more serves where less is asked for."""
+    return (bool(kept["rivals"]) or not job.rivals) and (bool(kept["levels"]) or not job.levels)
 
 
 def run_job(job: Job) -> Judged:
@@ -43,7 +44,7 @@ def run_job(job: Job) -> Judged:
     if kept is not None and usable(kept, job):
         return Judged.from_dict(kept["judged"])
     judged = _judged(job)
-    keep(job.path, JUDGED, {"rivals": job.rivals, "judged": judged.to_dict()})
+    keep(job.path, JUDGED, {"rivals": job.rivals, "levels": job.levels, "judged": judged.to_dict()})
     return judged
 
 
@@ -55,7 +56,8 @@ def _judged(job: Job) -> Judged:
     from pals.experiments.profile_checks.world import world_of
 
     world = world_of(job.subject, job.folder)
-    return judge_case(world.case, methods, costs_of(world))
+    case = replace(world.case, levels=job.levels)
+    return judge_case(case, methods, costs_of(world))
 
 
 def run_jobs(

@@ -80,7 +80,7 @@ def _cap_row(sweep: Sweep, spec: BoardSpec, i: int) -> ProfileRow:
         tokens_per_s=tokens_per_s,
         prefill_tokens_per_s=tokens_per_s * mix.prefill_per_output,
         steps_per_s=tokens_per_s / sweep.streams,
-        sm_clock_mhz=_known(sweep.clock_mhz[i], spec),
+        sm_clock_mhz=float(sweep.clock_mhz[i]) if np.isfinite(sweep.clock_mhz[i]) else None,
         window_s=MEASURED_S.get(sweep.data, USUAL_S),
     )
 
@@ -137,7 +137,7 @@ def _batch_row(r: dict[str, Any], mix: Mix, spec: BoardSpec) -> ProfileRow:
         tokens_per_s=tokens_per_s,
         prefill_tokens_per_s=tokens_per_s * mix.prefill_per_output,
         steps_per_s=tokens_per_s / running,
-        sm_clock_mhz=_known(float("nan"), spec),
+        sm_clock_mhz=None,
         window_s=USUAL_S,
     )
 
@@ -157,10 +157,6 @@ def _facts(
         tensor_parallel=tensor,
         shape=shape,
     )
-
-
-def _known(mhz: float, spec: BoardSpec) -> float:
-    return float(mhz) if np.isfinite(mhz) else float(spec.max_sm_clock_mhz)
 
 
 def _lines(table: Any) -> Iterable[dict[str, Any]]:

@@ -43,7 +43,12 @@ LEVELS: dict[str, Callable[[ProfileRow], float | None]] = {
 
 
 def grid_splits(
-    grid: Sequence[ProfileRow], swept: Sequence[ProfileRow], unswept: Sequence[ProfileRow], seed: int
+    grid: Sequence[ProfileRow],
+    swept: Sequence[ProfileRow],
+    unswept: Sequence[ProfileRow],
+    seed: int,
+    *,
+    levels: bool = True,
 ) -> list[Split]:
     """All splits of a dense grid, and the sweep's own rows against it and against a mix that neither has."""
     drawn, rest = drawn_rows(grid, TRAIN_ROWS, seed)
@@ -52,6 +57,8 @@ def grid_splits(
         splits.append(Split(kind=SWEEP, train=tuple(swept), test=tuple(grid)))
         splits.append(Split(kind=FEW, train=tuple(swept[:FEW_ROWS]), test=tuple(grid)))
         splits.append(Split(kind=UNSWEPT, train=tuple(swept), test=tuple(unswept)))
+    if not levels:
+        return splits
     for knob in LEVELS:
         splits += withheld(grid, drawn, knob)
     return [*splits, *lowest_withheld(grid, drawn)]
