@@ -74,6 +74,18 @@ def test_a_profile_of_another_engine_is_refused_with_the_difference(tmp_path: Pa
     assert not (tmp_path / "j.jsonl").exists()
 
 
+def test_an_accepted_mismatch_is_said_in_one_line_and_recorded(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    fits = fingerprint_of(replace(engine_info(), version="0.31.0"), [board_info(0)] * 2)
+    (tmp_path / "p.json").write_text(replace(profile(), fingerprint=fits).to_json())
+
+    assert world.run(policy="pals-paper", profile=str(tmp_path / "p.json"), accept_mismatch=True) == 0
+
+    told = "engine_version: '0.31.0' in the profile, '0.32.0' here"
+    assert [s for s in world.said if "accepted by --accept-mismatch" in s and told in s] == [world.said[0]]
+    assert read_journal(tmp_path / "j.jsonl")[0].accepted_mismatch == (told,)
+
+
 def test_without_permission_it_advises_in_one_line_and_writes_nothing(tmp_path: Path) -> None:
     world = World(tmp_path, may_write=False)
 

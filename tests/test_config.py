@@ -33,6 +33,15 @@ def test_a_full_file_is_read_and_the_command_line_wins(tmp_path: Path) -> None:
     assert config.budget.at(31.0).power_w == 900.0
 
 
+def test_a_mismatch_is_accepted_for_one_engine_or_all_and_by_the_command_line(tmp_path: Path) -> None:
+    config = load(tmp_path, '[engine."a/b"]\naccept_mismatch = true\n')
+
+    assert not config.control.accept_mismatch
+    assert config.engines["a/b"].control.accept_mismatch
+    assert load_config(None, {"control": {"accept_mismatch": True}}).control.accept_mismatch
+    assert not load_config(None, {"control": {"accept_mismatch": None}}).control.accept_mismatch
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
@@ -41,6 +50,8 @@ def test_a_full_file_is_read_and_the_command_line_wins(tmp_path: Path) -> None:
         ('[control]\npolicy = "pals"\n', "did you mean 'pals-paper'"),
         ('[control]\nlowering = "timeslice"\n', "did you mean 'time-slice'"),
         ("[control]\nsm_clock_mhz = 1200.5\n", "not a int"),
+        ("[control]\naccept_mismatch = 1\n", "not a bool"),
+        ("[control]\nsm_clock_mhz = true\n", "not a int"),
         ('[control]\npolicy = "clock-only"\n', "policy clock-only steers by a throughput target"),
         ("[output]\nmetrics_port = 9400\ndcgm_port = 9400\n", "must differ"),
         ("[output]\ndcgm_port = 70000\n", "0..65535"),

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from pals.engines.openai_client import ClosedLoop, RequestSpec, replay
+from pals.engines.openai_client import RequestSpec, replay
 from tests.loopback import http_server
 
 pytest.importorskip("aiohttp")
@@ -82,34 +82,3 @@ def test_prompts_differ_and_follow_the_seed() -> None:
 
     assert first == again != other
     assert first[0] != first[1]
-
-
-def test_the_closed_loop_keeps_the_concurrency_asked_for() -> None:
-    async def go() -> None:
-        in_flight = most = served = 0
-        enough = asyncio.Event()
-
-        async def answer(body: bytes) -> bytes:
-            nonlocal in_flight, most, served
-            in_flight += 1
-            most = max(most, in_flight)
-            if in_flight == 5 or served:
-                served += 1
-            if served >= 20:
-                enough.set()
-            while in_flight < 5 and not served:
-                await asyncio.sleep(0.001)
-            in_flight -= 1
-            token = b'data: {"choices":[{"text":"x"}]}\n\n'
-            usage = b'data: {"choices":[],"usage":{"completion_tokens":1}}\n\n'
-            return b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + token + usage
-
-        async with http_server(answer) as url:
-            loop = ClosedLoop([spec(0, 4, 1)], base_url=url, model="m", seed=1)
-            loop.start_in_thread()
-            loop.set_concurrency(5)
-            await asyncio.wait_for(enough.wait(), timeout=20)
-            await asyncio.to_thread(loop.stop)
-        assert most == 5
-
-    asyncio.run(go())

@@ -15,7 +15,7 @@ from pals.core.quantities import OperatingPoint
 from pals.models.engine_facts import EngineFacts
 from pals.models.row import ProfileRow
 from pals.profiler.chooser import Chooser
-from pals.profiler.costs import generation_steps, seconds_of, turnover_steps
+from pals.profiler.costs import drain_steps, generation_steps, seconds_of
 from pals.profiler.design import Candidate, Space, gains, next_corner, scores
 from pals.profiler.plan import (
     SweepPlan,
@@ -205,7 +205,7 @@ def test_a_slow_point_costs_more_and_a_change_of_mix_lets_the_last_requests_end(
     assert np.all(seconds >= PLAN.settle_s + PLAN.window_s)
     chat, prefill, _ = PLAN.mixes
     assert generation_steps(prefill, 1, FACTS) < chat.output_tokens
-    assert (turnover_steps(prefill, chat), turnover_steps(chat, chat)) == (1.5 * chat.output_tokens, 0.0)
+    assert (drain_steps(prefill, chat), drain_steps(chat, chat)) == (1.5 * chat.output_tokens, 0.0)
 
 
 def test_points_beside_measured_ones_count_less() -> None:

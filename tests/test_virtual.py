@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 
 from pals.cli import main
+from pals.core.load import Mix
 from pals.core.quantities import OperatingPoint
 from pals.engines.emulated_device import open_bank
 from pals.engines.emulated_world import emulating
 from pals.engines.model_zoo import local_folder
 from pals.engines.openai_client import RequestResult, RequestSpec
 from pals.experiments.outcome import energy_between_j
+from pals.models.profile import Profile
 from pals.plant.boards import BoardBank
 from pals.plant.specs import parse_boards
 from pals.runtime.config import Config, OutputConfig, load_config
@@ -29,6 +31,7 @@ from pals.runtime.loop import GridClock
 from pals.runtime.tick import TickRecord
 
 pytest.importorskip("vllm")
+from pals.engines.virtual_engine import VirtualClosedLoop
 from pals.experiments.virtual_run import LiveNode, VirtualNode, running, serve_trace
 
 MODEL = "Qwen/Qwen3-30B-A3B"
@@ -222,16 +225,19 @@ def test_a_sweep_in_virtual_time_makes_a_profile_that_a_policy_takes(
     profile, out = tmp_path / "p.json", tmp_path / "out"
 
     swept = main(
-        ["emulate", "profile", *target, "--out", str(profile), "--limits-w", "400,200", "--sequences", "4,8,16,32",
-         "--window-s", "3"]
+        ["emulate", "profile", *target, "--out", str(profile), "--limits-w", "400,200", "--sequences", "4,16,32",
+         "--clocks", "none", "--window-s", "3", "--points", "8"]
     )  # fmt: skip
 
     assert swept == 0
-    rows = {(r["power_limit_w"], r["active_sequences"]): r for r in json.loads(profile.read_text())["rows"]}
-    assert len(rows) == 8
-    assert rows[400.0, 32]["tokens_per_s"] > rows[400.0, 4]["tokens_per_s"]
-    assert rows[200.0, 32]["power_w"] <= 2 * 200.0 * 1.01
+    made = Profile.from_json(profile.read_text())
+    rows = {(r.power_limit_w, r.active_sequences): r for r in made.rows if r.mix == 0}
+    assert len(made.rows) == 8
+    assert rows[400.0, 32].tokens_per_s > rows[400.0, 4].tokens_per_s
+    assert rows[200.0, 32].power_w <= 2 * 200.0 * 1.01
+    assert made.facts.shape is not None
     assert not list(tmp_path.glob("*.partial.jsonl"))
+    assert "left out" in capsys.readouterr().out
 
     served = main(
         ["emulate", "run", *target, "--out", str(out), "--policy", "static,pals-paper", "--profile", str(profile),
@@ -243,6 +249,42 @@ def test_a_sweep_in_virtual_time_makes_a_profile_that_a_policy_takes(
     assert [o["name"] for o in both] == ["static", "pals-paper"]
     assert both[0]["requests"] == both[1]["requests"]
     assert "pals-paper" in capsys.readouterr().out
+
+
+def test_a_closed_loop_keeps_its_load_and_times_it_in_virtual_time(olmoe: Path) -> None:
+    chat = Mix(name="chat", prompt_tokens=200, output_tokens=50)
+    with node(olmoe) as live:
+        load, grid = VirtualClosedLoop(live.engine, seed=1), live.grid_clock(threading.Event())
+        load.set_load(chat, 12)
+        assert not grid.wait(5.0)
+        sample = live.channel.read()
+        seen = load.latencies(2.0)
+        assert (
+            9 <= sample.running + sample.waiting <= 12
+        )  # those that ended with the last step are about to be followed
+        assert (seen.failed, load.last_error) == (0, None)
+        assert len(seen.tpot_s) > 12
+        assert 0.0 < min(seen.ttft_s) <= max(seen.ttft_s) < 5.0
+        fewer = load.latencies(4.0)
+        assert 0 < len(fewer.tpot_s) < len(seen.tpot_s)
+
+        load.set_load(chat, 600)  # far more than the engine runs at a time: they wait
+        assert not grid.wait(1.0)
+        assert live.channel.read().waiting > 400
+        load.set_load(Mix(name="short", prompt_tokens=20, output_tokens=4), 12)
+        assert not grid.wait(5.0)
+        assert live.channel.read().waiting + live.channel.read().running <= 12  # nobody works off the old queue
+        assert len(load.latencies(0.0).ttft_s) > 50
+
+        load.set_load(Mix(name="too-long", prompt_tokens=2 * live.engine.context_tokens, output_tokens=50), 12)
+        assert not grid.wait(30.0)
+        refused = load.latencies(0.0).failed
+        assert 12 <= refused < 12 * 30  # each that is refused makes the next ones wait
+        assert load.last_error is not None
+
+        load.set_load(chat, 4)
+        assert not grid.wait(5.0)
+        assert live.channel.read().running in (3, 4)
 
 
 def test_what_means_nothing_in_virtual_time_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

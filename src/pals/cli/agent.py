@@ -51,6 +51,7 @@ def config_of(args: argparse.Namespace) -> Config:
             "policy": args.policy,
             "mode": args.mode,
             "profile": args.profile,
+            "accept_mismatch": args.accept_mismatch,
             "period_s": args.period_s,
             "power_limit_w": args.power_limit_w,
             "sm_clock_mhz": args.sm_clock_mhz,

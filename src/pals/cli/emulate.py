@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pals.cli.emulate_nvml import add_nvml
-from pals.cli.main import add_agent_options, add_sweep_options, say
+from pals.cli.main import add_agent_options, say
+from pals.cli.profile_commands import add_sweep_options
 from pals.core.errors import ConfigError
 from pals.engines.emulated_world import emulating
 
@@ -68,7 +69,8 @@ def add_profile(kinds: Any) -> None:
     p = kinds.add_parser(
         "profile",
         help="the sweep of `pals profile` in virtual time: no server, no quiet machine needed",
-        description="Sweep power limit × active sequences in virtual time. Options not listed here go to vLLM's engine.",
+        description="Measure real vLLM on emulated boards in virtual time, as `pals profile` does a running engine. Options not "
+        "listed here go to vLLM's engine.",
         allow_abbrev=False,
     )
     add_node_options(p)
@@ -183,18 +185,23 @@ def conclude(args: argparse.Namespace, folder: Path, results: Sequence[VirtualRe
 def profile(args: argparse.Namespace, rest: list[str]) -> int:
     """Sweep in virtual time and write the profile; 130 and a partial file on Ctrl-C."""
     from pals.cli.agent import stopping
-    from pals.cli.profile import load_of, sweep_engine
+    from pals.cli.extras import require
 
-    specs, load = load_of(args.prompt_tokens, args.output_tokens)
+    require("scipy")
+    from pals.cli.profile import Target, measure_target
+
     stop = threading.Event()
     with stopping(stop), node_of(args, rest) as node:
         from pals.engines.virtual_engine import VirtualClosedLoop
         from pals.experiments.virtual_run import running
 
         with running(node) as live:
-            return sweep_engine(
-                args, live.nvml.boards, live.channel, driver=VirtualClosedLoop(live.engine, specs, seed=1), load=load,
-                clock=live.grid_clock(stop), folder=node.folder, emulated=True,
+            return measure_target(
+                args,
+                Target(
+                    boards=live.nvml.boards, channel=live.channel, load=VirtualClosedLoop(live.engine, seed=args.seed),
+                    clock=live.grid_clock(stop), folder=node.folder, emulated=True, context_tokens=live.engine.context_tokens,
+                ),
             )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     from pals.cli.emulate import add_emulate  # they use this module's parts
     from pals.cli.plant import add_plant
+    from pals.cli.profile_commands import add_profile
     from pals.cli.simulate import add_simulate
 
     p = Parser(prog="pals", description="Power-aware runtime for LLM serving.")
@@ -130,6 +131,12 @@ def add_control_options(p: argparse.ArgumentParser, *, several_policies: bool = 
     p.add_argument("--mode", help=f"one of {', '.join(MODES)} (default: auto on emulated boards, advise on real ones)")
     p.add_argument("--profile", metavar="FILE", help="profile for every policy but static, from `pals profile`")
     p.add_argument(
+        "--accept-mismatch",
+        action="store_true",
+        default=None,
+        help="use a profile of another build, driver or flag with wider intervals (docs/correction.md)",
+    )
+    p.add_argument(
         "--power-limit-w",
         "--limit-w",
         type=float,
@@ -157,37 +164,6 @@ def add_control_options(p: argparse.ArgumentParser, *, several_policies: bool = 
         help="budget of all engines together: 1200, steps 0:none,30:1000,60:1600, or a file with the columns time_s,power_w",
     )
     p.add_argument("--period-s", type=float, metavar="S", help="control period (default 0.5)")
-
-
-def add_profile(commands: argparse._SubParsersAction[Parser]) -> None:
-    """The `profile` command."""
-    p = commands.add_parser(
-        "profile", help="sweep limits and clocks × active sequences on a running engine, write a profile"
-    )
-    p.add_argument(
-        "--base-url", default="http://127.0.0.1:8000", help="the engine's API (default http://127.0.0.1:8000)"
-    )
-    p.add_argument("--engine", type=int, metavar="PID", help="which engine, where several run")
-    add_sweep_options(p)
-    p.add_argument("--mode", choices=MODES, help="auto is needed on real boards: the sweep writes power limits")
-
-
-def add_sweep_options(p: argparse.ArgumentParser) -> None:
-    """Options of whatever runs a sweep."""
-    p.add_argument("--out", default="profile.json", metavar="FILE", help="the profile (default profile.json)")
-    p.add_argument(
-        "--limits-w", metavar="W,W,…", help="power limits per board (default: six, 37.5..100 %% of the limit)"
-    )
-    p.add_argument(
-        "--clocks", metavar="MHZ,MHZ,…", help="SM clocks to lock in turn, at the found limit (default: none is locked)"
-    )
-    p.add_argument("--sequences", metavar="N,N,…", help="active sequences (default: powers of two to the launch limit)")
-    p.add_argument(
-        "--prompt-tokens", type=int, default=1200, metavar="N", help="mean prompt of the load (default 1200)"
-    )
-    p.add_argument("--output-tokens", type=int, default=225, metavar="N", help="mean output of the load (default 225)")
-    p.add_argument("--settle-s", type=float, default=3.0, metavar="S", help="wait before each window (default 3)")
-    p.add_argument("--window-s", type=float, default=8.0, metavar="S", help="measuring window of a point (default 8)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -234,7 +210,7 @@ def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
 
         return agent(args)
     if args.command == "profile":
-        from pals.cli.profile import profile
+        from pals.cli.profile_commands import profile
 
         return profile(args)
     if args.command == "emulate":

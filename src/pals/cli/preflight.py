@@ -9,11 +9,12 @@ from pathlib import Path
 
 from pals.control.guard import Guard
 from pals.control.policies import build_policy
-from pals.core.errors import ConfigError, ProfileMismatchError
+from pals.core.errors import ConfigError
+from pals.core.fingerprint import check_fingerprint
 from pals.core.quantities import BoardInfo, EngineInfo
 from pals.models.profile import Profile
 from pals.runtime.agent import load_profile, policy_settings
-from pals.runtime.config import Config
+from pals.runtime.config import Config, ControlConfig
 from pals.runtime.node import refuse_existing
 
 ANY_SEQUENCES = 1_000_000  # where the launch limit is vLLM's to choose
@@ -40,22 +41,29 @@ def check_before_launch(
     try:
         if config.output.journal:
             refuse_existing(Path(config.output.journal))
-        profile = load_profile(Path(control.profile)) if control.profile else None
+        profile, accepted = load_profile(Path(control.profile)) if control.profile else None, tuple[str, ...]()
         if profile is not None:
-            _check_profile(
-                profile, boards, model=model, launch_sequences=launch_sequences, exact=exact, name=str(control.profile)
+            accepted = _check_profile(
+                profile, boards, control, model=model, launch_sequences=launch_sequences, exact=exact
             )
             launch_sequences = launch_sequences or profile.fingerprint.launch_sequences
         guard = Guard.of(boards, launch_sequences or ANY_SEQUENCES)
-        build_policy(control.policy, policy_settings(control), profile, guard)
+        build_policy(control.policy, policy_settings(control), profile, guard, accepted=accepted)
     except ConfigError as e:
         told = re.sub(r"\.? *(Nothing was written|No board was changed)?\.?$", "", str(e))
         raise type(e)(f"{told}. Nothing was started") from e
 
 
 def _check_profile(
-    profile: Profile, boards: Sequence[BoardInfo], *, model: str, launch_sequences: int | None, exact: bool, name: str
-) -> None:
+    profile: Profile,
+    boards: Sequence[BoardInfo],
+    control: ControlConfig,
+    *,
+    model: str,
+    launch_sequences: int | None,
+    exact: bool,
+) -> tuple[str, ...]:
+    """What differs and is accepted, as far as it is known before the launch."""
     measured_on = profile.fingerprint
     here = replace(
         measured_on,
@@ -65,9 +73,10 @@ def _check_profile(
         boards=len(boards) if exact else measured_on.boards,
         launch_sequences=launch_sequences or measured_on.launch_sequences,
     )
-    if differences := measured_on.differences(here):
-        raise ProfileMismatchError(
-            f"{name} was measured on something else:\n  "
-            + "\n  ".join(differences)
-            + "\nMake one for this engine with `pals profile`"
-        )
+    return check_fingerprint(
+        measured_on,
+        here,
+        accept=control.accept_mismatch,
+        name=str(control.profile),
+        advice="Make one for this engine with `pals profile`.",
+    )

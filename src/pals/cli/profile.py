@@ -1,4 +1,4 @@
-"""`pals profile`: load a running engine, sweep limit and clock × active sequences, write a profile."""
+"""`pals profile`: load a running engine, measure it at points chosen one after the other, write a profile."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ import argparse
 import json
 import os
 import shlex
-import sys
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import Protocol
 
 from pals.cli.agent import boards_of, pick_engine, stopping
-from pals.cli.extras import require
 from pals.cli.main import say
+from pals.cli.profile_plan import facts_of, plan_of, shape_of
+from pals.cli.profile_progress import SweepNotes, quality_told, showing
 from pals.control.guard import Guard
 from pals.control.static import StaticPolicy
-from pals.core.errors import ConfigError
+from pals.core.architecture import ModelShape
+from pals.core.errors import ConfigError, EngineGoneError
+from pals.core.load import Mix
 from pals.core.quantities import Fingerprint, OperatingPoint, fingerprint_of
-from pals.engines.openai_client import ClosedLoop, RequestSpec
-from pals.models.profile import Profile, ProfileRow, Residuals
-from pals.profiler.sweep import (
-    Interrupted,
-    LoadDriver,
-    PartialRows,
-    SweepPlan,
-    default_limits_w,
-    default_sequences,
-    sweep,
-)
+from pals.engines.closed_loop import ClosedLoop
+from pals.hardware.nvml_board import NvmlBoard
+from pals.models.engine_facts import EngineFacts
+from pals.models.fitted import fit
+from pals.models.profile import MIN_ROWS, Profile
+from pals.models.row import ProfileRow
+from pals.profiler.load import LoadDriver
+from pals.profiler.partial import PartialRows
+from pals.profiler.sweep import Interrupted, sweep
 from pals.runtime.agent import FOUND_RECORD, Board
 from pals.runtime.channel import run_dir
 from pals.runtime.files import check_folder
@@ -41,10 +41,37 @@ from pals.runtime.group import EngineGroup
 from pals.runtime.loop import GridClock, boards_as_found, wall_clock
 from pals.runtime.tick import Rig
 
+EXIT_INTERRUPTED = 130
 
-def profile(args: argparse.Namespace) -> int:
-    """Sweep and write; 130 and a partial file on Ctrl-C."""
-    require("pynvml", "aiohttp")
+
+class TellingLoad(LoadDriver, Protocol):
+    """A load that also remembers what a request that failed was told."""
+
+    @property
+    def last_error(self) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The engine to measure and its boards, whichever way they run."""
+
+    boards: Sequence[Board]
+    channel: EngineGroup
+    load: TellingLoad
+    clock: GridClock
+    folder: Path  # the run directory: what was found is written down there
+    emulated: bool
+    context_tokens: int | None  # longest request; None: unknown
+    shape: ModelShape | None = None  # where somebody told it; else the engine is asked
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Measure the engine that runs here; 130 and a partial file on Ctrl-C.
+
+    Raises:
+        ConfigError: no engine, several, real boards without --mode auto, or options that do not fit; nothing was written.
+        EngineGoneError: it ended; the boards are put back and the rows are kept.
+    """
     folder = run_dir(os.environ)
     check_folder(folder)
     channel = pick_engine(folder, args.engine)
@@ -53,161 +80,141 @@ def profile(args: argparse.Namespace) -> int:
         raise ConfigError(
             "the sweep writes power limits of real boards: say --mode auto to allow it. Nothing was changed"
         )
-    served = served_model(args.base_url)
-    stop = threading.Event()
+    if args.mode not in (None, "auto"):
+        raise ConfigError(f"--mode {args.mode}: a sweep writes limits, or measures nothing. Nothing was changed")
+    served, context_tokens = served_model(args.base_url)
+    if served != channel.info.name:  # a proxy may have names of its own
+        say(f"{args.base_url} serves {served}, and what is measured is {channel.told()}: are they the same engine?")
+    shape, stop = shape_of(args.config), threading.Event()
     with stopping(stop), boards_of(folder, channel, write=True) as nvml:
-        if refused := [b.refusal for b in nvml.boards if b.refusal is not None]:
-            raise ConfigError(f"{'; '.join(refused)}. Nothing was changed")
-        if not all(b.can_write() for b in nvml.boards):
-            raise ConfigError("this process may not write power limits (needs root); nothing was changed")
-        specs, load = load_of(args.prompt_tokens, args.output_tokens)
-        driver = ClosedLoop(specs, base_url=args.base_url, model=served, seed=1)
-        driver.start_in_thread()
-        try:
-            return sweep_engine(
-                args, nvml.boards, channel, driver=driver, load=load, clock=wall_clock(stop), folder=folder,
-                emulated=emulated,
+        refuse_unwritable(nvml.boards)
+        with ClosedLoop(base_url=args.base_url, model=served, seed=args.seed) as load:
+            return measure_target(
+                args,
+                Target(
+                    boards=nvml.boards, channel=channel, load=load, clock=wall_clock(stop), folder=folder,
+                    emulated=emulated, context_tokens=context_tokens, shape=shape,
+                ),
             )  # fmt: skip
-        finally:
-            driver.stop()
 
 
-def sweep_engine(
-    args: argparse.Namespace,
-    boards: Sequence[Board],
-    channel: EngineGroup,
-    *,
-    driver: LoadDriver,
-    load: str,
-    clock: GridClock,
-    folder: Path,
-    emulated: bool,
-) -> int:
-    """Sweep one engine under `driver`'s load and write the profile; 130 where the clock says stop."""
-    infos = [b.info for b in boards]
-    guard = Guard.of(infos, channel.info.launch_sequences)
-    plan = plan_of(args, guard)
-    out, fingerprint = Path(args.out), fingerprint_of(channel.info, infos)
-    partial = PartialRows(out.with_suffix(".partial.jsonl"), fingerprint, load)
+def refuse_unwritable(boards: Sequence[NvmlBoard]) -> None:
+    """Raise `ConfigError` where a board must not, or cannot, be written."""
+    if refused := [b.refusal for b in boards if b.refusal is not None]:
+        raise ConfigError(f"{'; '.join(refused)}. Nothing was changed")
+    if not all(b.can_write() for b in boards):
+        raise ConfigError("this process may not write power limits (needs root); nothing was changed")
+
+
+def measure_target(args: argparse.Namespace, target: Target) -> int:
+    """Sweep one engine and write its profile; 130 where the clock says stop."""
+    infos = [b.info for b in target.boards]
+    info = target.channel.info
+    guard = Guard.of(infos, info.launch_sequences)
+    facts = facts_of(info, infos, guard, target.shape)
+    plan = plan_of(args, guard, target.context_tokens)
+    out, fingerprint = out_of(args.out), fingerprint_of(info, infos)
+    partial = PartialRows(partial_of(out), fingerprint, facts, plan.mixes)
     rig = Rig(
-        meters=boards, actuators=boards, engine=channel, setter=channel,
+        meters=target.boards, actuators=target.boards, engine=target.channel, setter=target.channel,
         controller=StaticPolicy(OperatingPoint(power_limit_w=guard.max_limit_w)), guard=guard, period_s=0.5,
     )  # fmt: skip
+    notes = SweepNotes()
     try:
-        with boards_as_found(boards, boards, folder / FOUND_RECORD):
-            rows = run_sweep(rig, plan, driver, partial, clock)
+        with (
+            boards_as_found(target.boards, target.boards, target.folder / FOUND_RECORD),
+            showing(plan.mixes, notes) as tell,
+        ):
+            rows = sweep(
+                rig, plan, load=target.load, facts=facts, partial=partial, clock=target.clock, fit=fit, progress=tell
+            )
     except Interrupted:
-        say(f"interrupted: {len(partial.rows)} of {len(plan.points)} points are kept; run the same command to go on")
-        return 130
+        say(f"interrupted: {len(partial.rows)} rows are kept; run the same command to go on")
+        return EXIT_INTERRUPTED
+    except EngineGoneError:
+        say(f"{len(partial.rows)} rows are kept; run the same command to go on when the same engine runs again")
+        raise
+    except ConfigError as e:
+        if target.load.last_error is None:
+            raise
+        raise ConfigError(f"{e}. What the newest failed request was told: {target.load.last_error}") from e
     finally:
-        channel.release()
-    write_profile(out, rows, fingerprint, load, emulated=emulated)
+        target.channel.release()
+    source = "emulated" if target.emulated else "measured"
+    made = profile_of(args, rows, plan.mixes, facts, fingerprint=fingerprint, source=source, notes=notes.lines)
+    finish(out, made)
     partial.discard()
     return 0
 
 
-def load_of(prompt_tokens: int, output_tokens: int) -> tuple[list[RequestSpec], str]:
-    """A closed-loop load: lengths spread evenly over 0.5..1.5 of their means, in an order that mixes short and long.
+def profile_of(
+    args: argparse.Namespace,
+    rows: Sequence[ProfileRow],
+    mixes: Sequence[Mix],
+    facts: EngineFacts,
+    *,
+    fingerprint: Fingerprint,
+    source: str,
+    notes: Sequence[str],
+) -> Profile:
+    """Fit the rows of a sweep that has ended.
 
     Raises:
-        ConfigError: a mean below 2 tokens.
+        ConfigError: too few; they are kept.
     """
-    if min(prompt_tokens, output_tokens) < 2:
-        raise ConfigError("--prompt-tokens and --output-tokens must be at least 2; nothing was changed")
-    shares = [0.5 + (i + 0.5) / 64 for i in range(64)]
-    specs = [
-        RequestSpec(
-            at_s=0.0,
-            prompt_tokens=round(prompt_tokens * shares[37 * i % 64]),
-            output_tokens=max(2, round(output_tokens * shares[29 * i % 64])),
+    if len(rows) < MIN_ROWS:
+        raise ConfigError(
+            f"the sweep ended with {len(rows)} rows, and a profile needs {MIN_ROWS}. They are kept: run the same command with "
+            "more --minutes, or a smaller --error, to go on"
         )
-        for i in range(64)
-    ]
-    told = f"closed loop, prompts {prompt_tokens} ± 50 %, outputs {output_tokens} ± 50 % tokens, evenly spread"
-    return specs, told
+    return Profile.of(
+        rows, mixes, facts, fingerprint, source=source, made_at=date.today().isoformat(),
+        command=shlex.join(["pals", *args.given]), notes=notes,
+    )  # fmt: skip
 
 
-def run_sweep(
-    rig: Rig, plan: SweepPlan, driver: LoadDriver, partial: PartialRows, clock: GridClock
-) -> list[ProfileRow]:
-    """The sweep with a progress bar."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task("profiling", total=len(plan.points))
-
-        def progress(point: OperatingPoint, row: ProfileRow | None) -> None:
-            bar.advance(task)
-            if row is not None:
-                lock = f"≤ {row.requested_clock_mhz} MHz, " if row.requested_clock_mhz is not None else ""
-                bar.console.print(
-                    f"{lock}{row.power_limit_w:5.0f} W × {row.active_sequences:3d} sequences: {row.tokens_per_s:7.0f} tokens/s, "
-                    f"{row.power_w:6.0f} W, {row.tokens_per_s / row.power_w:.3f} tokens/J, {row.sm_clock_mhz} MHz"
-                )
-
-        return sweep(rig, plan, load=driver, partial=partial, clock=clock, progress=progress)
+def finish(out: Path, made: Profile) -> None:
+    """Write the profile, whole or not at all, and say what it is worth."""
+    keep_file(out, made.to_json())
+    print(quality_told(made.model().quality))
+    for note in made.notes:
+        print(note)
+    say(f"{out}: {len(made.rows)} rows, {out.stat().st_size / 1024:.1f} KiB. Look at it: pals profile show {out}")
 
 
-def write_profile(out: Path, rows: list[ProfileRow], fingerprint: Fingerprint, load: str, *, emulated: bool) -> None:
-    """Write the profile and say what the fit makes of it."""
-    made = Profile(
-        fingerprint=fingerprint,
-        rows=tuple(rows),
-        source="emulated" if emulated else "measured",
-        load=load,
-        made_at=date.today().isoformat(),
-        command=shlex.join(["pals", *sys.argv[1:]]),
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(made.to_json(), encoding="utf-8")
-    fit = made.model().residuals
-    say(
-        f"{out}: {len(rows)} rows, {out.stat().st_size / 1024:.1f} KiB; the fit is within {fit.power_mape:.1%} of the measured "
-        f"power and {fit.throughput_mape:.1%} of the throughput (mean, in sample)" + _clock_fit(fit)
-    )
-
-
-def _clock_fit(fit: Residuals) -> str:
-    if fit.clock_power_mape is None or fit.clock_throughput_mape is None:
-        return ""
-    return f"; under clock locks within {fit.clock_power_mape:.1%} and {fit.clock_throughput_mape:.1%}"
-
-
-def plan_of(args: argparse.Namespace, guard: Guard) -> SweepPlan:
-    """The points asked for, or the default grid.
+def out_of(path: str) -> Path:
+    """Where the profile goes.
 
     Raises:
-        ConfigError: outside what boards and engine accept; nothing was written.
+        ConfigError: it cannot be written there, which is better known before a quarter of an hour is spent.
     """
+    out = Path(path)
     try:
-        limits_w = tuple(float(w) for w in args.limits_w.split(",")) if args.limits_w else None
-        sequences = tuple(int(n) for n in args.sequences.split(",")) if args.sequences else None
-        clocks = tuple(int(mhz) for mhz in args.clocks.split(",")) if args.clocks else ()
-    except ValueError as e:
-        raise ConfigError(
-            f"--limits-w, --clocks and --sequences take numbers separated by commas ({e}); nothing was changed"
-        ) from e
-    plan = SweepPlan(
-        limits_w=limits_w or default_limits_w(guard.min_limit_w, guard.max_limit_w),
-        sequences=sequences or default_sequences(guard.launch_sequences),
-        clocks_mhz=tuple(sorted({guard.supported_clock_mhz(mhz) or mhz for mhz in clocks})),
-        found_limit_w=guard.max_limit_w,
-        settle_s=args.settle_s,
-        window_s=args.window_s,
-    )
-    bad_w = [w for w in plan.limits_w if not guard.min_limit_w <= w <= guard.max_limit_w]
-    bad_n = [n for n in plan.sequences if not 1 <= n <= guard.launch_sequences]
-    known = guard.sm_clocks_mhz or (0,)
-    bad_mhz = [mhz for mhz in clocks if not known[0] <= mhz <= known[-1]]
-    if bad_w or bad_n or bad_mhz or plan.window_s < 0.5 or plan.settle_s < 0:
-        raise ConfigError(
-            f"the plan leaves what is possible: limits {guard.min_limit_w:.0f}..{guard.max_limit_w:.0f} W (given {bad_w}), "
-            f"clocks {known[0]}..{known[-1]} MHz (given {bad_mhz}), sequences 1..{guard.launch_sequences} (given {bad_n}), window >= 0.5 s. Nothing was written"
-        )
-    return plan
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"--out {out}: {e.filename}: {e.strerror}. Nothing was changed") from e
+    if out.is_dir() or not os.access(out.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out} cannot be written, or is a folder; name a file. Nothing was changed")
+    return out
 
 
-def served_model(base_url: str) -> str:
-    """The name the engine serves its model under.
+def partial_of(out: Path) -> Path:
+    """Where the rows are kept until the profile is written."""
+    return out.with_suffix(".partial.jsonl")
+
+
+def keep_file(out: Path, text: str) -> None:
+    """Write `out` anew; whoever reads it meanwhile, or after a crash, sees the old text or the new one whole."""
+    fresh = out.with_name(f".{out.name}.{os.getpid()}.new")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(out)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def served_model(base_url: str) -> tuple[str, int | None]:
+    """The name the engine serves its model under, and the longest request it takes, where it says that.
 
     Raises:
         ConfigError: no answer there.
@@ -215,6 +222,8 @@ def served_model(base_url: str) -> str:
     url = f"{base_url.rstrip('/')}/v1/models"
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
-            return str(json.load(answer)["data"][0]["id"])
-    except (OSError, ValueError, KeyError, IndexError, urllib.error.URLError) as e:
+            model = json.load(answer)["data"][0]
+            length = model.get("max_model_len")
+            return str(model["id"]), int(length) if length else None
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, urllib.error.URLError) as e:
         raise ConfigError(f"no OpenAI API answers at {url} ({e}); give --base-url. Nothing was changed") from e

@@ -42,6 +42,21 @@ def add_simulate(commands: Any) -> None:
     add_load_options(p)
     add_control_options(p, several_policies=True)
     p.add_argument(
+        "--max-model-len", type=int, metavar="N", help="longer requests are left out (default: the model's context)"
+    )
+    p.add_argument("--no-enable-prefix-caching", action="store_true", help="compute every prompt in full")
+    p.add_argument(
+        "--faults", metavar="FILE", help="JSON or CSV of faults: time_s, kind, board, value (docs/simulate.md)"
+    )
+    add_plant_options(p)
+    p.add_argument("--workers", type=int, default=1, metavar="N", help="policies at a time (default 1)")
+    p.add_argument("--journal", action="store_true", help="also write a journal for each policy, for `pals replay`")
+    p.add_argument("--out", default=OUT, metavar="FOLDER", help=f"Parquet files, table, figure (default {OUT})")
+
+
+def add_plant_options(p: argparse.ArgumentParser) -> None:
+    """How the simulated engine is launched, and how far the plant's constants are moved."""
+    p.add_argument(
         "--max-num-seqs",
         type=int,
         default=LAUNCH_SEQUENCES,
@@ -54,20 +69,10 @@ def add_simulate(commands: Any) -> None:
         metavar="N",
         help="tokens of a step (default: as vLLM's server on such a board)",
     )
-    p.add_argument(
-        "--max-model-len", type=int, metavar="N", help="longer requests are left out (default: the model's context)"
-    )
-    p.add_argument("--no-enable-prefix-caching", action="store_true", help="compute every prompt in full")
-    p.add_argument(
-        "--faults", metavar="FILE", help="JSON or CSV of faults: time_s, kind, board, value (docs/simulate.md)"
-    )
     p.add_argument("--perturb-seed", type=int, metavar="N", help="move the plant's constants at random, by this seed")
     p.add_argument(
         "--spread", type=float, metavar="S", help="how far: standard deviation of the factors (default 0.15)"
     )
-    p.add_argument("--workers", type=int, default=1, metavar="N", help="policies at a time (default 1)")
-    p.add_argument("--journal", action="store_true", help="also write a journal for each policy, for `pals replay`")
-    p.add_argument("--out", default=OUT, metavar="FOLDER", help=f"Parquet files, table, figure (default {OUT})")
 
 
 def add_load_options(p: argparse.ArgumentParser) -> None:
@@ -118,23 +123,15 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
     Raises:
         ConfigError: an unknown model, board or trace, or sizes that do not fit.
     """
-    from pals.engines.model_zoo import read_config
     from pals.experiments.simulated_faults import read_faults
     from pals.experiments.simulated_load import workload_of
-    from pals.experiments.simulated_run import EMPTY, Simulation, capacity_per_s
-    from pals.plant.faults import FaultSchedule
-    from pals.plant.specs import parse_boards
+    from pals.experiments.simulated_run import capacity_per_s
 
-    spec, count = parse_boards(args.boards)
-    model, config = read_config(args.model)
+    engine = engine_of(args)
     wish = wish_of(args)
-    engine = Simulation(
-        model=model, config=config, spec=spec, boards=count, max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens or batched_tokens(spec.name, spec.memory_gb, args.max_num_seqs),
-        prefix_caching=not args.no_enable_prefix_caching, board_seed=args.seed_boards, context_tokens=1, workload=EMPTY,
-        perturb_seed=args.perturb_seed, spread=spread_of(args),
-        faults=read_faults(Path(args.faults), boards=count) if args.faults else FaultSchedule(),
-    )  # fmt: skip
+    engine = replace(engine, prefix_caching=not args.no_enable_prefix_caching)
+    if args.faults:
+        engine = replace(engine, faults=read_faults(Path(args.faults), boards=engine.boards))
     replica = engine.replica()
     replica.advance(1e-3)  # compiled here where it was not before, so that no run's speed counts it
     context = min(replica.kv_tokens, args.max_model_len or engine.model_context)
@@ -152,6 +149,27 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
     if not len(workload):
         raise ConfigError(f"every request is longer than {context} tokens, what this engine takes. Nothing was started")
     return replace(engine, workload=workload, left_out=len(whole) - len(workload))
+
+
+def engine_of(args: argparse.Namespace) -> Simulation:
+    """Engine and boards, without requests or faults.
+
+    Raises:
+        ConfigError: an unknown model or board, or a spread that makes no sense.
+    """
+    from pals.engines.model_zoo import read_config
+    from pals.experiments.simulated_run import EMPTY, Simulation
+    from pals.plant.faults import FaultSchedule
+    from pals.plant.specs import parse_boards
+
+    spec, count = parse_boards(args.boards)
+    model, config = read_config(args.model)
+    return Simulation(
+        model=model, config=config, spec=spec, boards=count, max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens or batched_tokens(spec.name, spec.memory_gb, args.max_num_seqs),
+        prefix_caching=True, board_seed=args.seed_boards, context_tokens=1, workload=EMPTY, perturb_seed=args.perturb_seed,
+        spread=spread_of(args), faults=FaultSchedule(),
+    )  # fmt: skip
 
 
 def spread_of(args: argparse.Namespace) -> float:
@@ -240,13 +258,16 @@ def tasks_of(args: argparse.Namespace, sim: Simulation) -> list[PolicyTask]:
 
 
 def check_tasks(sim: Simulation, tasks: Sequence[PolicyTask]) -> None:
-    """Raise `ConfigError` for what the last policy would be refused for, before the first has run for long."""
+    """Raise `ConfigError` for what the last policy would be refused for, before the first has run for long; say what is accepted."""
     from pals.experiments.simulated_node import SimulatedGroup
-    from pals.experiments.simulated_run import rig_of
+    from pals.experiments.simulated_run import accepted_by, rig_of
+    from pals.runtime.agent import told_accepted
 
     for task in tasks:
         replica = sim.replica()
-        rig_of(sim, task, replica, SimulatedGroup(replica, sim.spec, sim.boards))
+        rig = rig_of(sim, task, replica, SimulatedGroup(replica, sim.spec, sim.boards))
+        if differences := accepted_by(sim, task, rig.meters):
+            say(f"{task.name}: {told_accepted(str(task.config.control.profile), differences)}")
 
 
 def config_for(args: argparse.Namespace, sim: Simulation, policy: str) -> Config:

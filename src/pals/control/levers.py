@@ -13,7 +13,7 @@ from pals.control.guard import Guard
 from pals.control.pals_paper import PaperSettings
 from pals.core.errors import ConfigError
 from pals.core.quantities import OperatingPoint
-from pals.models.profile import FittedModel
+from pals.models.fitted import Fitted
 
 #: Owned levers by policy: "limit" (W), "batch" (active sequences), "clock" (SM clock lock).
 LEVERS: dict[str, frozenset[str]] = {
@@ -27,7 +27,7 @@ LEVERS: dict[str, frozenset[str]] = {
 Trim = Callable[[OperatingPoint, float], OperatingPoint]
 
 
-def points_of(policy: str, model: FittedModel, guard: Guard) -> tuple[OperatingPoint, ...]:
+def points_of(policy: str, model: Fitted, guard: Guard) -> tuple[OperatingPoint, ...]:
     """The points `policy` may choose among: the profile's levels of the levers it owns.
 
     Raises:

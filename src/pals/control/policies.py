@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,14 +10,20 @@ from pals.control.guard import Guard
 from pals.control.levers import LEVERS, points_of, trim_of
 from pals.control.pals_paper import PaperPolicy, PaperSettings
 from pals.control.static import StaticPolicy
+from pals.control.watched import PointForecaster, Watched
 from pals.core.errors import ConfigError
 from pals.core.protocols import AnyController
 from pals.core.quantities import OperatingPoint
 from pals.models.profile import Profile
 
+#: Factor on the intervals of a profile that was measured on something else and accepted: as large again as the profile's own.
+ACCEPTED_WIDENING = 2.0
 
-def build_policy(name: str, settings: Mapping[str, Any], profile: Profile | None, guard: Guard) -> AnyController:
-    """Make the policy `name`.
+
+def build_policy(
+    name: str, settings: Mapping[str, Any], profile: Profile | None, guard: Guard, *, accepted: Sequence[str] = ()
+) -> AnyController:
+    """Make the policy `name`; `accepted` are the differences of a profile that is used all the same.
 
     Raises:
         ConfigError: unknown name, a missing profile, or settings outside the boards' range; nothing was written.
@@ -28,9 +34,23 @@ def build_policy(name: str, settings: Mapping[str, Any], profile: Profile | None
         raise ConfigError(f"unknown policy {name!r}; known: static, {', '.join(LEVERS)}")
     if profile is None:
         raise ConfigError(f"policy {name} needs a profile: make one with `pals profile`, then give --profile FILE")
-    model = profile.model()
+    model = (widened(profile, ACCEPTED_WIDENING) if accepted else profile).model()
     known = replace(PaperSettings(), **settings)
-    return PaperPolicy(model, points=points_of(name, model, guard), trim=trim_of(name, guard, known), settings=known)
+    policy = PaperPolicy(model, points=points_of(name, model, guard), trim=trim_of(name, guard, known), settings=known)
+    return watched(policy, model)
+
+
+def widened(profile: Profile, factor: float) -> Profile:
+    """The profile with intervals `factor` times as wide; one that has none is as it was."""
+    widen = getattr(profile, "widened", None)
+    return profile if widen is None else widen(factor)
+
+
+def watched(policy: AnyController, model: object) -> AnyController:
+    """`policy` with its profile watched, where that forecasts loads."""
+    if not isinstance(model, PointForecaster):
+        return policy
+    return Watched(policy, model)
 
 
 def _static(settings: Mapping[str, Any], guard: Guard) -> StaticPolicy:

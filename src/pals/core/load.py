@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from pals.core.quantities import Checked
 
@@ -48,3 +49,12 @@ class Load(Checked):
     context_tokens: float | None = None  # mean KV tokens of a running sequence; None: the mix's
     queued_tokens: float = 0.0  # prompt tokens waiting before a new request
     distinct_experts: float | None = None  # per layer and decode step; None: from the profile's popularity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latencies:
+    """What a load itself saw of its requests, by its own clock, seconds."""
+
+    ttft_s: Sequence[float] = field(default_factory=tuple)  # of those that got their first token in the span
+    tpot_s: Sequence[float] = field(default_factory=tuple)  # of those that ended in it, with at least two tokens
+    failed: int = 0  # ended in an error

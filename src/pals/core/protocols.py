@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from pals.core.quantities import (
     BoardInfo,
@@ -129,3 +129,31 @@ class Controller(Protocol[State]):
 
 
 AnyController = Controller[Any]
+
+
+class ProfileNews(Protocol):
+    """How far a profile is off, for the record."""
+
+    @property
+    def bias(self) -> dict[str, float]:
+        """Factor on the profile's predictions, by quantity."""
+        ...
+
+    @property
+    def drift(self) -> dict[str, float]:
+        """Measured over predicted when a drift was found, by quantity; of those that lasts."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A sentence for each drift, the same as long as it lasts."""
+        ...
+
+
+@runtime_checkable
+class WatchesProfile(Protocol):
+    """A controller that compares its profile with what is measured."""
+
+    def tell(self, state: Any) -> ProfileNews:
+        """What `state` knows of the profile."""
+        ...

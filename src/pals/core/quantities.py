@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from math import isfinite
 from operator import attrgetter
+
+from pals.core.architecture import ModelShape
 
 
 @cache
@@ -212,9 +214,13 @@ class Decision(Checked):
     detail: str = ""  # one sentence for people
 
 
+#: Fields of a fingerprint that profiles made before they existed may lack.
+FINGERPRINT_ADDED = frozenset({"engine_build", "flags", "config_digest", "dtype"})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
-    """What a profile was measured on; a profile is refused where any of these differs."""
+    """What a profile was measured on; a profile is refused where any of these differs (`core/fingerprint.py`)."""
 
     engine: str
     engine_version: str
@@ -224,14 +230,47 @@ class Fingerprint:
     boards: int
     parallelism: str  # "tp4 pp1 dp1 ep0"
     launch_sequences: int
+    engine_build: str | None = None  # commit or build; "": the engine has none; None: it could not be read
+    flags: str | None = None  # resolved settings that change performance, "name=value name=value", sorted
+    config_digest: str | None = None  # of the model's sizes and weight formats
+    dtype: str | None = None  # of activations
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """Return "field: mine, other's" for each field that differs."""
+        """Return "field: mine, other's" for each field, and each flag, that differs; what was not read here is not compared."""
         return [
-            f"{f.name}: {getattr(self, f.name)!r} in the profile, {getattr(other, f.name)!r} here"
-            for f in fields(self)
-            if getattr(self, f.name) != getattr(other, f.name)
+            f"{name}: {mine!r} in the profile, {'not readable' if theirs is None else repr(theirs)} here"
+            for name, mine, theirs in self.differing(other)
         ]
+
+    def differing(self, other: Fingerprint) -> list[tuple[str, object, object]]:
+        """Name, mine and other's of each field or flag that differs; flags one by one where both sides have them."""
+        found: list[tuple[str, object, object]] = []
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if mine is None or mine == theirs:
+                continue
+            if f.name == "flags" and theirs is not None:
+                found += differing_flags(mine, theirs)
+            else:
+                found.append((f.name, mine, theirs))
+        return found
+
+
+def flags_of(text: str) -> dict[str, str]:
+    """ "a=1 b=x" as {"a": "1", "b": "x"}."""
+    return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+
+def flags_text(flags: Mapping[str, object]) -> str:
+    """The same the other way round, sorted; truths as 1 and 0, no white space inside a value."""
+    plain = {k: str(int(v)) if isinstance(v, bool) else "".join(str(v).split()) for k, v in flags.items()}
+    return " ".join(f"{k}={plain[k]}" for k in sorted(plain))
+
+
+def differing_flags(mine: str, theirs: str) -> list[tuple[str, object, object]]:
+    """Name, my value and theirs of each flag that differs; None where a side has no such flag."""
+    a, b = flags_of(mine), flags_of(theirs)
+    return [(f"flag {k}", a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,6 +289,12 @@ class EngineInfo:
     cuda_order: bool = False  # boards count fastest first, as CUDA does by default; NVML counts by PCI bus
     data_parallel: bool = False  # one rank of several: those of the same parent process belong together
     bank: str | None = None  # the file of its emulated boards; None: it runs on real ones
+    build: str | None = None  # as in a fingerprint, like the next three; None: not known
+    flags: str | None = None
+    config_digest: str | None = None
+    dtype: str | None = None
+    shape: ModelShape | None = None  # None: the model's config could not be read, or cannot be sized
+    step_tokens: int | None = None  # most tokens of one step
 
     @property
     def name(self) -> str:
@@ -269,4 +314,8 @@ def fingerprint_of(engine: EngineInfo, boards: Sequence[BoardInfo]) -> Fingerpri
         boards=len(boards),
         parallelism=engine.parallelism,
         launch_sequences=engine.launch_sequences,
+        engine_build=engine.build,
+        flags=engine.flags,
+        config_digest=engine.config_digest,
+        dtype=engine.dtype,
     )

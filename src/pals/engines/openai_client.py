@@ -1,4 +1,4 @@
-"""A streaming client of the OpenAI completions API: open loop along a trace, or closed loop at a set concurrency.
+"""A streaming client of the OpenAI completions API, and an open-loop load along a trace; `closed_loop` is the other kind.
 
 Prompts are token ids drawn from a seed, unlike each other, so that a prefix cache does not help; times are
 CLOCK_MONOTONIC seconds, the journal's.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,12 @@ LOWEST_ID, HIGHEST_ID = 10, 15000  # below every shipped tokenizer's size
 SILENCE_S = 300.0  # a stream silent for longer is recorded as an error, so that a hung server cannot hang a run
 
 
-def _aiohttp() -> Any:
+def aiohttp_package() -> Any:
+    """The package, imported when first needed.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         import aiohttp
     except ImportError as e:
@@ -85,7 +89,7 @@ async def replay(
     """
     if not time_scale > 0:
         raise ValueError(f"time_scale is {time_scale}; it must be above 0")
-    aiohttp = _aiohttp()
+    aiohttp = aiohttp_package()
     rng = np.random.default_rng(seed)
     prompts = [prompt(spec, rng) for spec in specs]
     start_s = time.monotonic() + 0.5
@@ -108,12 +112,28 @@ def open_session(aiohttp: Any) -> Any:
 
 def prompt(spec: RequestSpec, rng: np.random.Generator) -> list[int]:
     """Random token ids of the asked length."""
-    ids: list[int] = rng.integers(LOWEST_ID, HIGHEST_ID, spec.prompt_tokens).tolist()
+    return token_ids(spec.prompt_tokens, rng)
+
+
+def token_ids(count: int, rng: np.random.Generator) -> list[int]:
+    """So many random token ids."""
+    ids: list[int] = rng.integers(LOWEST_ID, HIGHEST_ID, count).tolist()
     return ids
 
 
-async def complete(session: Any, base_url: str, model: str, spec: RequestSpec, ids: list[int]) -> RequestResult:
-    """Stream one completion of exactly the asked length; failures are recorded, never retried."""
+async def complete(
+    session: Any,
+    base_url: str,
+    model: str,
+    spec: RequestSpec,
+    ids: list[int],
+    *,
+    on_first: Callable[[float], None] = lambda at_s: None,
+) -> RequestResult:
+    """Stream one completion of exactly the asked length; failures are recorded, never retried.
+
+    `on_first` is told the time of the first token when it comes.
+    """
     body = {
         "model": model,
         "prompt": ids,
@@ -122,8 +142,8 @@ async def complete(session: Any, base_url: str, model: str, spec: RequestSpec, i
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    aiohttp = _aiohttp()
-    stream = _Stream()
+    aiohttp = aiohttp_package()
+    stream = _Stream(on_first)
     sent_s = time.monotonic()
     try:
         async with session.post(f"{base_url}/v1/completions", json=body) as answer:
@@ -148,9 +168,10 @@ async def complete(session: Any, base_url: str, model: str, spec: RequestSpec, i
 class _Stream:
     """Reads one stream's lines; only those that carry `usage` or an error are parsed, the rest are times."""
 
-    __slots__ = ("error", "first_s", "last_s", "tokens")
+    __slots__ = ("_on_first", "error", "first_s", "last_s", "tokens")
 
-    def __init__(self) -> None:
+    def __init__(self, on_first: Callable[[float], None]) -> None:
+        self._on_first = on_first
         self.first_s: float | None = None
         self.last_s: float | None = None
         self.tokens = 0
@@ -170,72 +191,10 @@ class _Stream:
         self.last_s = time.monotonic()
         if self.first_s is None:
             self.first_s = self.last_s
+            self._on_first(self.last_s)
 
     def end(self) -> None:
         if self.error is None and self.first_s is None:
             self.error = "the stream ended without a token"
         elif self.error is None and self.tokens == 0:
             self.error = "the stream ended before its token count"
-
-
-class ClosedLoop:
-    """Keeps a settable number of requests in flight from a thread of its own; for profiling."""
-
-    def __init__(self, specs: Sequence[RequestSpec], *, base_url: str, model: str, seed: int) -> None:
-        self._specs, self._base_url, self._model = list(specs), base_url, model
-        self._rng = np.random.default_rng(seed)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._wanted = 0
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._stopping = False
-        self._next = 0
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="load", daemon=True)
-
-    def start_in_thread(self) -> None:
-        """Start with nothing in flight."""
-        _aiohttp()
-        self._thread.start()
-        self._started.wait()
-
-    def set_concurrency(self, n: int) -> None:
-        """Keep `n` requests in flight from now on; those above it end by themselves."""
-        self._wanted = n
-        self._wake()
-
-    def stop(self) -> None:
-        """Cancel what is in flight and end the thread."""
-        self._stopping = True
-        self._wake()
-        self._thread.join(timeout=10)
-
-    def _wake(self) -> None:
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._changed.set)
-
-    async def _run(self) -> None:
-        aiohttp = _aiohttp()
-        self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
-        self._started.set()
-        async with open_session(aiohttp) as session:
-            while not self._stopping:
-                while len(self._tasks) < self._wanted:
-                    task = asyncio.create_task(self._one(session))
-                    self._tasks.add(task)
-                    task.add_done_callback(self._ended)
-                await self._changed.wait()
-                self._changed.clear()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        self._changed.set()
-
-    async def _one(self, session: Any) -> None:
-        spec = self._specs[self._next % len(self._specs)]
-        self._next += 1
-        result = await complete(session, self._base_url, self._model, spec, prompt(spec, self._rng))
-        if result.error is not None:
-            await asyncio.sleep(0.2)  # a refused request must not turn into a busy loop

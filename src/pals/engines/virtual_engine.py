@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from pals.core.errors import ConfigError, EngineGoneError
+from pals.core.load import Latencies, Mix
 from pals.engines.emulated_world import EmulatedWorld
+from pals.engines.load_book import LoadBook, Order
 from pals.engines.openai_client import RequestResult, RequestSpec, prompt
 from pals.plant.boards import BoardBank
 from pals.runtime.channel import find_engines
@@ -23,6 +25,18 @@ from pals.runtime.group import EngineGroup
 
 STUCK_STEPS = 10_000  # steps without a token or a moment passing
 Finished = Callable[[RequestResult], None]
+
+
+def _nothing(at_s: float) -> None:
+    """Nobody asks for the first token's time."""
+
+
+class _Open(NamedTuple):
+    """A request that is not yet answered, and who is told of it."""
+
+    result: RequestResult
+    finished: Finished
+    on_first: Callable[[float], None]
 
 
 class VirtualEngine:
@@ -48,8 +62,8 @@ class VirtualEngine:
         except ValueError as e:
             raise ConfigError(f"vLLM does not start: {e}. Nothing was run") from e
         self._core = self._llm.engine_core.engine_core
-        self._arrived: list[tuple[RequestResult, list[int], Finished]] = []
-        self._open: dict[str, tuple[RequestResult, Finished]] = {}
+        self._arrived: dict[str, tuple[_Open, list[int]]] = {}
+        self._open: dict[str, _Open] = {}
         self._sent = 0
 
     def channel(self, folder: Path) -> EngineGroup:
@@ -66,9 +80,26 @@ class VirtualEngine:
             )
         return EngineGroup(mine[-1:])  # the newest: an earlier engine of this process may have died in its start
 
-    def send(self, spec: RequestSpec, ids: list[int], finished: Finished) -> None:
-        """A request of exactly the tokens asked for arrives now; `finished` gets what came of it."""
-        self._arrived.append((RequestResult(spec=spec, sent_s=self.clock.now_s()), ids, finished))
+    @property
+    def context_tokens(self) -> int:
+        """The longest request that the engine takes, prompt and output."""
+        return int(self._llm.model_config.max_model_len)
+
+    def send(
+        self, spec: RequestSpec, ids: list[int], finished: Finished, *, on_first: Callable[[float], None] = _nothing
+    ) -> str:
+        """A request of exactly the tokens asked for arrives now; return its name.
+
+        `finished` gets what came of it, `on_first` the time of its first token when it comes.
+        """
+        name, self._sent = f"virtual-{self._sent}", self._sent + 1
+        self._arrived[name] = (_Open(RequestResult(spec=spec, sent_s=self.clock.now_s()), finished, on_first), ids)
+        return name
+
+    def abort(self, name: str) -> None:
+        """Take a request back; nobody is told."""
+        if self._arrived.pop(name, None) is None and self._open.pop(name, None) is not None:
+            self._llm.abort_request([name])
 
     def serve(self, *, until_s: float, done: Callable[[], bool]) -> None:
         """Step until the clock has reached `until_s` or `done`, which is asked between steps; idle time is jumped over.
@@ -117,33 +148,36 @@ class VirtualEngine:
         from vllm.exceptions import VLLMError
         from vllm.sampling_params import RequestOutputKind
 
-        arrived, self._arrived = self._arrived, []
-        for result, ids, finished in arrived:
-            rid = f"virtual-{self._sent}"
-            self._sent += 1
+        arrived, self._arrived = self._arrived, {}
+        for name, (request, ids) in arrived.items():
             params = SamplingParams(
-                max_tokens=result.spec.output_tokens, ignore_eos=True, detokenize=False,
+                max_tokens=request.result.spec.output_tokens, ignore_eos=True, detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
             )  # fmt: skip
             try:
-                self._llm.add_request(rid, {"prompt_token_ids": ids}, params)
+                self._llm.add_request(name, {"prompt_token_ids": ids}, params)
             except (ValueError, VLLMError) as e:
-                finished(_with(result, error=f"{type(e).__name__}: {e}"))
+                request.finished(_with(request.result, error=f"{type(e).__name__}: {e}"))
                 continue
-            self._open[rid] = (result, finished)
+            self._open[name] = request
 
     def _note(self, output: Any) -> None:
         """Take a request's new tokens."""
-        result, finished = self._open[output.request_id]
+        request = self._open.get(output.request_id)
+        if request is None:
+            return  # taken back
+        result = request.result
         new = sum(len(o.token_ids) for o in output.outputs)
         now_s = self.clock.now_s()
         if new:
+            if result.first_token_s is None:
+                request.on_first(now_s)
             first_s = now_s if result.first_token_s is None else result.first_token_s
             result = _with(result, first_s=first_s, last_s=now_s, tokens=result.output_tokens + new)
-        self._open[output.request_id] = (result, finished)
+        self._open[output.request_id] = request._replace(result=result)
         if output.finished:
             del self._open[output.request_id]
-            finished(result)
+            request.finished(result)
 
 
 def _with(
@@ -213,31 +247,49 @@ class VirtualTrace:
             self._results[i] = result
             self._missing -= 1
 
-        return lambda: engine.send(spec, ids, finished)
+        def arrive() -> None:
+            engine.send(spec, ids, finished)
+
+        return arrive
 
 
 class VirtualClosedLoop:
-    """Keeps a settable number of requests in flight; a `LoadDriver` for sweeps."""
+    """Keeps requests of one mix in flight; a `LoadDriver` for sweeps."""
 
-    def __init__(self, engine: VirtualEngine, specs: Sequence[RequestSpec], *, seed: int) -> None:
-        self._engine, self._specs = engine, list(specs)
-        self._rng = np.random.default_rng(seed)
-        self._wanted = self._in_flight = self._next = 0
+    def __init__(self, engine: VirtualEngine, *, seed: int) -> None:
+        self._engine, self._book = engine, LoadBook(seed=seed, prompts=np.random.default_rng(seed))
+        self._sent: dict[int, str] = {}  # the engine's name of each request in flight, by the order's number
 
-    def set_concurrency(self, n: int) -> None:
-        """Keep `n` requests in flight from now on; those above it end by themselves."""
-        self._wanted = n
+    def set_load(self, mix: Mix, in_flight: int) -> None:
+        """From now on send requests of `mix`, `in_flight` at a time; another mix's are aborted."""
+        for number in self._book.set_load(mix, in_flight):
+            self._engine.abort(self._sent.pop(number))
         self._fill()
+
+    def latencies(self, since_s: float) -> Latencies:
+        """Of requests sent under the present mix, since this virtual time."""
+        return self._book.latencies(since_s)
+
+    @property
+    def last_error(self) -> str | None:
+        """What vLLM said to the newest request that it refused; None: it took all."""
+        return self._book.last_error
 
     def _fill(self) -> None:
-        while self._in_flight < self._wanted:
-            spec = self._specs[self._next % len(self._specs)]
-            self._next += 1
-            self._in_flight += 1
-            self._engine.send(spec, prompt(spec, self._rng), self._finished)
+        for _ in range(self._book.lacking(self._engine.clock.now_s())):
+            self._send(self._book.order())
 
-    def _finished(self, result: RequestResult) -> None:
-        if result.error is not None:
-            raise ConfigError(f"vLLM refused a prompt of {result.spec.prompt_tokens} tokens ({result.error})")
-        self._in_flight -= 1
-        self._fill()
+    def _send(self, order: Order) -> None:
+        sent_s = self._engine.clock.now_s()
+
+        def first(at_s: float) -> None:
+            self._book.first_token(order, at_s=at_s, ttft_s=at_s - sent_s)
+
+        def finished(result: RequestResult) -> None:
+            del self._sent[order.number]
+            self._book.ended(order, result, at_s=self._engine.clock.now_s())
+            if result.error is not None:
+                self._engine.clock.call_at(self._book.resume_s, self._fill)
+            self._fill()
+
+        self._sent[order.number] = self._engine.send(order.spec, order.ids, finished, on_first=first)

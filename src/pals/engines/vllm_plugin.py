@@ -15,6 +15,7 @@ from typing import Any
 
 from pals.core.quantities import EngineInfo
 from pals.engines.emulated_world import clock_of
+from pals.engines.launch_facts import launch_facts
 from pals.engines.lowering import TimeSlice, possible, preempt_down
 from pals.engines.step_telemetry import StepTelemetry, tokens_given
 from pals.runtime.channel import EngineChannel, run_dir
@@ -154,6 +155,7 @@ def engine_info(scheduler: Any, launch_limit: int, capabilities: dict[str, bool]
 
     config = scheduler.vllm_config
     p = config.parallel_config
+    facts = launch_facts(config, async_scheduling=capabilities.get("async_scheduling"))
     parallelism = (
         f"tp{p.tensor_parallel_size} pp{p.pipeline_parallel_size} dp{p.data_parallel_size} "
         f"ep{int(bool(getattr(p, 'enable_expert_parallel', False)))}"
@@ -171,6 +173,7 @@ def engine_info(scheduler: Any, launch_limit: int, capabilities: dict[str, bool]
         served_as=served_name(config.model_config),
         data_parallel=getattr(p, "data_parallel_rank_local", None) is not None,
         bank=os.environ.get("PALS_EMU_BOARDS", "") if os.environ.get("PALS_EMU") else None,
+        **facts._asdict(),
     )
 
 

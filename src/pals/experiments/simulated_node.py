@@ -8,8 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from pals.core.architecture import ModelShape
 from pals.core.errors import NotSupportedError
-from pals.core.quantities import BoardInfo, BoardWrite, EngineInfo, EngineSample, OperatingPoint, PowerSample
+from pals.core.fingerprint import shape_digest
+from pals.core.quantities import (
+    BoardInfo,
+    BoardWrite,
+    EngineInfo,
+    EngineSample,
+    OperatingPoint,
+    PowerSample,
+    flags_text,
+)  # fmt: skip
 from pals.plant.specs import CLOCK_STEP_MHZ, DRIVER, BoardSpec
 
 ENGINE, VERSION = "vllm", "simulated"  # the replica follows vLLM's scheduler, no release in particular
@@ -208,8 +218,19 @@ class SimulatedEngine:
             self._set = (sequences, lowering)
 
 
-def engine_info(model: str, *, boards: int, launch_sequences: int) -> EngineInfo:
+def engine_info(
+    model: str,
+    *,
+    boards: int,
+    launch_sequences: int,
+    shape: ModelShape | None = None,
+    step_tokens: int | None = None,
+    prefix_caching: bool = True,
+) -> EngineInfo:
     """What a simulated engine says of itself; all its boards are one tensor-parallel group."""
+    flags: dict[str, object] = {"chunked_prefill": True, "prefix_caching": prefix_caching}
+    if step_tokens is not None:
+        flags["max_num_batched_tokens"] = step_tokens
     return EngineInfo(
         pid=0,
         engine=ENGINE,
@@ -219,4 +240,10 @@ def engine_info(model: str, *, boards: int, launch_sequences: int) -> EngineInfo
         boards=tuple(range(boards)),
         launch_sequences=launch_sequences,
         capabilities={"time-slice": True, "preempt": True},
+        build="",
+        flags=flags_text(flags),
+        config_digest=shape_digest(shape) if shape is not None else None,
+        dtype="bfloat16",
+        shape=shape,
+        step_tokens=step_tokens,
     )

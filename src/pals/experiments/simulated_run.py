@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -20,7 +20,9 @@ import numpy as np
 from pals.control.guard import Guard
 from pals.control.policies import build_policy
 from pals.core.architecture import ModelShape
-from pals.core.errors import ConfigError, ProfileMismatchError
+from pals.core.errors import ConfigError
+from pals.core.fingerprint import check_fingerprint, only_flags_of
+from pals.core.protocols import PowerMeter
 from pals.core.quantities import BoardInfo, EngineInfo, fingerprint_of
 from pals.experiments.outcome import Answers, Outcome, PeriodTally, outcome_of
 from pals.experiments.simulated_faults import TimedFaults
@@ -35,7 +37,7 @@ from pals.plant.specs import BoardSpec
 from pals.plant.step_constants import step_constants
 from pals.plant.workload import LengthSource, Workload
 from pals.runtime.agent import policy_settings
-from pals.runtime.config import Config
+from pals.runtime.config import Config, ControlConfig
 from pals.runtime.journal import Journal, JournalHeader
 from pals.runtime.tick import Rig, TickRecord, TickState, tick
 
@@ -81,7 +83,10 @@ class Simulation:
     @property
     def engine(self) -> EngineInfo:
         """The engine as a profile knows it."""
-        return engine_info(self.model, boards=self.boards, launch_sequences=self.max_num_seqs)
+        return engine_info(
+            self.model, boards=self.boards, launch_sequences=self.max_num_seqs, shape=ModelShape.from_config(self.config),
+            step_tokens=self.max_num_batched_tokens, prefix_caching=self.prefix_caching,
+        )  # fmt: skip
 
     @property
     def how_to_profile(self) -> str:
@@ -165,7 +170,7 @@ def run_policy(
         ticks = exits.enter_context(closing(TickFile(task.ticks, task.name)))
         sinks: list[Callable[[TickRecord], None]] = [ticks.take, tally.observe, energy.observe]
         if task.journal is not None:
-            header = header_of(sim, task, [m.info for m in rig.meters])
+            header = header_of(sim, task, [m.info for m in rig.meters], accepted_by(sim, task, rig.meters))
             sinks.append(exits.enter_context(closing(Journal(task.journal, header))).append)
         faults = TimedFaults(sim.faults, replica, group, sim.step_model)
         event_s, complete = drive(faults, replica, rig, task.config, sinks, stop=stop, report=report)
@@ -251,36 +256,51 @@ def rig_of(sim: Simulation, task: PolicyTask, replica: Replica, group: Simulated
     info, control = sim.engine, task.config.control
     boards = [SimulatedBoard(group, i) for i in range(sim.boards)]
     guard = Guard.of([b.info for b in boards], sim.max_num_seqs)
-    if task.profile is not None:
-        check_profile(task.profile, sim, [b.info for b in boards], str(control.profile))
+    accepted = accepted_by(sim, task, boards)
     acts, engine = control.mode != "advise", SimulatedEngine(replica, info)
     return Rig(
         meters=boards,
         actuators=boards if acts else (),
         engine=engine,
         setter=engine if acts else None,
-        controller=build_policy(control.policy, policy_settings(control), task.profile, guard),
+        controller=build_policy(control.policy, policy_settings(control), task.profile, guard, accepted=accepted),
         guard=guard,
         period_s=control.period_s,
         lowering=control.lowering,
     )
 
 
-def check_profile(profile: Profile, sim: Simulation, boards: list[BoardInfo], name: str) -> None:
-    """Refuse a profile of something else; engine release and driver do not count, as a simulation has neither.
+def accepted_by(sim: Simulation, task: PolicyTask, boards: Sequence[PowerMeter]) -> tuple[str, ...]:
+    """What differs between the task's profile and the simulation, and is accepted.
+
+    Raises:
+        ProfileMismatchError: it is not.
+    """
+    if task.profile is None:
+        return ()
+    return check_profile(task.profile, sim, [b.info for b in boards], task.config.control)
+
+
+def check_profile(
+    profile: Profile, sim: Simulation, boards: list[BoardInfo], control: ControlConfig
+) -> tuple[str, ...]:
+    """What differs and is accepted; release, driver, activations and flags that a simulation has not do not count.
 
     Raises:
         ProfileMismatchError: naming every difference.
     """
     mine, here = profile.fingerprint, fingerprint_of(sim.engine, boards)
-    if differences := mine.differences(replace(here, engine_version=mine.engine_version, driver=mine.driver)):
-        raise ProfileMismatchError(
-            f"{name} was measured on something else; it is not used and nothing was simulated: {'; '.join(differences)}. "
-            f"Make one: `{sim.how_to_profile}`"
-        )
+    here = replace(
+        here, engine_version=mine.engine_version, engine_build=mine.engine_build, driver=mine.driver, dtype=mine.dtype,
+        flags=only_flags_of(mine.flags, here.flags),
+    )  # fmt: skip
+    advice = f"Make one: `{sim.how_to_profile}`."
+    return check_fingerprint(mine, here, accept=control.accept_mismatch, name=str(control.profile), advice=advice)
 
 
-def header_of(sim: Simulation, task: PolicyTask, boards: list[BoardInfo]) -> JournalHeader:
+def header_of(
+    sim: Simulation, task: PolicyTask, boards: list[BoardInfo], accepted: tuple[str, ...] = ()
+) -> JournalHeader:
     """The journal's header; without what differs between equal runs."""
     control = task.config.control
     return JournalHeader(
@@ -295,6 +315,7 @@ def header_of(sim: Simulation, task: PolicyTask, boards: list[BoardInfo]) -> Jou
         command=task.command,
         lowering=control.lowering,
         clock="virtual",
+        accepted_mismatch=accepted,
     )
 
 

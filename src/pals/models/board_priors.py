@@ -44,7 +44,11 @@ UNKNOWN = BoardPrior(2.0e12, 300e12, 1.5, 100.0, 1.3, 0.5, 0.0, 100e9, 400.0)
 
 def prior_of(board: str) -> tuple[BoardPrior, bool]:
     """The family of a board by the driver's name, and whether it is known; the longest name that fits wins."""
-    fits = [name for name in FAMILIES if all(word in board.upper().split() or word in board.upper() for word in name.split())]
+    fits = [
+        name
+        for name in FAMILIES
+        if all(word in board.upper().split() or word in board.upper() for word in name.split())
+    ]
     if not fits:
         return UNKNOWN, False
     return FAMILIES[max(fits, key=len)], True

@@ -46,7 +46,6 @@ class Fit(NamedTuple):
     """Where a fit came to rest."""
 
     x: FloatArray
-    precision: FloatArray  # inverse covariance of x, priors included
     calibration: Calibration
 
 
@@ -61,14 +60,14 @@ def fit_rows(rows: Sequence[ProfileRow], mixes: Sequence[Mix], facts: EngineFact
     if not rows:
         width = np.full(len(FIRST_NOISE), NORMAL_HALF_WIDTH)
         unknown = np.full(len(FIRST_NOISE), np.nan)
-        return Fit(x, np.eye(len(x)), Calibration(noise, width, unknown, unknown))
+        return Fit(x, Calibration(noise, width, unknown, unknown))
     at, seen = conditions_of(rows, mixes), observations_of(rows)
     for _ in range(PASSES):
         x = _least_squares(x, b, at, seen, noise)
-        precision, left_out, spread = _left_out(x, b, at, seen, noise)
+        left_out, spread = _left_out(x, b, at, seen, noise)
         noise = _noise(left_out, spread, noise)
-    precision, left_out, spread = _left_out(x, b, at, seen, noise)
-    return Fit(x, precision, _calibrated(left_out, spread, noise, seen - told(values_of(x), b, at)))
+    left_out, spread = _left_out(x, b, at, seen, noise)
+    return Fit(x, _calibrated(left_out, spread, noise, seen - told(values_of(x), b, at)))
 
 
 def _least_squares(x: FloatArray, b: Base, at: Conditions, seen: FloatArray, noise: FloatArray) -> FloatArray:
@@ -87,33 +86,56 @@ def _least_squares(x: FloatArray, b: Base, at: Conditions, seen: FloatArray, noi
     return np.asarray(found.x)
 
 
-def _left_out(
-    x: FloatArray, b: Base, at: Conditions, seen: FloatArray, noise: FloatArray
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Precision; residuals of rows as if each had not been fitted; deviation of the prediction there. Shape (quantities, rows).
+class _Weighted(NamedTuple):
+    """Slopes and residuals of rows in units of noise, and how much each counts, shapes (quantities, rows[, parameters])."""
 
-    A row's quantities are left out together: they come from one window.
-    """
+    slopes: FloatArray
+    off: FloatArray
+    weight: FloatArray  # 0 where nothing was measured, below 1 where robustness cuts
+
+    @property
+    def precision(self) -> FloatArray:
+        """Inverse covariance of the parameters, priors included."""
+        scaled = self.slopes * np.sqrt(self.weight)[:, :, None]
+        return np.asarray(np.eye(self.slopes.shape[2]) + np.einsum("qri,qrj->ij", scaled, scaled, optimize=True))
+
+
+def precision_at(
+    x: FloatArray, b: Base, rows: Sequence[ProfileRow], mixes: Sequence[Mix], noise: FloatArray
+) -> FloatArray:
+    """Inverse covariance of x after these rows, priors included."""
+    if not rows:
+        return np.eye(len(x))
+    return _weighted(x, b, conditions_of(rows, mixes), observations_of(rows), noise).precision
+
+
+def _weighted(x: FloatArray, b: Base, at: Conditions, seen: FloatArray, noise: FloatArray) -> _Weighted:
     here = told(values_of(x), b, at)
-    slopes = jacobian(x, b, at, here) / noise[:, None, None]
     off = (seen - here) / noise[:, None]
     known = np.isfinite(off)
     off = np.where(known, off, 0.0)
     weight = np.where(known, 1.0 / np.sqrt(1.0 + (off / ROBUST_AT) ** 2), 0.0)
-    scaled = slopes * np.sqrt(weight)[:, :, None]
-    precision = np.eye(len(x)) + np.einsum("qri,qrj->ij", scaled, scaled)
-    covariance = np.linalg.inv(precision)
-    left, spread = np.empty_like(off), np.empty_like(off)
-    for i in range(off.shape[1]):
-        s, r = scaled[:, i], off[:, i] * np.sqrt(weight[:, i])
+    return _Weighted(jacobian(x, b, at, here) / noise[:, None, None], off, weight)
+
+
+def _left_out(
+    x: FloatArray, b: Base, at: Conditions, seen: FloatArray, noise: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Residuals of rows as if each had not been fitted, and the prediction's deviation there; shape (quantities, rows).
+
+    A row's quantities are left out together: they come from one window.
+    """
+    w = _weighted(x, b, at, seen, noise)
+    covariance = np.linalg.inv(w.precision)
+    left, spread = np.empty_like(w.off), np.empty_like(w.off)
+    for i in range(w.off.shape[1]):
+        root = np.sqrt(np.maximum(w.weight[:, i], 1e-12))
+        s = w.slopes[:, i] * root[:, None]
         hat = s @ covariance @ s.T
-        rest = np.linalg.solve(np.eye(len(r)) - hat, np.stack([r, np.zeros_like(r)], axis=1))[:, 0]
-        root = np.sqrt(np.maximum(weight[:, i], 1e-12))
-        left[:, i] = rest / root
-        # prediction variance of the row without itself: hat / (1 - hat), matrix-wise
-        own = np.linalg.solve(np.eye(len(r)) - hat, hat)
-        spread[:, i] = np.sqrt(np.maximum(np.diag(own), 0.0)) / root
-    return precision, np.where(known, left, np.nan) * noise[:, None], spread * noise[:, None]
+        solved = np.linalg.solve(np.eye(len(root)) - hat, np.column_stack([w.off[:, i] * root, hat]))
+        left[:, i] = solved[:, 0] / root
+        spread[:, i] = np.sqrt(np.maximum(np.diag(solved[:, 1:]), 0.0)) / root
+    return np.where(w.weight > 0, left, np.nan) * noise[:, None], spread * noise[:, None]
 
 
 def _noise(left_out: FloatArray, spread: FloatArray, noise: FloatArray) -> FloatArray:

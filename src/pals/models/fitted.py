@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,9 @@ from pals.core.errors import OutsideProfileError
 from pals.core.load import Load, Mix
 from pals.core.quantities import OperatingPoint, Prediction
 from pals.models.engine_facts import EngineFacts
-from pals.models.fit import Calibration, fit_rows
+from pals.models.fit import Calibration, fit_rows, precision_at
 from pals.models.forecast import Estimates, Forecast
-from pals.models.hull import WIDER_PER_STEP, Hull, hull_of
+from pals.models.hull import CORNER, WIDER_BETWEEN, WIDER_PER_STEP, Hull, hull_of
 from pals.models.node_power import node_power_w
 from pals.models.observed import FREE_MHZ, OBSERVED, UNSEEN, Conditions, jacobian, told
 from pals.models.parameters import values_of
@@ -31,6 +32,7 @@ FloatArray = NDArray[np.float64]
 
 #: Outputs whose uncertainty guides the sweep, in this order.
 DESIGN_OUTPUTS = ("power", "step", "tpot_p95", "ttft_p95")
+Level = TypeVar("Level", int, float)
 _DESIGN = (0, 1, 4, 6)  # their places in OBSERVED
 _AT = {name: i for i, name in enumerate((*OBSERVED, *UNSEEN))}
 FULL_CACHE = 0.9  # rows that ran fewer sequences than this share of their limit had no room for more in the KV cache
@@ -45,7 +47,6 @@ class Fitted:
     mixes: tuple[Mix, ...]
     rows: tuple[ProfileRow, ...]
     x: FloatArray  # deviations from the priors
-    precision: FloatArray  # inverse covariance of x, priors included, shape (parameters, parameters)
     calibration: Calibration
     wider: float = 1.0  # factor on every half width: a profile measured on something else and accepted
 
@@ -58,6 +59,11 @@ class Fitted:
     def hull(self) -> Hull | None:
         """What was measured; None: nothing, everything rests on priors."""
         return hull_of(self.rows, self.mixes)
+
+    @cached_property
+    def precision(self) -> FloatArray:
+        """Inverse covariance of x, priors included, shape (parameters, parameters)."""
+        return precision_at(self.x, self.base, self.rows, self.mixes, self.calibration.noise)
 
     @cached_property
     def covariance(self) -> FloatArray:
@@ -83,6 +89,16 @@ class Fitted:
             OperatingPoint(power_limit_w=w, sm_clock_mhz=mhz, active_sequences=n) for n in levels for w, mhz in levers
         )
 
+    @property
+    def quality(self) -> dict[str, tuple[float, float]]:
+        """Mean relative error by quantity: of the fitted rows, and of rows as if each had been left out; those measured."""
+        c = self.calibration
+        return {
+            name: (float(c.in_sample[i]), float(c.error[i]))
+            for i, name in enumerate(OBSERVED)
+            if np.isfinite(c.error[i])
+        }
+
     def widened(self, factor: float) -> Fitted:
         """The same with half widths `factor` times as large."""
         return replace(self, wider=self.wider * factor)
@@ -95,7 +111,9 @@ class Fitted:
         """
         if point.sm_clock_mhz is not None and self.hull is not None and self.hull.clock_mhz is None:
             raise ValueError(f"no row of this profile locks the SM clock: {point.sm_clock_mhz} MHz is unknown")
-        here = np.exp(told(values_of(self.x), self.base, self._conditions([self._clipped(point)], Load(mix=self.mixes[0]))))
+        here = np.exp(
+            told(values_of(self.x), self.base, self._conditions([self._clipped(point)], Load(mix=self.mixes[0])))
+        )
         return Prediction(point=point, tokens_per_s=float(here[_AT["tokens_per_s"], 0]), power_w=float(here[0, 0]))
 
     def forecast(self, points: Sequence[OperatingPoint], load: Load) -> Forecast:
@@ -104,21 +122,39 @@ class Fitted:
         Raises:
             OutsideProfileError: a point or the load lies more than a grid step outside what was measured.
         """
-        wider = self._reach(points, load)
-        at = self._conditions(points, load)
-        v = values_of(self.x)
-        here = told(v, self.base, at)
-        slopes = jacobian(self.x, self.base, at, here)
-        return self.estimates(here, slopes, wider, load)
+        return self.assembled(self.told(points, load), self.half_widths(points, load), load)
 
-    def estimates(self, here: FloatArray, slopes: FloatArray, wider: FloatArray, load: Load) -> Forecast:
-        """Logarithms, their slopes and widening factors as a forecast; the load's queue is added to TTFT."""
-        c = self.calibration
-        half = c.width[:, None] * np.hypot(_deviation(slopes, self.covariance), c.noise[:, None]) * wider
-        per_j = slopes[_AT["tokens_per_s"]] - slopes[0]
-        noise_j = math.hypot(c.noise[0], c.noise[_AT["tokens_per_s"]])
-        half_j = max(c.width[0], c.width[_AT["tokens_per_s"]]) * np.hypot(_deviation(per_j[None], self.covariance)[0], noise_j)
-        return self.assembled(here, np.concatenate([half, half_j[None] * wider]), load)
+    def told(self, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
+        """Logarithms of OBSERVED and UNSEEN, shape (quantities, points), whether or not anything was measured near."""
+        v = values_of(self.x)
+        here = told(v, self.base, self._conditions(points, load))
+        if load.prefill_tokens_per_s is None:
+            return here
+        # where less arrives than one sequence at a time would do, the boards idle for the rest of the time
+        tokens = _AT["tokens_per_s"]
+        asked = load.prefill_tokens_per_s / load.mix.prefill_per_output
+        duty = np.maximum(1e-9, np.minimum(1.0, asked / np.exp(here[tokens])))
+        idle_w = v.static * self.base.static_w * self.facts.boards
+        here[tokens] += np.log(duty)
+        here[0] = np.log(duty * np.exp(here[0]) + (1.0 - duty) * idle_w)
+        return here
+
+    def half_widths(self, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
+        """Half the 90 % intervals of the logarithms of OBSERVED, UNSEEN and tokens per joule, shape (quantities + 1, points).
+
+        Raises:
+            OutsideProfileError: a point or the load lies more than a grid step outside what was measured.
+        """
+        steps = self._checked_reach(points, load)
+        slopes = jacobian(self.x, self.base, self._conditions(points, load))
+        c, tokens = self.calibration, _AT["tokens_per_s"]
+        slopes = np.concatenate([slopes, (slopes[tokens] - slopes[0])[None]])
+        noise = np.append(c.noise, math.hypot(c.noise[0], c.noise[tokens]))[:, None]
+        width = np.append(c.width, max(c.width[0], c.width[tokens]))[:, None]
+        half = width * np.hypot(_deviation(slopes, self.covariance), noise)
+        between = self.hull.between(points, launch=self.facts.launch_sequences) if self.hull is not None else 0.0
+        factor = self.wider * (1.0 + WIDER_PER_STEP * steps) * (1.0 + WIDER_BETWEEN * between)
+        return np.asarray(half * factor + CORNER * steps)
 
     def assembled(self, here: FloatArray, half: FloatArray, load: Load) -> Forecast:
         """A forecast from logarithms and half widths of OBSERVED, UNSEEN and tokens per joule."""
@@ -158,24 +194,23 @@ class Fitted:
             found[:, mine] = jacobian(self.x, self.base, at)[list(_DESIGN)]
         return found
 
-    def _reach(self, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
-        """Factor on the half widths of each point.
-
-        Raises:
-            OutsideProfileError: more than one step outside.
-        """
+    def reach(self, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
+        """Grid steps that each point lies outside what was measured; 0 inside, and where nothing was measured at all."""
         if self.hull is None:
-            return np.full(len(points), self.wider)
+            return np.zeros(len(points))
         context = load.context_tokens or load.mix.context_tokens
-        steps = self.hull.outside(points, load.mix, launch=self.facts.launch_sequences, context_tokens=context)
+        return self.hull.outside(points, load.mix, launch=self.facts.launch_sequences, context_tokens=context)
+
+    def _checked_reach(self, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
+        steps = self.reach(points, load)
         if (steps > 1.0 + 1e-9).any():
             worst = points[int(np.argmax(steps))]
             raise OutsideProfileError(
-                f"{worst} under {load.mix.name!r} ({load.mix.prompt_tokens:.0f} in, {load.mix.output_tokens:.0f} out, context "
-                f"{context:.0f}) lies {float(steps.max()):.1f} grid steps outside what was measured, and a profile speaks of one at most. "
+                f"{_told_point(worst)} under {load.mix.name!r} ({load.mix.prompt_tokens:.0f} tokens in, {load.mix.output_tokens:.0f} "
+                f"out) lies {float(steps.max()):.1f} grid steps outside what was measured, and a profile speaks of one at most. "
                 "Nothing was predicted; measure there with `pals profile`"
             )
-        return np.asarray(self.wider * (1.0 + WIDER_PER_STEP * steps))
+        return steps
 
     def _conditions(self, points: Sequence[OperatingPoint], load: Load) -> Conditions:
         """The points as the model takes them: sequences that the load, the engine and its cache allow."""
@@ -221,12 +256,17 @@ class Fitted:
         )
 
 
+def _told_point(point: OperatingPoint) -> str:
+    lock = f", clock at most {point.sm_clock_mhz} MHz" if point.sm_clock_mhz is not None else ""
+    return f"{point.power_limit_w:.0f} W{lock}, {point.active_sequences or 'all'} active sequences"
+
+
 def _deviation(slopes: FloatArray, covariance: FloatArray) -> FloatArray:
     """Standard deviation of predictions with these slopes, shape (outputs, candidates)."""
     return np.asarray(np.sqrt(np.maximum(0.0, np.einsum("qri,qri->qr", slopes @ covariance, slopes))))
 
 
-def _thinned(levels: Sequence[float]) -> list[float]:  # type: ignore[type-arg]
+def _thinned(levels: Sequence[Level]) -> list[Level]:
     """At most `MOST_LEVELS` of them, the ends among them."""
     if len(levels) <= MOST_LEVELS:
         return list(levels)
@@ -240,6 +280,4 @@ def fit(rows: Sequence[ProfileRow], mixes: Sequence[Mix], facts: EngineFacts) ->
         ConfigError: scipy is not installed.
     """
     found = fit_rows(rows, mixes, facts)
-    return Fitted(
-        facts=facts, mixes=tuple(mixes), rows=tuple(rows), x=found.x, precision=found.precision, calibration=found.calibration
-    )
+    return Fitted(facts=facts, mixes=tuple(mixes), rows=tuple(rows), x=found.x, calibration=found.calibration)

@@ -17,7 +17,9 @@ from pals.core.quantities import OperatingPoint
 from pals.models.row import ProfileRow
 
 FloatArray = NDArray[np.float64]
-WIDER_PER_STEP = 2.0  # one step outside, half widths are 1 + this times as large
+WIDER_PER_STEP = 2.0  # one step outside, half widths are 1 + this times as large ...
+CORNER = 0.06  # ... and this much more: below the lowest limit physics may turn a corner
+WIDER_BETWEEN = 0.3  # a step from the next level measured, half widths are 1 + this times as large
 
 
 class Range(NamedTuple):
@@ -26,6 +28,11 @@ class Range(NamedTuple):
     low: float
     high: float
     step: float
+    levels: FloatArray
+
+    def between(self, values: FloatArray) -> FloatArray:
+        """Steps to the nearest level measured, at most 1."""
+        return np.asarray(np.minimum(1.0, np.abs(values[:, None] - self.levels).min(axis=1) / self.step))
 
     def outside(self, values: FloatArray) -> FloatArray:
         """Steps outside, 0 inside."""
@@ -56,8 +63,18 @@ class Hull(NamedTuple):
         if self.clock_mhz is None:
             return np.where(locked, np.inf, far)
         mhz = np.array([float(p.sm_clock_mhz or 0) for p in points])
-        below = np.maximum(0.0, self.clock_mhz.low - mhz) / self.clock_mhz.step  # above the highest lock lies the free clock
+        # above the highest lock lies the free clock, which was measured
+        below = np.maximum(0.0, self.clock_mhz.low - mhz) / self.clock_mhz.step
         return np.where(locked, np.maximum(far, below), far)
+
+    def between(self, points: Sequence[OperatingPoint], *, launch: int) -> FloatArray:
+        """Steps from each point to the nearest level measured of the levers it moves, the largest of them, at most 1."""
+        free = self.limit_w.between(np.array([p.power_limit_w for p in points]))
+        n = self.sequences.between(np.log2([float(p.active_sequences or launch) for p in points]))
+        if self.clock_mhz is None:
+            return np.asarray(np.maximum(free, n))
+        mhz = self.clock_mhz.between(np.array([float(p.sm_clock_mhz or self.clock_mhz.low) for p in points]))
+        return np.asarray(np.maximum(np.maximum(free, n), mhz))
 
 
 def hull_of(rows: Sequence[ProfileRow], mixes: Sequence[Mix]) -> Hull | None:
@@ -80,4 +97,4 @@ def _range(values: Sequence[float], *, least_step: float) -> Range:
     levels = sorted(set(values))
     span = levels[-1] - levels[0]
     step = span / (len(levels) - 1) if len(levels) > 1 else 0.1 * abs(levels[0])
-    return Range(levels[0], levels[-1], max(least_step, step))
+    return Range(levels[0], levels[-1], max(least_step, step), np.array(levels))

@@ -18,5 +18,7 @@ def node_power_w(boards_w: Estimates, boards: int) -> Estimates:
     least = share * (1.0 - RANGE) if boards >= FEWEST else boards / MOST
     most = share * (1.0 + RANGE) if boards >= FEWEST else 1.0
     return Estimates(
-        SLOPE * boards_w.value + share * OFFSET_W, SLOPE * boards_w.low + least * OFFSET_W, SLOPE * boards_w.high + most * OFFSET_W
+        SLOPE * boards_w.value + share * OFFSET_W,
+        SLOPE * boards_w.low + least * OFFSET_W,
+        SLOPE * boards_w.high + most * OFFSET_W,
     )

@@ -38,7 +38,9 @@ def conditions_of(rows: Sequence[ProfileRow], mixes: Sequence[Mix]) -> Condition
     kinds: dict[tuple[float, int, float, float], int] = {}
     batch = np.empty(len(rows), np.intp)
     for i, r in enumerate(rows):
-        ratio = r.prefill_tokens_per_s / r.tokens_per_s if r.prefill_tokens_per_s > 0 else mixes[r.mix].prefill_per_output
+        ratio = (
+            r.prefill_tokens_per_s / r.tokens_per_s if r.prefill_tokens_per_s > 0 else mixes[r.mix].prefill_per_output
+        )
         key = (round(r.running, 2), r.mix, round(ratio, 4), r.distinct_experts or np.nan)
         batch[i] = kinds.setdefault(key, len(kinds))
     like = [mixes[mix] for _, mix, _, _ in kinds]

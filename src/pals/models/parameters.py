@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import log
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("tpot_spread", log(0.85), 0.25),  # of the chance that decoding meets prefill, relative to independence
     Parameter("tpot_floor", log(0.01), 0.7),  # p95 over the median where nothing disturbs
     Parameter("ttft", 0.0, 0.05),
-    *(Parameter(f"correction_{2**int(a)}", 0.0, CORRECTION_SD, False) for a in ANCHORS),
+    *(Parameter(f"correction_{2 ** int(a)}", 0.0, CORRECTION_SD, False) for a in ANCHORS),
 )
 NAMES = tuple(p.name for p in PARAMETERS)
 MEANS = np.array([p.mean for p in PARAMETERS])
@@ -103,10 +104,16 @@ def values_of(x: FloatArray) -> Values:
     """The parameters behind a vector of deviations from the prior, in its standard deviations."""
     raw = MEANS + SDS * x
     plain = np.where(_LOGS, np.exp(np.minimum(raw, 50.0)), raw)
-    return Values(*plain[:_PLAIN].tolist(), plain[_PLAIN:])
+    return Values._make([*plain[:_PLAIN].tolist(), plain[_PLAIN:]])
 
 
-def deviations_of(values: dict[str, float]) -> FloatArray:
+def values_by_name(x: FloatArray) -> dict[str, float]:
+    """The same, each parameter by its name."""
+    raw = MEANS + SDS * x
+    return dict(zip(NAMES, np.where(_LOGS, np.exp(np.minimum(raw, 50.0)), raw).tolist(), strict=True))
+
+
+def deviations_of(values: Mapping[str, float]) -> FloatArray:
     """The inverse of `values_of`, by name; what is missing stays at its prior.
 
     Raises:

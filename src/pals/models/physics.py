@@ -7,7 +7,7 @@ g(f) · (busy + tensor) + memory, weighted by shares of time; g = f · v(f)² wi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,13 @@ from pals.models.parameters import ANCHORS, Values
 FloatArray = NDArray[np.float64]
 
 CLOCKS = 16  # of the grid on which curves are kept
-BELOW_FLOOR = 0.4  # under a limit that the lowest clock exceeds, firmware skips cycles: clocks in effect down to this share of it
+BELOW_FLOOR = (
+    0.4  # under a limit that the lowest clock exceeds, firmware skips cycles: clocks in effect down to this share of it
+)
 TYPICAL_BYTES = 16e9  # weights of a model whose sizes are unknown
-GRAPH_TOKENS = 512  # vLLM captures CUDA graphs for steps up to so many tokens; larger ones are launched kernel by kernel
+GRAPH_TOKENS = (
+    512  # vLLM captures CUDA graphs for steps up to so many tokens; larger ones are launched kernel by kernel
+)
 SHARP = 8.0  # of the soft minima and maxima between regimes
 TILE_TOKENS = 16.0  # rows of an expert's smallest tile
 
@@ -75,7 +79,7 @@ def base_of(facts: EngineFacts) -> Base:
     )
 
 
-def _work_times(facts: EngineFacts, prior: BoardPrior) -> dict[str, float]:
+def _work_times(facts: EngineFacts, prior: BoardPrior) -> dict[str, Any]:
     """Seconds of each class of work, were datasheets reached."""
     tp, shape = facts.tensor_parallel, facts.shape
     bandwidth = tp * prior.memory_bytes_s
@@ -116,7 +120,9 @@ class Work(NamedTuple):
     distinct: FloatArray  # experts of a decode step and layer; NaN: from the popularity
 
 
-def work_of(sequences: FloatArray, mix: Mix, *, context_tokens: float | None = None, distinct: float | None = None) -> Work:
+def work_of(
+    sequences: FloatArray, mix: Mix, *, context_tokens: float | None = None, distinct: float | None = None
+) -> Work:
     """Work of so many sequences of a mix, shape (batches,)."""
     n = np.asarray(sequences, float)
     like = np.ones_like(n)
@@ -138,9 +144,9 @@ class Steps(NamedTuple):
     starts: FloatArray  # requests that begin in a step, mean
     share: FloatArray  # of steps that prefill
     prefill: FloatArray  # tokens of a step that prefills, mean
-    large: FloatArray  # the same, 95th percentile, as a request sees it
+    large: FloatArray  # what a request sees prefilled up to its own first token, 95th percentile; it may take several steps
     full: FloatArray  # prefill tokens of a step that has room for no more
-    own: FloatArray  # the same, mean, as a request sees it: its own prompt is in there
+    own: FloatArray  # as `large`, the mean
 
 
 def steps_of(v: Values, b: Base, w: Work) -> Steps:
@@ -157,8 +163,7 @@ def steps_of(v: Values, b: Base, w: Work) -> Steps:
     large = own + 1.645 * w.prompt_tokens * np.sqrt(cv2 + others * (1.0 + cv2))
     most = b.step_tokens - np.minimum(yields, 0.5 * b.step_tokens)
     return Steps(
-        yields, starts, share, np.minimum(most, yields * w.prefill_per_output / share), np.minimum(most, large), most,
-        np.minimum(most, own),
+        yields, starts, share, np.minimum(most, yields * w.prefill_per_output / share), large, most, own,
     )  # fmt: skip
 
 
@@ -179,10 +184,10 @@ def curves(v: Values, b: Base, w: Work) -> Curves:
     s = steps_of(v, b, w)
     k = len(w.sequences)
     all_kinds = Work(*(np.concatenate([a] * 4) for a in w))
-    prefill = np.concatenate([np.zeros(k), s.prefill, s.large, s.full])
+    prefill = np.concatenate([np.zeros(k), s.prefill, np.minimum(s.large, s.full), s.full])
     seconds, watts = step(v, b, all_kinds, prefill, np.concatenate([s.yields] * 4))
     kinds_s = seconds.reshape(4, k, CLOCKS)
-    return Curves(*kinds_s, watts[:k], watts[k : 2 * k], s)
+    return Curves._make([*kinds_s, watts[:k], watts[k : 2 * k], s])
 
 
 def step(v: Values, b: Base, w: Work, prefill: FloatArray, decode: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -249,7 +254,9 @@ class Settled(NamedTuple):
     step_s: FloatArray
 
 
-def settle(v: Values, b: Base, c: Curves, batch: NDArray[np.intp], limit_w: FloatArray, ceiling_mhz: FloatArray) -> Settled:
+def settle(
+    v: Values, b: Base, c: Curves, batch: NDArray[np.intp], limit_w: FloatArray, ceiling_mhz: FloatArray
+) -> Settled:
     """Clocks of both kinds of step under a limit and a ceiling, and what follows.
 
     A limit holds either the mean of all steps, where they alternate faster than firmware reacts, or each kind by itself,
@@ -333,9 +340,11 @@ def latencies(v: Values, w: Work, s: Steps, settled: Settled, batch: NDArray[np.
     mean_s = settled.decode_s + meets * extra_s
     steps = np.maximum(1.0, w.output_tokens[batch] - 1.0)
     deviation_s = np.sqrt(meets * (1.0 - meets) / steps) * extra_s
-    per_token = (settled.large_s - settled.prefill_s) / np.maximum(1.0, s.large[batch] - s.prefill[batch])
-    own_s = settled.prefill_s + per_token * (s.own[batch] - s.prefill[batch])
-    wide_s = (settled.large_s - own_s) / 1.645
+    full, large, own = s.full[batch], s.large[batch], s.own[batch]
+    per_token = (settled.large_s - settled.prefill_s) / np.maximum(1.0, np.minimum(large, full) - s.prefill[batch])
+    own_s = settled.prefill_s + per_token * (np.minimum(own, full) - s.prefill[batch])
+    own_s = own_s * np.maximum(1.0, own / full)
+    wide_s = np.maximum(0.0, settled.large_s * np.maximum(1.0, large / full) - own_s) / 1.645
     atoms = np.concatenate([own_s[:, None] + wide_s[:, None] * _OWN_Z + wait[:, None] for wait in (
         alone * settled.decode_s, settled.prefill_s)], axis=1)  # fmt: skip
     share = np.where(w.sequences[batch] > 1.0, meets, 0.0)[:, None]

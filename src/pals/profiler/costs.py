@@ -16,6 +16,7 @@ from pals.profiler.plan import SweepPlan
 GENERATION = 1.25  # of a mean answer's steps: then nearly all requests that end began at the point
 ENOUGH_REQUESTS = 32  # for a p95, and for means of lengths that differ by half
 ENOUGH_TOKENS = 400
+DRAIN_PACE = 0.5  # of the step time before: no prompts are prefilled any more, at full speed
 FIRST_STEP_S = 0.04  # a guess, before anything is measured
 OTHER_MIX = 1.0  # added distance of a row of another mix, in ranges of a lever
 
@@ -25,7 +26,7 @@ def generation_steps(mix: Mix, sequences: int, facts: EngineFacts) -> float:
     return GENERATION * (mix.output_tokens + sequences * mix.prompt_tokens / facts.step_tokens)
 
 
-def turnover_steps(mix: Mix, before: Mix | None) -> float:
+def drain_steps(mix: Mix, before: Mix | None) -> float:
     """Engine steps until the requests of the mix before have ended: a running sequence gets a token each step."""
     return 0.0 if before is None or before == mix else (1.0 + before.spread) * before.output_tokens
 
@@ -37,14 +38,16 @@ def seconds_of(
     step_s = _step_s(space, rows)
     before = space.mixes[now.mix] if now is not None else None
     own = np.array([generation_steps(space.mixes[c.mix], c.sequences, facts) for c in space.candidates])
-    others = np.array([turnover_steps(space.mixes[c.mix], before) for c in space.candidates])
+    drained = np.array([drain_steps(space.mixes[c.mix], before) for c in space.candidates])
     outputs = np.array([space.mixes[c.mix].output_tokens for c in space.candidates])
-    settle_s = np.maximum(
-        np.clip(own * step_s, plan.settle_s, plan.longest_settle_s),
-        np.minimum(others * step_s, plan.longest_turnover_s),
-    )
+    settle_s = np.clip(own * step_s, plan.settle_s, plan.longest_settle_s)
+    drain_s = DRAIN_PACE * drained * (step_s[space.candidates.index(now)] if now in space.candidates else FIRST_STEP_S)
     window_s = ENOUGH_REQUESTS * outputs * step_s / space.sequences
-    return np.asarray(settle_s + np.clip(window_s, plan.window_s, plan.longest_window_s))
+    return np.asarray(
+        settle_s
+        + np.minimum(drain_s, plan.longest_turnover_s)
+        + np.clip(window_s, plan.window_s, plan.longest_window_s)
+    )
 
 
 def _step_s(space: Space, rows: Sequence[ProfileRow]) -> FloatArray:

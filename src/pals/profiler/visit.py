@@ -15,7 +15,7 @@ from pals.core.protocols import EngineActuator
 from pals.core.quantities import SAME_LIMIT_W, EngineSample, OperatingPoint, TelemetrySample
 from pals.models.engine_facts import EngineFacts
 from pals.models.row import ProfileRow
-from pals.profiler.costs import ENOUGH_REQUESTS, ENOUGH_TOKENS, generation_steps, turnover_steps
+from pals.profiler.costs import ENOUGH_REQUESTS, ENOUGH_TOKENS, generation_steps
 from pals.profiler.design import Candidate
 from pals.profiler.load import LoadDriver
 from pals.profiler.plan import SweepPlan
@@ -28,6 +28,7 @@ LEASE_S = 15.0  # renewed at every reading
 SETTLE_READ_S = 0.25
 HURRY_AFTER_S = 8.0  # a change of load that takes longer at a slow point is made at full speed
 SILENT_S = 10.0  # without a step while settling: no request reaches the engine, or it hangs
+SILENT = f"the engine took no step for {SILENT_S:g} s; does the load reach it?"
 POWER_SETTLED, POWER_WAIT_S = 0.05, 3.0  # two means of a second differ by less, or so long was waited for it
 CROWDED, CROWDED_READS = (
     0.1,
@@ -98,13 +99,15 @@ class Visitor:
         """A row, or why there is none."""
         mix, sequences = self._plan.mixes[wanted.mix], wanted.sequences
         try:
+            self._setter.apply(sequences, lease_s=LEASE_S)
+            if self._in_flight and mix != self._mix and not self._drain(mix, sequences):
+                return SILENT
             accepted = self._write(wanted.point)
             if accepted.sm_clock_mhz != wanted.point.sm_clock_mhz:
                 return f"no clock lock at {wanted.point.sm_clock_mhz} MHz is possible here"
-            self._setter.apply(sequences, lease_s=LEASE_S)
-            since = self._change_load(wanted)
+            since = self._fill(wanted)
             if since is None:
-                return f"the engine took no step for {SILENT_S:g} s; does the load reach it?"
+                return SILENT
             settled = self._settle(mix, sequences, since)
             since_s = self._clock.now_s()
             samples = self._read_window(mix, sequences)
@@ -140,18 +143,35 @@ class Visitor:
         locked = all(p.sm_clock_mhz == point.sm_clock_mhz for p in accepted)
         return OperatingPoint(power_limit_w=limit_w, sm_clock_mhz=point.sm_clock_mhz if locked else None)
 
-    def _change_load(self, wanted: Candidate) -> Since | None:
-        """Bring the engine to `wanted`'s requests; since when it is at `wanted`'s point. None: it took no step.
+    def _drain(self, mix: Mix, sequences: int) -> bool:
+        """Let the requests of another mix end, at full speed, before those of `mix` are sent; False: the engine took no step."""
+        self._write(self._full)
+        since = self._now()
+        old = since.engine.running + since.engine.waiting
+        self._keep(mix, 1)  # the first of them goes when the last of the others has ended
+        while True:
+            self._wait(SETTLE_READ_S, sequences)
+            now = self._now()
+            elapsed_s = now.time_s - since.time_s
+            ended = now.engine.finished_requests + now.engine.aborted_requests
+            if ended - since.engine.finished_requests - since.engine.aborted_requests >= old:
+                return True
+            if elapsed_s > SILENT_S and now.engine.steps == since.engine.steps:
+                return False
+            if elapsed_s > self._plan.longest_turnover_s:
+                return True
+
+    def _fill(self, wanted: Candidate) -> Since | None:
+        """Bring the engine to the point's batch; since when it is at the point. None: it took no step.
 
         A larger batch is filled over one generation, so that requests of all ages run. What lasts is done at full speed.
         """
         mix, sequences = self._plan.mixes[wanted.mix], wanted.sequences
         from_n, since = min(self._in_flight, sequences), self._now()
-        filling = generation_steps(mix, sequences, self._facts)
-        change, crowded, hurried = Change(since.engine, turnover_steps(mix, self._mix), self._ranks), 0, False
+        filling, crowded, hurried = generation_steps(mix, sequences, self._facts), 0, False
         while True:
             now = self._now()
-            elapsed_s, steps = now.time_s - since.time_s, change.steps(now.engine)
+            elapsed_s, steps = now.time_s - since.time_s, (now.engine.steps - since.engine.steps) / self._ranks
             filled = 1.0 if from_n == sequences else min(1.0, steps / mix.output_tokens)
             self._keep(mix, round(from_n + (sequences - from_n) * filled))
             queue = now.engine.waiting > 2 + CROWDED * now.engine.running
@@ -160,8 +180,8 @@ class Visitor:
                 self._take_back(mix, now.engine)
             if steps == 0 and elapsed_s > SILENT_S:
                 return None
-            done = filled == 1.0 and change.over(now.engine) and now.engine.running <= sequences and not queue
-            if (done and steps > 0) or elapsed_s > self._plan.longest_turnover_s:
+            done = steps > 0 and filled == 1.0 and now.engine.running <= sequences and not queue
+            if done or elapsed_s > self._plan.longest_turnover_s:
                 break
             if elapsed_s > HURRY_AFTER_S and not hurried:
                 hurried = True
@@ -239,24 +259,6 @@ class Visitor:
         if self._clock.wait(seconds):
             raise Interrupted
         self._setter.apply(sequences, lease_s=LEASE_S + seconds)
-
-
-class Change:
-    """What an engine has done since its load was changed."""
-
-    def __init__(self, begun: EngineSample, others_steps: float, ranks: int) -> None:
-        self._begun, self._others_steps, self._ranks = begun, others_steps, ranks
-        self._admitted_at: float | None = None
-
-    def steps(self, engine: EngineSample) -> float:
-        """Steps of one rank since then."""
-        return (engine.steps - self._begun.steps) / self._ranks
-
-    def over(self, engine: EngineSample) -> bool:
-        """Whether all that were sent before have ended, as first come is first served; to be asked at each reading."""
-        if self._admitted_at is None and engine.arrived_requests - engine.waiting >= self._begun.arrived_requests:
-            self._admitted_at = self.steps(engine)
-        return self._admitted_at is not None and self.steps(engine) - self._admitted_at >= self._others_steps
 
 
 class PowerTrend:

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 from pals.control.guard import Guard
 from pals.control.pals_paper import PaperSettings
-from pals.control.policies import build_policy
+from pals.control.policies import ACCEPTED_WIDENING, build_policy
 from pals.control.share import Claim, Holding
-from pals.core.errors import ConfigError, ProfileMismatchError
+from pals.core.errors import ConfigError
+from pals.core.fingerprint import check_fingerprint
 from pals.core.protocols import PowerActuator, PowerMeter
 from pals.core.quantities import BoardInfo, Budget, Slo, fingerprint_of
 from pals.models.profile import Profile
@@ -77,19 +78,29 @@ def load_profile(path: Path) -> Profile:
         raise ConfigError(f"cannot read the profile {path}: {e}; make one with `pals profile --out {path}`") from e
 
 
-def check_profile(profile: Profile, group: EngineGroup, boards: Sequence[Board], name: str) -> None:
-    """Refuse a profile measured on something else.
+def check_profile(
+    profile: Profile, group: EngineGroup, boards: Sequence[Board], control: ControlConfig
+) -> tuple[str, ...]:
+    """Refuse a profile measured on something else; return what differs and is accepted.
 
     Raises:
         ProfileMismatchError: naming every difference.
     """
-    here = fingerprint_of(group.info, [b.info for b in boards])
-    if differences := profile.fingerprint.differences(here):
-        raise ProfileMismatchError(
-            f"{name} was measured on something else; it is not used and nothing was written:\n  "
-            + "\n  ".join(differences)
-            + "\nMake one for this engine with `pals profile`."
-        )
+    return check_fingerprint(
+        profile.fingerprint,
+        fingerprint_of(group.info, [b.info for b in boards]),
+        accept=control.accept_mismatch,
+        name=str(control.profile),
+        advice="Make one for this engine with `pals profile`.",
+    )
+
+
+def told_accepted(name: str, differences: Sequence[str]) -> str:
+    """One line for people: a profile of something else is in use."""
+    return (
+        f"{name}: the profile was measured on something else, accepted by --accept-mismatch; its intervals are "
+        f"{ACCEPTED_WIDENING:g} times as wide: {'; '.join(differences)}"
+    )
 
 
 class Session:
@@ -161,15 +172,16 @@ def _assemble(setup: AgentSetup, config: Config, group: EngineGroup) -> tuple[Ri
     acts = _mode(setup, config, boards) == "auto"
     guard = Guard.of(infos, group.info.launch_sequences)
     profile = load_profile(Path(control.profile)) if control.profile else None
-    if profile is not None:
-        check_profile(profile, group, boards, str(control.profile))
+    accepted = check_profile(profile, group, boards, control) if profile is not None else ()
+    if accepted:
+        setup.say(told_accepted(str(control.profile), accepted))
     settings = policy_settings(control)
     rig = Rig(
         meters=boards,
         actuators=boards if acts else (),
         engine=group,
         setter=group if acts else None,
-        controller=build_policy(control.policy, settings, profile, guard),
+        controller=build_policy(control.policy, settings, profile, guard, accepted=accepted),
         guard=guard,
         period_s=control.period_s,
         lowering=control.lowering,
@@ -185,6 +197,7 @@ def _assemble(setup: AgentSetup, config: Config, group: EngineGroup) -> tuple[Ri
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         command=" ".join(["pals", *sys.argv[1:]]),
         lowering=control.lowering,
+        accepted_mismatch=accepted,
     )
     if setup.virtual_command is not None:
         header = reproducible(header, setup.virtual_command)

@@ -15,11 +15,13 @@ import os
 import struct
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pals.core.architecture import ModelShape
 from pals.core.errors import EngineGoneError
+from pals.core.plain import decode
 from pals.core.quantities import LATENCY_BOUNDS_S, LOWERINGS, EngineInfo, EngineSample
 from pals.runtime.files import own_folder, replace_file
 from pals.runtime.processes import process_alive
@@ -51,6 +53,13 @@ _GAUGES = (
 )
 _FLOATS = {"time_s", "kv_usage", "busy_s", "last_step_s", "oldest_waiting_s"}
 _INFO_OFFSET, _INFO_SIZE = 16, 4080
+#: What an engine whose plugin is older than this agent does not tell.
+_INFO_MAY_LACK = frozenset(
+    f.name
+    for kind in (EngineInfo, ModelShape)
+    for f in fields(kind)
+    if (f.default, f.default_factory) != (MISSING, MISSING)
+)
 _TELEMETRY_OFFSET = 4096
 _TELEMETRY = struct.Struct(f"<{len(_GAUGES) + 2 * _BUCKETS}d")
 _GAUGE_PART = struct.Struct(f"<{len(_GAUGES)}d")
@@ -175,9 +184,9 @@ class AgentChannel:
             raise ValueError(f"{path} is not a PALS channel (or of another version)")
         size = _SEQ.unpack_from(self._mapped, len(MAGIC))[0]
         try:
-            raw = json.loads(self._mapped[_INFO_OFFSET : _INFO_OFFSET + min(size, _INFO_SIZE)])
-            self._info = EngineInfo(**{**raw, "boards": tuple(raw["boards"])})
-        except (KeyError, TypeError) as e:
+            told = json.loads(self._mapped[_INFO_OFFSET : _INFO_OFFSET + min(size, _INFO_SIZE)])
+            self._info: EngineInfo = decode(EngineInfo, told, may_lack=_INFO_MAY_LACK)
+        except ValueError as e:
             raise ValueError(f"{path} is a channel of another PALS version ({e})") from e
         self._telemetry = _Block(self._mapped, _TELEMETRY_OFFSET, _TELEMETRY)
         self._setpoint = _Block(self._mapped, _SETPOINT_OFFSET, _SETPOINT)

@@ -26,6 +26,7 @@ class ControlConfig:
     mode: str | None = None  # None: auto on emulated boards, advise on real ones
     period_s: float = 0.5
     profile: str | None = None
+    accept_mismatch: bool = False  # use a profile made elsewhere, with wider intervals
     power_limit_w: float | None = None  # static only; None: the board's default
     active_sequences: int | None = None  # static only; None: the launch limit
     sm_clock_mhz: int | None = None  # static only; None: no clock lock
@@ -65,7 +66,7 @@ class Config:
 
 
 _SECTIONS: dict[str, type] = {"control": ControlConfig, "slo": Slo, "output": OutputConfig}
-_NUMBER_TYPES = {"float": (int, float), "int": (int,), "str": (str,)}
+_NUMBER_TYPES: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "str": (str,), "bool": (bool,)}
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Config:
@@ -141,7 +142,7 @@ def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
     check_keys(values, list(known), where)
     for key, value in values.items():
         allowed = tuple(t for word, types in _NUMBER_TYPES.items() if word in known[key] for t in types)
-        if isinstance(value, bool) or not isinstance(value, allowed):
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             raise ConfigError(
                 f"{where}: {key} = {value!r} is not a {known[key].replace(' | None', '')}. Nothing was started."
             )

@@ -68,7 +68,8 @@ def left_by_dead_agent(record: Path) -> dict[str, BoardWrite]:
         return {}
     if found.pid != os.getpid() and found.alive:
         raise ConfigError(
-            f"another PALS agent (process {found.pid}) steers these boards; two would fight. Nothing was changed: stop it first"
+            f"another PALS agent (process {found.pid}) steers these boards; two would fight. Nothing was changed: stop it first, "
+            "or serve without one (`pals serve --no-agent`)"
         )
     return {uuid: b for uuid, b in found.boards.items() if b.written_w or b.clock_locked}
 

@@ -20,6 +20,17 @@ ADDED_LATER = frozenset(
     {
         *("lowering", "clock", "accepted_clocks_mhz", "scheduled", "sm_clocks_mhz"),
         *("memory_clock_mhz", "busy_ratio", "served_as", "data_parallel", "cuda_order", "absent", "bank"),
+        *(
+            "build",
+            "flags",
+            "config_digest",
+            "dtype",
+            "shape",
+            "step_tokens",
+            "accepted_mismatch",
+            "correction",
+            "drift",
+        ),
     }
 )
 
@@ -39,6 +50,9 @@ class JournalHeader:
     command: str
     lowering: str = "drain"  # asked for; what is in force is in each engine sample
     clock: str = "wall"  # or "virtual": times are of a virtual clock that began at 0
+    accepted_mismatch: tuple[
+        str, ...
+    ] = ()  # differences from the profile that were accepted: its intervals are widened
 
 
 class Journal:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pals.control.guard import Guard
 from pals.core.errors import ConfigError
-from pals.core.protocols import AnyController
+from pals.core.protocols import AnyController, WatchesProfile
 from pals.runtime.tick import TickRecord
 
 
@@ -21,12 +21,12 @@ class ReplayResult:
 
 
 def replay(policy: AnyController, guard: Guard, records: Iterable[TickRecord]) -> ReplayResult:
-    """Step `policy` through the recorded samples and compare its decisions, and the guard's, with the recorded ones.
+    """Step `policy` through the recorded samples and compare its decisions, the guard's, and what it learnt of its profile.
 
     Raises:
         ConfigError: a record's values cannot be computed with.
     """
-    state = policy.initial()
+    state, watch = policy.initial(), policy if isinstance(policy, WatchesProfile) else None
     total = same = 0
     differences: list[str] = []
     for record in records:
@@ -39,8 +39,12 @@ def replay(policy: AnyController, guard: Guard, records: Iterable[TickRecord]) -
                 f"compared, {same} are identical"
             ) from e
         total += 1
-        if (decision, guarded) == (record.decision, record.guarded):
+        news = watch.tell(state) if watch is not None else None
+        learnt = (news.bias, news.drift) if news is not None else ({}, {})
+        if (decision, guarded, learnt) == (record.decision, record.guarded, (record.correction, record.drift)):
             same += 1
+        elif learnt != (record.correction, record.drift):
+            differences.append(f"tick {record.index}: recorded correction {record.correction}, now {learnt[0]}")
         else:
             differences.append(f"tick {record.index}: recorded {record.guarded}, now {guarded}")
     return ReplayResult(total=total, same=same, differences=tuple(differences))

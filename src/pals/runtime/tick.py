@@ -18,7 +18,14 @@ from typing import Any
 from pals.control.estimator import over_budget_s, remember, violations
 from pals.control.guard import Guard
 from pals.core.errors import PalsError, PermissionDeniedError
-from pals.core.protocols import AnyController, EngineActuator, EngineMeter, PowerActuator, PowerMeter
+from pals.core.protocols import (
+    AnyController,
+    EngineActuator,
+    EngineMeter,
+    PowerActuator,
+    PowerMeter,
+    WatchesProfile,
+)
 from pals.core.quantities import (
     Budget,
     Checked,
@@ -52,6 +59,8 @@ class TickRecord(Checked):
     violations: dict[str, int] = field(default_factory=dict)
     over_budget_s: float = 0.0  # this period, if the mean power since the budget last changed, at most 2 s, exceeds it
     notes: tuple[str, ...] = ()
+    correction: dict[str, float] = field(default_factory=dict)  # measured over the profile's prediction, learnt slowly
+    drift: dict[str, float] = field(default_factory=dict)  # the same when a drift was found, while it lasts
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,6 +79,10 @@ class Rig:
     stuck: frozenset[int] = frozenset()  # positions of boards that did not follow last time; they are asked first
     limits_w: dict[int, float] = field(default_factory=dict)  # last known in force, by position
     said: set[str] = field(default_factory=set)  # notes that are made once
+    watch: WatchesProfile | None = field(init=False)  # the controller, where it watches its profile
+
+    def __post_init__(self) -> None:
+        self.watch = self.controller if isinstance(self.controller, WatchesProfile) else None
 
     @property
     def mode(self) -> str:
@@ -109,8 +122,11 @@ def tick(rig: Rig, state: TickState, budget: Budget, slo: Slo, now_s: float) -> 
     notes: list[str] = []
     sample = read_sample(rig, state.window[-1] if state.window else None, now_s, notes)
     decision, controller = rig.controller.step(state.controller, sample, budget, slo, now_s)
+    news = rig.watch.tell(controller) if rig.watch is not None else None
     guarded = rig.guard.check(decision, budget)
     enforced = _apply(rig, guarded.point, budget, sample, now_s, notes)
+    if news is not None:
+        notes += news.notes
     window = remember(state.window, sample, VIOLATION_PERIODS)
     since = () if budget != state.budget else remember(state.under_budget, sample, VIOLATION_PERIODS - 1)
     record = TickRecord(
@@ -126,6 +142,8 @@ def tick(rig: Rig, state: TickState, budget: Budget, slo: Slo, now_s: float) -> 
         violations=violations(window, slo),
         over_budget_s=over_budget_s(since, budget),
         notes=tuple(notes),
+        correction=news.bias if news is not None else {},
+        drift=news.drift if news is not None else {},
     )
     for note in notes:
         if note not in state.notes:

@@ -63,6 +63,18 @@ METRICS: tuple[Metric, ...] = (
     Metric("pals_violations_total", Counter, "Missed targets: periods (throughput) or requests (ttft, tpot)", ("slo",)),
     Metric("pals_decisions_total", Counter, "Decisions by reason, after the guard", ("reason",)),
     Metric("pals_mode_info", Gauge, "1 for the mode in force", ("mode",)),
+    Metric(
+        "pals_profile_bias",
+        Gauge,
+        "Measured over what the profile predicts, as the online correction has learnt it; absent before it has",
+        ("quantity",),
+    ),
+    Metric(
+        "pals_profile_drift",
+        Gauge,
+        "The same when a drift from the profile was found; absent while there is none",
+        ("quantity",),
+    ),
 )
 
 
@@ -105,6 +117,9 @@ class EngineMetrics:
         self._count("pals_decisions_total", 1, record.guarded.reason)
         for slo, missed in record.violations.items():
             self._count("pals_violations_total", missed, slo)
+        for quantity in ("power", "step", "clock"):
+            self._gauge("pals_profile_bias", record.correction.get(quantity), quantity)
+            self._gauge("pals_profile_drift", record.drift.get(quantity), quantity)
         self._budget(record)
         if sample.engine is not None:
             self._engine(record, sample.engine)

@@ -89,8 +89,19 @@ def _print_decision(console: Console, each: dict[str, Any]) -> None:
         f"{'' if share_w is None else f' of {share_w:.0f} W granted'}",
         markup=False,
     )
+    if learnt := record.get("correction"):
+        console.print(f"  profile: {_learnt(learnt, record.get('drift', {}))}", markup=False)
     for note in record["notes"]:
         console.print(f"  note: {note}", markup=False)
+
+
+def _learnt(correction: dict[str, float], drift: dict[str, float]) -> str:
+    """How far measurements are from the profile now, in a few words."""
+    names = {"power": "power", "step": "step time", "clock": "SM clock"}
+    told = [
+        f"{names.get(q, q)} {factor - 1:+.1%}{' (drift)' if q in drift else ''}" for q, factor in correction.items()
+    ]
+    return f"measured against predicted: {', '.join(told)}"
 
 
 def clock_text(record: dict[str, Any]) -> str:

@@ -1,0 +1,49 @@
+"""`pals profile simulate`: the sweep of a simulated engine on simulated boards, in event time."""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+
+import numpy as np
+
+from pals.cli.agent import stopping
+from pals.cli.main import say
+from pals.cli.profile import EXIT_INTERRUPTED, finish, out_of, partial_of, profile_of
+from pals.cli.profile_plan import plan_of
+from pals.cli.profile_progress import SweepNotes, showing
+from pals.cli.simulate import engine_of
+from pals.core.quantities import fingerprint_of
+from pals.experiments.simulated_profile import profiled_replica, simulated_sweep
+from pals.models.fitted import fit
+from pals.profiler.sweep import Interrupted
+
+
+def simulate(args: argparse.Namespace) -> int:
+    """Sweep and write the profile; 130 and a partial file on Ctrl-C.
+
+    Raises:
+        ConfigError: an unknown model or board, sizes that do not fit, or a bad option; nothing was started.
+    """
+    sim, out, stop = engine_of(args), out_of(args.out), threading.Event()
+    node = profiled_replica(sim, np.random.default_rng(args.seed))  # only to ask its boards
+    plan = plan_of(args, node.rig.guard, min(sim.model_context, node.replica.kv_tokens))
+    say(f"SIMULATED: {sim.model} on {sim.boards} × {sim.spec.nvml_name}; every watt and second is simulated")
+    began_s, kept, notes = time.monotonic(), partial_of(out), SweepNotes()
+    try:
+        with stopping(stop), showing(plan.mixes, notes) as tell:
+            swept = simulated_sweep(
+                sim, fit=fit, plan=plan, seed=args.seed, partial=kept, progress=tell, stop=stop.is_set
+            )
+    except Interrupted:
+        say(f"interrupted: the rows in {kept} are kept; run the same command to go on")
+        return EXIT_INTERRUPTED
+    say(f"{swept.event_s:.0f} s of the engine's time in {time.monotonic() - began_s:.1f} s")
+    fingerprint = fingerprint_of(sim.engine, [m.info for m in node.rig.meters])
+    made = profile_of(
+        args, swept.rows, plan.mixes, swept.facts, fingerprint=fingerprint, source="simulated", notes=notes.lines
+    )
+    finish(out, made)
+    kept.unlink(missing_ok=True)
+    return 0
