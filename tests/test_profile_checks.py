@@ -238,7 +238,7 @@ def test_a_wrong_model_regrets() -> None:
     truth = measured_figures(rows)
     upside_down = truth._replace(tokens_per_j=1.0 / truth.tokens_per_j)
     blind = truth._replace(
-        tokens_per_s=np.full(len(rows), 1e9), tpot_p95_s=np.zeros(len(rows)), ttft_p95_s=np.zeros(len(rows))
+        tokens_per_s=np.full(len(rows), 1e9), tpot_p95_s=np.full(len(rows), 1e-9), ttft_p95_s=np.full(len(rows), 1e-9)
     )
 
     choices = [judge(upside_down, rows, s) for s in scenarios_of(rows, 0)]
@@ -252,6 +252,8 @@ def test_where_no_point_keeps_the_targets_the_nearest_is_taken_and_where_none_is
     truth, target = measured_figures(rows), scenarios_of(rows, 0)[0].targets
     hard = target._replace(tokens_per_s=10 * float(truth.tokens_per_s.max()))
     assert choose(truth, hard) == int(np.argmax(truth.tokens_per_s))
+    torn = truth._replace(half=np.stack([np.full(len(rows), 0.01), np.full(len(rows), 0.01), np.full(len(rows), 2.0)]))
+    assert choose(torn, hard) == int(np.argmax(truth.tokens_per_s))  # a vague latency does not rule
     unknown = truth._replace(tokens_per_s=np.full(len(rows), np.nan))
     assert choose(unknown, target) is None
 
@@ -276,7 +278,7 @@ def test_errors_of_a_case_are_the_methods_own() -> None:
     assert line.rivals["random forest"] == pytest.approx(20.0)
     assert line.reached
     assert lines["profile file, largest"].reached is False
-    assert lines[f"power, {SWEEP}: coverage"].value == pytest.approx(100.0)
+    assert lines[f"power, {SWEEP}: coverage (mean width 20.0 %)"].value == pytest.approx(100.0)
 
 
 def test_a_confident_miss_at_the_lowest_cap_is_counted_and_a_refusal_is_none() -> None:

@@ -2,7 +2,8 @@
 
 Search knows every measured figure and takes the most tokens/J among the points that keep the targets. A method takes the most
 predicted tokens/J among those that keep them by the pessimistic ends of its intervals (its values, where it has none); where no
-point does, the one whose worst target is missed by least. Targets are set so that search keeps them.
+point does, the one that is likeliest to keep all: whose least margin, counted in half intervals, is largest. Targets are set so that
+search keeps them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from pals.experiments.profile_checks.question import (
 from pals.models.row import ProfileRow
 
 SHARES = (0.65, 0.75, 0.90, 0.95)  # of the largest throughput of the mix
-MULTIPLES = (1.1, 1.5)  # of the lowest latency among points that keep the throughput
+MULTIPLES = (1.25, 2.0)  # of the lowest latency among points that keep the throughput
+LEAST_HALF = 1e-6  # an interval of no width is certain
 NEEDED = (POWER, THROUGHPUT, TPOT, TTFT)
 
 
@@ -55,12 +57,13 @@ class Choice(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Of every candidate, shape (candidates,): what decides."""
+    """Of every candidate, shape (candidates,): what decides, with half intervals of the three that have targets, in logarithms."""
 
     tokens_per_j: FloatArray
-    tokens_per_s: FloatArray  # on the pessimistic side, as are the latencies
+    tokens_per_s: FloatArray
     tpot_p95_s: FloatArray
     ttft_p95_s: FloatArray
+    half: FloatArray | None = None  # shape (3, candidates), towards the target; None: there are no intervals
 
 
 def scenarios_of(rows: Sequence[ProfileRow], mix: int) -> list[Scenario]:
@@ -84,13 +87,14 @@ def scenarios_of(rows: Sequence[ProfileRow], mix: int) -> list[Scenario]:
 
 def choose(told: Figures, targets: Targets) -> int | None:
     """Position of the pick; None: nothing was answered."""
-    excess = excess_of(told, targets)
-    if not np.isfinite(excess).any():
+    margins = np.log(_ratios(told, targets))
+    certainty = np.min(margins if told.half is None else margins / np.maximum(told.half, LEAST_HALF), axis=0)
+    if not np.isfinite(certainty).any():
         return None
-    kept = excess <= 0.0
+    kept = certainty >= (0.0 if told.half is None else 1.0)
     if kept.any():
         return int(np.argmax(np.where(kept, told.tokens_per_j, -np.inf)))
-    return int(np.nanargmin(excess))
+    return int(np.nanargmax(certainty))
 
 
 def judge(told: Figures, rows: Sequence[ProfileRow], scenario: Scenario) -> Choice:
@@ -105,11 +109,16 @@ def judge(told: Figures, rows: Sequence[ProfileRow], scenario: Scenario) -> Choi
 
 def excess_of(figures: Figures, targets: Targets) -> FloatArray:
     """By how much the worst target is missed, relative; at most 0: all are kept; NaN: a figure is unknown."""
-    return np.maximum.reduce(
+    return np.asarray(np.max(1.0 / _ratios(figures, targets), axis=0) - 1.0)
+
+
+def _ratios(figures: Figures, targets: Targets) -> FloatArray:
+    """Above 1 where a target is kept; shape (3, candidates)."""
+    return np.stack(
         [
-            targets.tokens_per_s / figures.tokens_per_s - 1.0,
-            figures.tpot_p95_s / targets.tpot_p95_s - 1.0,
-            figures.ttft_p95_s / targets.ttft_p95_s - 1.0,
+            figures.tokens_per_s / targets.tokens_per_s,
+            targets.tpot_p95_s / figures.tpot_p95_s,
+            targets.ttft_p95_s / figures.ttft_p95_s,
         ]
     )
 
@@ -122,13 +131,8 @@ def measured_figures(rows: Sequence[ProfileRow]) -> Figures:
 
 def told_figures(told: Mapping[str, Told]) -> Figures:
     """What a method expects of every candidate."""
-    return Figures(
-        tokens_per_j=told[THROUGHPUT].value / told[POWER].value,
-        tokens_per_s=_end(told[THROUGHPUT].low, told[THROUGHPUT]),
-        tpot_p95_s=_end(told[TPOT].high, told[TPOT]),
-        ttft_p95_s=_end(told[TTFT].high, told[TTFT]),
-    )
-
-
-def _end(end: FloatArray | None, told: Told) -> FloatArray:
-    return told.value if end is None else end
+    rate, tpot, ttft = (told[q] for q in (THROUGHPUT, TPOT, TTFT))
+    half = None
+    if rate.low is not None and tpot.high is not None and ttft.high is not None:
+        half = np.log(np.stack([rate.value / rate.low, tpot.high / tpot.value, ttft.high / ttft.value]))
+    return Figures(rate.value / told[POWER].value, rate.value, tpot.value, ttft.value, half)

@@ -21,7 +21,7 @@ RIVALS_TOLD = (
 REGRET_TOLD = (
     f"regret: targets of {', '.join(f'{100 * s:.0f}' for s in SHARES)} % of a mix's largest throughput, each with TPOT p95 and TTFT p95 of at most "
     f"{' or '.join(f'{m:g}' for m in MULTIPLES)} × the lowest among points that reach it; the pick is the most predicted tokens/J among grid points that keep all "
-    "by the pessimistic end of the interval (rivals: by their value), else the one that misses its worst target by least; learned from the sweep"
+    "by the pessimistic end of the interval (rivals: by their value), else the one that is likeliest to keep all; learned from the sweep"
 )
 
 

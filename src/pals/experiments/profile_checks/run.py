@@ -57,7 +57,7 @@ def _judged(job: Job) -> Judged:
 
     world = world_of(job.subject, job.folder)
     case = replace(world.case, levels=job.levels)
-    return judge_case(case, methods, costs_of(world))
+    return judge_case(case, methods, costs_of(job.subject, world))
 
 
 def run_jobs(

@@ -20,6 +20,7 @@ WHOLE_PCT = {POWER: 3.0, THROUGHPUT: 4.0, TPOT: 8.0, TTFT: 15.0}  # largest mean
 LEVEL_PCT = {POWER: 8.0, THROUGHPUT: 8.0}
 ERROR_PCT = {RANDOM: WHOLE_PCT, SWEEP: WHOLE_PCT, **dict.fromkeys(INTERIOR.values(), LEVEL_PCT)}
 COVERAGE_PCT, REGRET_PCT = (85.0, 95.0), 2.0
+COVERAGE_NOTE = "share of truths in the 90 % intervals, over all cases; worst: the case with the least"
 COVERED = (RANDOM, SWEEP, *INTERIOR.values())  # kinds whose intervals must hold as often as they say
 CLEAR = 0.02  # a target broken by more than this is broken beyond the noise of a window
 #: Figure of `Judged.costs`, what it is called, its unit, and the most allowed.
@@ -28,6 +29,8 @@ COSTS = (
     ("file_bytes", "profile file, largest", "bytes", 8192.0),
     ("sweep_minutes", "engine time of the sweep, mean", "min", 20.0),
     ("decision_us", "prediction of all candidates of a decision, mean", "µs", 100.0),
+    ("candidates", "candidates of that decision, mean", "", None),
+    ("new_load_us", "the same under a load far from all before, mean", "µs", None),
     ("forecast_us", "full forecast of the same candidates, mean", "µs", None),
     ("load_ms", "loading the file, mean", "ms", 5.0),
     ("fit_ms", "one fit, mean", "ms", None),
@@ -85,9 +88,9 @@ def _coverage_lines(title: str, judged: Sequence[Judged], kind: str) -> list[Lin
         shares = [100.0 * (m.coverage or 0.0) for m in marks]
         found.append(
             Line(
-                section=title, basis=judged[0].basis, check=f"{NAMES[quantity]}, {kind}: coverage",
+                section=title, basis=judged[0].basis, check=f"{NAMES[quantity]}, {kind}: coverage (mean width {100.0 * total.width:.1f} %)",
                 cases=len(marks), value=100.0 * total.coverage, median=float(np.median(shares)), worst=min(shares),
-                target=COVERAGE_PCT, note=f"truths in the 90 % intervals; their mean width is {100.0 * total.width:.1f} % of the value",
+                target=COVERAGE_PCT, note=COVERAGE_NOTE,
             )
         )  # fmt: skip
     return found
