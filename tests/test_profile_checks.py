@@ -230,7 +230,7 @@ def test_a_perfect_model_regrets_nothing_and_breaks_nothing() -> None:
     assert scenarios
     for s in scenarios:
         choice = judge(measured_figures(rows), rows, s)
-        assert choice == (0.0, 0.0, False)
+        assert choice == (0.0, 0.0, True, False)
 
 
 def test_a_wrong_model_regrets() -> None:
@@ -251,9 +251,9 @@ def test_where_no_point_keeps_the_targets_the_nearest_is_taken_and_where_none_is
     rows = [r for r in grid() if r.mix == 0]
     truth, target = measured_figures(rows), scenarios_of(rows, 0)[0].targets
     hard = target._replace(tokens_per_s=10 * float(truth.tokens_per_s.max()))
-    assert choose(truth, hard) == int(np.argmax(truth.tokens_per_s))
+    assert choose(truth, hard) == (int(np.argmax(truth.tokens_per_s)), False)
     torn = truth._replace(half=np.stack([np.full(len(rows), 0.01), np.full(len(rows), 0.01), np.full(len(rows), 2.0)]))
-    assert choose(torn, hard) == int(np.argmax(truth.tokens_per_s))  # a vague latency does not rule
+    assert choose(torn, hard) == (int(np.argmax(truth.tokens_per_s)), False)  # a vague latency does not rule
     unknown = truth._replace(tokens_per_s=np.full(len(rows), np.nan))
     assert choose(unknown, target) is None
 

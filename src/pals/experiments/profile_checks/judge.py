@@ -27,6 +27,7 @@ from pals.experiments.profile_checks.score import Score, score
 from pals.experiments.profile_checks.splits import RANDOM, SWEEP, UNSWEPT, Split
 
 WHOLE = (RANDOM, SWEEP, UNSWEPT)  # kinds of split on which every method answers every quantity
+OWN_BOLD = f"{OWN}, by values"  # the profile's picks were its intervals left aside
 LEAST_CANDIDATES = 10  # points with every figure, for a choice to be one
 
 

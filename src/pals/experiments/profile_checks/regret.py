@@ -53,6 +53,7 @@ class Choice(NamedTuple):
 
     regret: float  # share of the best tokens/J that is lost; below 0 where targets were broken for it
     excess: float  # by which the worst target is broken, relative; 0: all are kept
+    sure: bool = True  # every target was expected to be kept
     declined: bool = False  # the method answered for no point
 
 
@@ -85,26 +86,28 @@ def scenarios_of(rows: Sequence[ProfileRow], mix: int) -> list[Scenario]:
     return found
 
 
-def choose(told: Figures, targets: Targets) -> int | None:
-    """Position of the pick; None: nothing was answered."""
+def choose(told: Figures, targets: Targets) -> tuple[int, bool] | None:
+    """Position of the pick, and whether it keeps all by the pessimistic ends; None: nothing was answered."""
     margins = np.log(_ratios(told, targets))
     certainty = np.min(margins if told.half is None else margins / np.maximum(told.half, LEAST_HALF), axis=0)
     if not np.isfinite(certainty).any():
         return None
     kept = certainty >= (0.0 if told.half is None else 1.0)
     if kept.any():
-        return int(np.argmax(np.where(kept, told.tokens_per_j, -np.inf)))
-    return int(np.nanargmax(certainty))
+        return int(np.argmax(np.where(kept, told.tokens_per_j, -np.inf))), True
+    return int(np.nanargmax(certainty)), False
 
 
 def judge(told: Figures, rows: Sequence[ProfileRow], scenario: Scenario) -> Choice:
     """The pick's measured figures against the scenario's best."""
-    pick = choose(told, scenario.targets)
-    if pick is None:
-        return Choice(1.0, 0.0, declined=True)
+    picked = choose(told, scenario.targets)
+    if picked is None:
+        return Choice(1.0, 0.0, sure=False, declined=True)
+    pick, sure = picked
     truth = measured_figures(rows)
     excess = float(np.nan_to_num(excess_of(truth, scenario.targets)[pick], nan=np.inf))
-    return Choice(1.0 - float(truth.tokens_per_j[pick]) / scenario.best_tokens_per_j, max(0.0, excess))
+    regret = 1.0 - float(truth.tokens_per_j[pick]) / scenario.best_tokens_per_j
+    return Choice(regret, max(0.0, excess), sure=sure)
 
 
 def excess_of(figures: Figures, targets: Targets) -> FloatArray:

@@ -103,7 +103,7 @@ def polynomial(features: FloatArray, target: FloatArray) -> Guess:
         return np.stack([one, limit, limit**2, batch, batch**2, clock, prompt, output, batch * mix], axis=1)
 
     a = terms(features)
-    solved: FloatArray = np.linalg.solve(a.T @ a + RIDGE * np.eye(a.shape[1]), a.T @ target)
+    solved = np.linalg.solve(a.T @ a + RIDGE * np.eye(a.shape[1]), a.T @ target)
     return lambda asked: np.asarray(terms(asked) @ solved)
 
 
@@ -115,7 +115,7 @@ def interpolation(features: FloatArray, target: FloatArray) -> Guess:
     used = span > 0
 
     def scaled(asked: FloatArray) -> FloatArray:
-        return np.clip((asked[:, used] - low[used]) / span[used], 0.0, 1.0)
+        return np.asarray(np.clip((asked[:, used] - low[used]) / span[used], 0.0, 1.0))
 
     places, inverse = np.unique(scaled(features), axis=0, return_inverse=True)  # repeats count once, by their mean
     means = np.bincount(inverse.ravel(), weights=target) / np.bincount(inverse.ravel())
