@@ -391,3 +391,11 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_runs(
     with pytest.raises(ConfigError, match=says):
         evaluate(args)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_caution_costs_is_shown_beside_it() -> None:
+    vague = {line.check: line for line in lines_of([judged(Scaled(1.0, low=0.7, high=1.4), rivals=1.0)])}
+    bold = vague["regret in tokens/J, targets kept, by values"]
+    assert bold.value == pytest.approx(0.0)
+    assert vague["regret in tokens/J, targets kept"].value > 0.0
+    assert vague["picks that break a target search keeps"].value == pytest.approx(0.0)

@@ -152,11 +152,12 @@ def _picks(case: Case, learned: Mapping[str, Learned]) -> list[Pick]:
             if any(quantity not in told for quantity in NEEDED):
                 continue
             figures = told_figures(told)
+            bold = {OWN_BOLD: figures._replace(half=None)} if name == OWN else {}
             found += [
                 Pick(
-                    method=name, mix=case.mixes[mix].name, share=s.share, multiple=s.multiple,
-                    choice=judge(figures, rows, s),
+                    method=how, mix=case.mixes[mix].name, share=s.share, multiple=s.multiple, choice=judge(by, rows, s)
                 )
+                for how, by in ({name: figures} | bold).items()
                 for s in scenarios
             ]  # fmt: skip
     return found
