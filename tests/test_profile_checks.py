@@ -21,7 +21,7 @@ from pals.experiments.profile_checks.combination import combinations, simulation
 from pals.experiments.profile_checks.judge import Judged, judge_case
 from pals.experiments.profile_checks.kept import JUDGED, SOURCES, keep, read_kept
 from pals.experiments.profile_checks.line import Line
-from pals.experiments.profile_checks.own import OWN
+from pals.experiments.profile_checks.own import OWN, own
 from pals.experiments.profile_checks.question import QUANTITIES, Learned, Question, Told
 from pals.experiments.profile_checks.regret import choose, judge, measured_figures, scenarios_of
 from pals.experiments.profile_checks.rivals import RIVALS, TREES, features_of
@@ -351,7 +351,9 @@ def test_every_source_that_decides_a_result_is_in_its_digest(tmp_path: Path) -> 
 def test_a_result_without_rivals_does_not_serve_where_they_are_asked_for(tmp_path: Path) -> None:
     job = Job(subject=case(), rivals=False, folder=tmp_path)
     keep(job.path, JUDGED, {"rivals": False, "levels": True, "judged": judged(Scaled(1.02)).to_dict()})
-    assert run_job(job).name == "toy"
+    served = run_job(job)
+    assert isinstance(served, Judged)
+    assert served.name == "toy"
     assert job.path == replace(job, rivals=True).path
     kept = read_kept(job.path, JUDGED)
     assert kept is not None
@@ -399,3 +401,28 @@ def test_what_caution_costs_is_shown_beside_it() -> None:
     assert bold.value == pytest.approx(0.0)
     assert vague["regret in tokens/J, targets kept"].value > 0.0
     assert vague["picks that break a target search keeps"].value == pytest.approx(0.0)
+
+
+def test_the_profile_refuses_a_point_alone() -> None:
+    rows = [r for r in grid() if r.power_limit_w >= 300.0]
+    learned = own(rows, MIXES, FACTS, QUANTITIES)
+    told = learned.answer([Question(r.point, r.mix) for r in grid()], QUANTITIES)
+    refused = {r.power_limit_w for r, value in zip(grid(), told["power_w"].value, strict=True) if np.isnan(value)}
+    assert 100.0 in refused
+    assert not refused & {300.0, 400.0}
+
+
+@pytest.mark.slow
+def test_the_quick_evaluation_prints_its_table_and_goes_on_where_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_evaluate(parser.add_subparsers())
+    args = parser.parse_args(["evaluate", "--quick", "--workers", "1", "--out", str(tmp_path)])
+    assert evaluate(args) in (0, 1)
+    first = capsys.readouterr().out
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json") if path.name != "summary.json"}
+    assert evaluate(args) in (0, 1)
+    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
+    assert "regret in tokens/J" in first
+    assert (tmp_path / "profile-evaluation.md").read_text().startswith("# Profiles against truth")

@@ -14,7 +14,8 @@ from pals.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from pals.experiments.profile_checks.judge import Judged
-    from pals.experiments.profile_checks.run import Job
+    from pals.experiments.profile_checks.line import Line
+    from pals.experiments.profile_checks.run import Job, Unjudged
     from pals.experiments.profile_checks.table import Told
 
 QUICK = {"models": "OLMoE-1B-7B", "boards": "h100-sxm5-80gb", "seeds": "1", "rival_seeds": 1, "level_seeds": 1}
@@ -55,6 +56,8 @@ def evaluate(args: argparse.Namespace) -> int:
     """Print the table; 0 where every target is reached, 1 where one is missed, 130 on Ctrl-C."""
     require("scipy", "sklearn", "numba", "pyarrow")
     from pals.cli.agent import stopping
+    from pals.cli.main import say
+    from pals.experiments.profile_checks.judge import Judged
     from pals.experiments.profile_checks.summary import lines_of
 
     if args.record and (
@@ -68,15 +71,16 @@ def evaluate(args: argparse.Namespace) -> int:
         raise ConfigError("no case is left: none of these models fits these boards. Nothing was done")
     stop = threading.Event()
     with stopping(stop):
-        judged = run_all(jobs, args.workers, stop)
-    if len(judged) < len(jobs):
-        print(
-            f"interrupted: {len(judged)} of {len(jobs)} cases are kept in {args.out}; run the same command to go on",
-            file=sys.stderr,
-        )
+        found = run_all(jobs, args.workers, stop)
+    if len(found) < len(jobs):
+        say(f"interrupted: {len(found)} of {len(jobs)} cases are kept in {args.out}; run the same command to go on")
         return 130
-    lines = lines_of(judged)
-    show(args, lines, told_of(jobs))
+    lines = lines_of([case for case in found if isinstance(case, Judged)])
+    failed = [case for case in found if not isinstance(case, Judged)]
+    show(args, lines, told_of(jobs), record=args.record and not failed)
+    if failed:
+        told = "; ".join(f"{case.name}: {case.why}" for case in failed)
+        raise ConfigError(f"{len(failed)} of {len(jobs)} cases could not be judged, the table is of the others: {told}")
     return 1 if any(line.reached is False for line in lines) else 0
 
 
@@ -104,7 +108,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def run_all(jobs: list[Job], workers: int, stop: threading.Event) -> list[Judged]:
+def run_all(jobs: list[Job], workers: int, stop: threading.Event) -> list[Judged | Unjudged]:
     """With a progress bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -113,18 +117,18 @@ def run_all(jobs: list[Job], workers: int, stop: threading.Event) -> list[Judged
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:
         task = bar.add_task("judging", total=len(jobs))
-        return list(run_jobs(jobs, workers=workers, stop=stop.is_set, done=lambda job: bar.advance(task)))
+        return run_jobs(jobs, workers=workers, stop=stop.is_set, done=lambda job: bar.advance(task))
 
 
-def show(args: argparse.Namespace, lines: list[Any], told: Told) -> None:
+def show(args: argparse.Namespace, lines: list[Line], told: Told, *, record: bool) -> None:
     """Print, and write page and summary."""
     from rich.console import Console
 
     from pals.experiments.profile_checks.table import PAGE, RECORDED, print_table, write_page, write_summary
 
     print_table(Console() if sys.stdout.isatty() else Console(width=190), lines, told)
-    pages = [args.out / "profile-evaluation.md", *([PAGE] if args.record else [])]
-    summaries = [args.out / "summary.json", *([RECORDED] if args.record else [])]
+    pages = [args.out / "profile-evaluation.md", *([PAGE] if record else [])]
+    summaries = [args.out / "summary.json", *([RECORDED] if record else [])]
     for path in pages:
         write_page(path, lines, told)
     for path in summaries:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import re
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from pals.core.errors import PalsError
 from pals.experiments.profile_checks.case import Case
 from pals.experiments.profile_checks.combination import Combination
 from pals.experiments.profile_checks.judge import Judged, judge_case, methods_of
@@ -38,12 +39,22 @@ def usable(kept: Mapping[str, Any], job: Job) -> bool:
     return (bool(kept["rivals"]) or not job.rivals) and (bool(kept["levels"]) or not job.levels)
 
 
-def run_job(job: Job) -> Judged:
+class Unjudged(NamedTuple):
+    """A case that could not be judged, and why; the others go on."""
+
+    name: str
+    why: str
+
+
+def run_job(job: Job) -> Judged | Unjudged:
     """Judge it, or take what is kept."""
     kept = read_kept(job.path, JUDGED)
     if kept is not None and usable(kept, job):
         return Judged.from_dict(kept["judged"])
-    judged = _judged(job)
+    try:
+        judged = _judged(job)
+    except PalsError as e:
+        return Unjudged(job.path.stem, str(e))
     keep(job.path, JUDGED, {"rivals": job.rivals, "levels": job.levels, "judged": judged.to_dict()})
     return judged
 
@@ -62,27 +73,28 @@ def _judged(job: Job) -> Judged:
 
 def run_jobs(
     jobs: Sequence[Job], *, workers: int, stop: Callable[[], bool], done: Callable[[Job], None]
-) -> Iterator[Judged]:
+) -> list[Judged | Unjudged]:
     """Results in the order of the jobs; fewer where `stop` said so."""
+    results: dict[int, Judged | Unjudged] = {}
     if workers == 1:
-        for job in jobs:
+        for i, job in enumerate(jobs):
             if stop():
-                return
-            yield run_job(job)
-            done(job)
-        return
-    results: dict[int, Judged] = {}
-    with ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_interrupts
-    ) as pool:
-        places: dict[Future[Judged], int] = {pool.submit(run_job, job): i for i, job in enumerate(jobs)}
-        for future in as_completed(places):
-            results[places[future]] = future.result()
-            done(jobs[places[future]])
-            if stop():
-                pool.shutdown(wait=True, cancel_futures=True)
                 break
-    yield from (results[i] for i in sorted(results))
+            results[i] = run_job(job)
+            done(job)
+        return list(results.values())
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_ignore_interrupts) as pool:
+        places: dict[Future[Judged | Unjudged], int] = {pool.submit(run_job, job): i for i, job in enumerate(jobs)}
+        try:
+            for future in as_completed(places):
+                results[places[future]] = future.result()
+                done(jobs[places[future]])
+                if stop():
+                    break
+        finally:  # without this, an error would wait for hundreds of cases
+            pool.shutdown(wait=True, cancel_futures=True)
+    return [results[i] for i in sorted(results)]
 
 
 def _ignore_interrupts() -> None:
