@@ -53,19 +53,18 @@ def add_evaluate(subparsers: Any) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Print the table; 0 where every target is reached, 1 where one is missed, 130 on Ctrl-C."""
+    """Print the table; 0 where every target is reached, 1 where one is missed, 130 on Ctrl-C.
+
+    Raises:
+        ConfigError: bad options (nothing was done), or cases that could not be judged, named behind the table of the others.
+    """
     require("scipy", "sklearn", "numba", "pyarrow")
     from pals.cli.agent import stopping
     from pals.cli.main import say
     from pals.experiments.profile_checks.judge import Judged
     from pals.experiments.profile_checks.summary import lines_of
 
-    if args.record and (
-        args.quick or args.models or args.boards or args.seeds or args.data or args.no_simulated or args.no_silicon
-    ):
-        raise ConfigError("--record keeps every case; leave out what restricts them. Nothing was done")
-    if args.workers < 1 or min(args.rival_seeds, args.level_seeds) < 0:
-        raise ConfigError("--workers must be at least 1, --rival-seeds and --level-seeds at least 0. Nothing was done")
+    check_options(args)
     jobs = jobs_of(args)
     if not jobs:
         raise ConfigError("no case is left: none of these models fits these boards. Nothing was done")
@@ -82,6 +81,15 @@ def evaluate(args: argparse.Namespace) -> int:
         told = "; ".join(f"{case.name}: {case.why}" for case in failed)
         raise ConfigError(f"{len(failed)} of {len(jobs)} cases could not be judged, the table is of the others: {told}")
     return 1 if any(line.reached is False for line in lines) else 0
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise `ConfigError` for options that exclude one another, or make no sense."""
+    restricted = (args.quick, args.models, args.boards, args.seeds, args.data, args.no_simulated, args.no_silicon)
+    if args.record and any(restricted):
+        raise ConfigError("--record keeps every case; leave out what restricts them. Nothing was done")
+    if args.workers < 1 or min(args.rival_seeds, args.level_seeds) < 0:
+        raise ConfigError("--workers must be at least 1, --rival-seeds and --level-seeds at least 0. Nothing was done")
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:

@@ -10,11 +10,10 @@ from pals.core.load import Mix
 from pals.experiments.profile_checks.case import SIMULATED, Case
 from pals.experiments.profile_checks.combination import Combination, grid_of, simulation_of, unswept_mix
 from pals.experiments.profile_checks.kept import SWEPT, TRUTH, keep, read_kept
-from pals.experiments.simulated_profile import facts_of, measured_truth, simulated_sweep
+from pals.experiments.simulated_profile import facts_of, measured_truth, plan_of, simulated_sweep
 from pals.experiments.simulated_run import Simulation
 from pals.models.fitted import fit
 from pals.models.row import ProfileRow
-from pals.profiler.plan import default_mixes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +27,7 @@ class World:
 def world_of(c: Combination, folder: Path) -> World:
     """Measured, or as kept in `folder`."""
     sim = simulation_of(c)
-    mixes = (*default_mixes(sim.model_context), unswept_mix(sim))
+    mixes = (*plan_of(sim).mixes, unswept_mix(sim))
     truth = _truth(c, sim, mixes, folder / "rows" / f"{c.slug}-grid.json")
     swept, sweep_s = _swept(c, sim, folder / "rows" / f"{c.slug}-sweep.json")
     last = len(mixes) - 1
@@ -64,7 +63,7 @@ def _swept(c: Combination, sim: Simulation, path: Path) -> tuple[tuple[ProfileRo
     """What the default sweep measures, and the engine time it takes, s."""
     kept = read_kept(path, SWEPT)
     if kept is None:
-        sweep = simulated_sweep(sim, fit=fit, seed=c.seed)
+        sweep = simulated_sweep(sim, fit=fit, seed=c.seed, plan=plan_of(sim, seed=c.seed))
         kept = {"rows": [r.to_dict() for r in sweep.rows], "seconds": sweep.event_s}
         keep(path, SWEPT, kept)
     return tuple(_rows(kept["rows"])), float(kept["seconds"])
