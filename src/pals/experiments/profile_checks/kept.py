@@ -20,7 +20,12 @@ TRUTH = (
     "experiments/profile_checks/combination.py",
 )  # fmt: skip
 SWEPT = (*TRUTH, "models", "profiler")
-JUDGED = (*SWEPT, "experiments/profile_checks", "experiments/plant_checks")
+JUDGING = tuple(  # what only shows results is not among them
+    f"experiments/profile_checks/{name}.py"
+    for name in ("case", "cost", "judge", "own", "question", "regret", "rivals", "score", "silicon", "splits", "world")
+)
+READING = tuple(f"experiments/plant_checks/{name}.py" for name in ("measured", "serving_cases", "sweeps"))
+JUDGED = (*SWEPT, *JUDGING, *READING)
 
 
 @cache

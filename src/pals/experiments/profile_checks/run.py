@@ -6,8 +6,9 @@ import multiprocessing
 import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,17 +84,18 @@ def run_jobs(
             results[i] = run_job(job)
             done(job)
         return list(results.values())
-    spawn = multiprocessing.get_context("spawn")
+    spawn, left = multiprocessing.get_context("spawn"), iter(enumerate(jobs))
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_ignore_interrupts) as pool:
-        places: dict[Future[Judged | Unjudged], int] = {pool.submit(run_job, job): i for i, job in enumerate(jobs)}
-        try:
-            for future in as_completed(places):
-                results[places[future]] = future.result()
-                done(jobs[places[future]])
-                if stop():
-                    break
-        finally:  # without this, an error would wait for hundreds of cases
-            pool.shutdown(wait=True, cancel_futures=True)
+        running: dict[Future[Judged | Unjudged], int] = {}
+        while True:  # none is handed over before its turn: what is begun is waited for
+            for i, job in islice(left, 0 if stop() else workers - len(running)):
+                running[pool.submit(run_job, job)] = i
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                i = running.pop(future)
+                results[i] = future.result()
+                done(jobs[i])
     return [results[i] for i in sorted(results)]
 
 
