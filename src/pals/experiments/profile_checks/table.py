@@ -20,6 +20,7 @@ RECORDED = Path(__file__).parents[1] / "data" / "profile-evaluation.json"
 PAGE = Path(__file__).parents[4] / "docs" / "models" / "profile-evaluation.md"  # of the checkout
 SAME = f"{OWN}, same cases"
 WINS = "*"
+HEADS = ("check", "basis", "cases", OWN, "median", "worst", "target", "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +36,7 @@ def print_table(console: Console, lines: Sequence[Line], told: Told) -> None:
     for section in dict.fromkeys((line.basis, line.section) for line in lines):
         shown = [line for line in lines if (line.basis, line.section) == section]
         console.print(_table(*section, shown))
-        notes = {line.note: None for line in shown if line.note}
-        for i, note in enumerate(notes, 1):
+        for i, note in enumerate(_notes(shown), 1):
             console.print(f"({i}) {note}", style="dim", highlight=False, markup=False)
         console.print()
     for remark in told.remarks:
@@ -45,23 +45,20 @@ def print_table(console: Console, lines: Sequence[Line], told: Told) -> None:
 
 
 def _table(basis: str, section: str, lines: Sequence[Line]) -> Table:
-    notes = list(dict.fromkeys(line.note for line in lines if line.note))
-    compared = any(line.rivals for line in lines)
+    notes, compared = _notes(lines), any(line.rivals for line in lines)
     table = Table(
-        title=f"{section} [{basis}]".replace("[", r"\["), title_justify="left", title_style="bold", show_edge=False,
-        pad_edge=False,
+        title=escape(f"{section} ({basis})"), title_justify="left", title_style="bold", show_edge=False, pad_edge=False
     )  # fmt: skip
-    table.add_column("check", overflow="fold")
-    for heading in ("basis", "cases", OWN, "median", "worst", "target"):
+    table.add_column(HEADS[0], overflow="fold")
+    for heading in HEADS[1:7]:
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table.add_column(HEADS[7], no_wrap=True)
     for heading in (SAME, *RIVALS) if compared else ():
         table.add_column(heading, justify="right", overflow="fold")
     for line in lines:
-        mark = f"({notes.index(line.note) + 1})" if line.note else ""
-        verdict = f"[red]{line.verdict}[/red]" if line.reached is False else line.verdict
-        cells = (*cells_of(line)[:7], verdict) if not compared else (*cells_of(line)[:7], verdict, *cells_of(line)[8:])
-        table.add_row(f"{escape(cells[0])} {mark}".rstrip(), *cells[1:])
+        cells = list(cells_of(line)[: len(table.columns)])
+        cells[7] = f"[red]{cells[7]}[/red]" if line.reached is False else cells[7]
+        table.add_row(f"{escape(cells[0])} {_mark(line, notes)}".rstrip(), *cells[1:])
     return table
 
 
@@ -109,38 +106,37 @@ def verdict(lines: Sequence[Line]) -> str:
 
 
 def write_page(path: Path, lines: Sequence[Line], told: Told) -> None:
-    """The same as Markdown."""
-    text = [
-        "# Profiles against truth, and against their rivals",
-        "",
-        f"Written by `{told.command}`. {verdict(lines)}.",
-        "",
-    ]
-    text += [f"- {remark}" for remark in told.remarks]
+    """The same as Markdown; the command is the one that makes it anew."""
+    text = ["# Profiles against truth, and against their rivals", ""]
+    text += [f"Written by `{told.command}`. {verdict(lines)}.", "", *(f"- {remark}" for remark in told.remarks)]
     for basis, section in dict.fromkeys((line.basis, line.section) for line in lines):
         shown = [line for line in lines if (line.basis, line.section) == (basis, section)]
-        compared = any(line.rivals for line in shown)
-        heads = (
-            "check",
-            "basis",
-            "cases",
-            OWN,
-            "median",
-            "worst",
-            "target",
-            "",
-            *((SAME, *RIVALS) if compared else ()),
-        )
-        text += ["", f"## {section[0].upper()}{section[1:]} ({basis})", "", f"| {' | '.join(heads)} |"]
-        text += [f"| --- | --- |{' ---: |' * (len(heads) - 2)}"]
-        for line in shown:
-            cells = list(cells_of(line)[: len(heads)])
-            cells[7] = f"**{cells[7]}**" if line.reached is False else cells[7]
-            cells[8:] = [f"**{c}**" if c.endswith(WINS) else c for c in cells[8:]]
-            text.append(f"| {' | '.join(cells)} |")
-        text += ["", *(f"- {line.check}: {line.note}" for line in shown if line.note)]
+        text += ["", f"## {section[0].upper()}{section[1:]} ({basis})", "", *_markdown(shown)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
+
+
+def _markdown(lines: Sequence[Line]) -> list[str]:
+    """The table of one section, and its notes."""
+    compared = any(line.rivals for line in lines)
+    heads = (*HEADS, *((SAME, *RIVALS) if compared else ()))
+    notes = _notes(lines)
+    text = [f"| {' | '.join(heads)} |", f"| --- | --- |{' ---: |' * (len(heads) - 2)}"]
+    for line in lines:
+        cells = list(cells_of(line)[: len(heads)])
+        cells[0] = f"{cells[0]} {_mark(line, notes)}".rstrip()
+        cells[7] = f"**{cells[7]}**" if line.reached is False else cells[7]
+        cells[8:] = [f"**{c}**" if c.endswith(WINS) else c for c in cells[8:]]
+        text.append(f"| {' | '.join(cells)} |")
+    return [*text, "", *(f"- ({i}) {note}" for i, note in enumerate(notes, 1))]
+
+
+def _notes(lines: Sequence[Line]) -> list[str]:
+    return list(dict.fromkeys(line.note for line in lines if line.note))
+
+
+def _mark(line: Line, notes: Sequence[str]) -> str:
+    return f"({notes.index(line.note) + 1})" if line.note else ""
 
 
 def write_summary(path: Path, lines: Sequence[Line], told: Told) -> None:
