@@ -43,7 +43,7 @@ def test_a_plain_install_says_what_to_install(command: list[str], tmp_path: Path
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environ)
 
     assert done.returncode == 2, done.stderr
-    assert "from the checkout: pip install '.[vllm,nvml,client,simulate]'. Nothing was started" in done.stderr
+    assert "from the checkout: pip install '.[vllm,nvml,client,simulate,evaluate]'. Nothing was started" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 

@@ -8,7 +8,7 @@ from pals.core.errors import INSTALL, ConfigError
 
 PACKAGES = {  # by module
     "vllm": "vllm", "pynvml": "nvidia-ml-py", "aiohttp": "aiohttp", "matplotlib": "matplotlib", "scipy": "scipy",
-    "pyarrow": "pyarrow", "numba": "numba",
+    "pyarrow": "pyarrow", "numba": "numba", "sklearn": "scikit-learn",
 }  # fmt: skip
 
 

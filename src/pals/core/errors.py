@@ -1,7 +1,7 @@
 """The error classes; each answers one of: fix your input, retry, or fall back to a safe state."""
 
 #: How to get the optional packages; the package is not on an index yet.
-INSTALL = "from the checkout: pip install '.[vllm,nvml,client,simulate]'"
+INSTALL = "from the checkout: pip install '.[vllm,nvml,client,simulate,evaluate]'"
 
 
 class PalsError(Exception):

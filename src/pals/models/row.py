@@ -21,7 +21,7 @@ class ProfileRow:
     tokens_per_s: float  # output tokens
     prefill_tokens_per_s: float
     steps_per_s: float
-    sm_clock_mhz: float  # of the slowest board, mean of the readings
+    sm_clock_mhz: float | None  # of the slowest board, mean of the readings; None: not measured
     ttft_p50_s: float | None = None  # None: too few requests got a first token
     ttft_p95_s: float | None = None
     tpot_p50_s: float | None = None  # None: too few requests ended
@@ -48,5 +48,5 @@ class ProfileRow:
         refuse_nan(self)
         if min(self.power_limit_w, self.active_sequences, self.running, self.power_w, self.tokens_per_s) <= 0:
             raise ValueError(f"a figure is not above 0: {self.to_dict()}")
-        if self.steps_per_s <= 0 or self.sm_clock_mhz <= 0 or self.window_s <= 0:
+        if self.steps_per_s <= 0 or (self.sm_clock_mhz or 1.0) <= 0 or self.window_s <= 0:
             raise ValueError(f"a figure is not above 0: {self.to_dict()}")

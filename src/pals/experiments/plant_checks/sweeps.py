@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 LOW_POINT = 1.0 / 6.0  # of the range of settings
 MMBT, CLUB = "mmbt-vllm-powercap", "club3090-powercap"
 #: What the table of clock locks leaves to its README.
-LOCK_GRID_MODEL, LOCK_GRID_GPU = "Gemma-4-31B INT4 + MTP", "RTX 5090"
+LOCK_GRID_MODEL, LOCK_GRID_GPU, LOCK_GRID_STREAMS = "Gemma-4-31B INT4 + MTP", "RTX 5090", 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,7 @@ class Sweep:
     clock_mhz: Floats  # NaN where it was not measured
     p99_w: Floats  # of the draw; NaN where it was not measured
     memory_share: float = 1.0  # of the board's top memory clock
+    streams: int = 1  # requests in flight
 
     @property
     def key(self) -> str:
@@ -91,7 +92,8 @@ def read_lock_grid(folder: Path) -> list[Sweep]:
     )
     memory = np.asarray(t["mem_mhz_locked"], float)
     t |= {"tokens_s": _both_prompts(t), "setting": t["sm_mhz_locked"], "clock_mhz": t["sm_mhz_locked"]}
-    fixed = {"data": CLUB, "gpu": LOCK_GRID_GPU, "kind": "dense", "phase": "decode", "model": LOCK_GRID_MODEL}
+    fixed: dict[str, Any] = {"data": CLUB, "gpu": LOCK_GRID_GPU, "kind": "dense", "phase": "decode", "model": LOCK_GRID_MODEL}
+    fixed["streams"] = LOCK_GRID_STREAMS
     found = []
     for name, mhz in sorted(set(zip(t["sweep"], memory, strict=True))):
         rows = (t["sweep"] == name) & (memory == mhz)
@@ -108,21 +110,27 @@ def _mmbt(folder: Path) -> list[Sweep]:
     t["p99_w"] = t["power_p99_w"]
     return [
         _sweep(
-            t, rows, data=MMBT, name=f"{model}, {n} streams", gpu=gpu, kind=kind, phase="decode", model=model, lock=False
+            t, rows, data=MMBT, name=f"{model}, {n} streams", gpu=gpu, kind=kind, phase="decode", model=model, lock=False,
+            streams=int(n),
         )
         for (gpu, model, kind, n), rows in _groups(t, "gpu", "model", "kind", "concurrency")
     ]  # fmt: skip
 
 
 def _club(folder: Path) -> list[Sweep]:
-    names = ["sweep", "gpu", "model", "model_kind", "mode", "cap_w", "draw_w", "sm_mhz"]
+    names = ["sweep", "gpu", "model", "model_kind", "mode", "cap_w", "draw_w", "sm_mhz", "concurrency"]
     t = read_table(folder / CLUB / "power_cap_sweeps.csv", [*names, "tps_narr", "tps_code", "tps_prefill"])
     t["tokens_s"] = np.where(t["mode"] == "prefill", np.asarray(t["tps_prefill"], float), _both_prompts(t))
     t |= {"setting": t["cap_w"], "clock_mhz": t["sm_mhz"]}
     return [
-        _sweep(t, rows, data=CLUB, name=f"{name}, {mode}", gpu=gpu, kind=kind, phase=mode, model=model, lock=False)
-        for (name, gpu, kind, mode, model), rows in _groups(t, "sweep", "gpu", "model_kind", "mode", "model")
-    ]
+        _sweep(
+            t, rows, data=CLUB, name=f"{name}, {mode}", gpu=gpu, kind=kind, phase=mode, model=model, lock=False,
+            streams=int(n),
+        )
+        for (name, gpu, kind, mode, model, n), rows in _groups(
+            t, "sweep", "gpu", "model_kind", "mode", "model", "concurrency"
+        )
+    ]  # fmt: skip
 
 
 def _both_prompts(t: dict[str, Any]) -> Floats:

@@ -1,0 +1,1 @@
+"""What `pals profile evaluate` prints: fitted profiles and their rivals on the same rows, simulated and measured."""
