@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pals.cli.extras import require
+from pals.cli.profile_evaluate import add_evaluate
 from pals.core.errors import ConfigError
 from pals.runtime.config import MODES
 
@@ -126,7 +127,7 @@ def add_show(kinds: Any) -> None:
 
 
 #: What `pals profile` does besides measuring a running engine; each adds its parser and names its function.
-KINDS: tuple[Callable[[Any], None], ...] = (add_simulate, add_show)
+KINDS: tuple[Callable[[Any], None], ...] = (add_simulate, add_show, add_evaluate)
 
 
 def _measure(args: argparse.Namespace) -> int:

@@ -132,7 +132,7 @@ class Profile:
         try:
             data = json.loads(text, parse_constant=_refuse)
             if not isinstance(data, dict):
-                raise ValueError("it holds no object")
+                raise ValueError("it holds no object")  # noqa: TRY004 - one kind for all that is wrong with a file
             written_as = data.pop("format", None)
             if written_as != FORMAT:
                 raise ConfigError(
