@@ -82,7 +82,7 @@ def cells_of(line: Line) -> tuple[str, ...]:
 
 def number(value: float, unit: str) -> str:
     """A figure with its unit."""
-    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2
     return f"{value:.{digits}f} {unit}".rstrip()
 
 
