@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from pals.cli.profile_evaluate import add_evaluate, evaluate
-from pals.core.errors import ConfigError
 from pals.core.load import Mix
 from pals.experiments.profile_checks.case import SIMULATED, Case
-from pals.experiments.profile_checks.combination import combinations, simulation_of
 from pals.experiments.profile_checks.judge import Judged, judge_case
-from pals.experiments.profile_checks.kept import JUDGED, SOURCES, keep, read_kept
 from pals.experiments.profile_checks.line import Line
 from pals.experiments.profile_checks.own import OWN, own
 from pals.experiments.profile_checks.question import QUANTITIES, Learned, Question, Told
 from pals.experiments.profile_checks.regret import choose, judge, measured_figures, scenarios_of
 from pals.experiments.profile_checks.rivals import RIVALS, TREES, features_of
-from pals.experiments.profile_checks.run import Job, run_job, usable
 from pals.experiments.profile_checks.score import Score, added, score
 from pals.experiments.profile_checks.silicon import batch_cases, cap_cases
 from pals.experiments.profile_checks.splits import (
@@ -336,65 +329,6 @@ def test_measured_sweeps_become_rows_of_what_was_measured() -> None:
         assert all(isinstance(s, Split) for s in c.splits())
 
 
-# ---- what is kept, and the command
-
-
-def test_every_source_that_decides_a_result_is_in_its_digest(tmp_path: Path) -> None:
-    for pattern in JUDGED:
-        assert list(SOURCES.glob(pattern)), pattern
-    keep(tmp_path / "a.json", JUDGED, {"figure": 1.5})
-    assert (read_kept(tmp_path / "a.json", JUDGED) or {})["figure"] == 1.5
-    assert read_kept(tmp_path / "a.json", ("core",)) is None  # other code made it
-    assert read_kept(tmp_path / "none.json", JUDGED) is None
-
-
-def test_a_result_without_rivals_does_not_serve_where_they_are_asked_for(tmp_path: Path) -> None:
-    job = Job(subject=case(), rivals=False, folder=tmp_path)
-    keep(job.path, JUDGED, {"rivals": False, "levels": True, "judged": judged(Scaled(1.02)).to_dict()})
-    served = run_job(job)
-    assert isinstance(served, Judged)
-    assert served.name == "toy"
-    assert job.path == replace(job, rivals=True).path
-    kept = read_kept(job.path, JUDGED)
-    assert kept is not None
-    assert not usable(kept, replace(job, rivals=True))
-    assert usable(kept, job)
-
-
-def test_combinations_fit_their_boards_and_never_take_the_default_constants() -> None:
-    found = combinations(seeds=(1,))
-    names = {(c.model, c.boards) for c in found}
-    assert ("meta-llama/Llama-3.1-70B", "h100-sxm5-80gb") not in names  # 140 GB of weights
-    assert ("openai-community/gpt2", "8xh200-sxm5-141gb") not in names  # 12 heads on 8 boards
-    assert ("deepseek-ai/DeepSeek-V3", "8xh200-sxm5-141gb") in names
-    assert all(simulation_of(c).perturb_seed == 1 for c in found[:2])
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["--seeds", "0"], "at least 1"),
-        (["--seeds", "a"], "whole numbers"),
-        (["--workers", "0"], "--workers"),
-        (["--record", "--quick"], "every case"),
-        (["--boards", "l4"], "known here"),
-        (
-            ["--models", "mistral-7b", "--boards", "h100-sxm5-80gb", "--seeds", "1", "--data", "/nowhere"],
-            "not in /nowhere",
-        ),
-    ],
-)
-def test_what_cannot_be_evaluated_is_refused_before_anything_runs(
-    options: list[str], says: str, tmp_path: Path
-) -> None:
-    parser = argparse.ArgumentParser()
-    add_evaluate(parser.add_subparsers())
-    args = parser.parse_args(["evaluate", "--out", str(tmp_path / "out"), *options])
-    with pytest.raises(ConfigError, match=says):
-        evaluate(args)
-    assert not (tmp_path / "out").exists()
-
-
 def test_what_caution_costs_is_shown_beside_it() -> None:
     vague = {line.check: line for line in lines_of([judged(Scaled(1.0, low=0.7, high=1.4), rivals=1.0)])}
     bold = vague["regret in tokens/J, targets kept, by values"]
@@ -410,19 +344,3 @@ def test_the_profile_refuses_a_point_alone() -> None:
     refused = {r.power_limit_w for r, value in zip(grid(), told["power_w"].value, strict=True) if np.isnan(value)}
     assert 100.0 in refused
     assert not refused & {300.0, 400.0}
-
-
-@pytest.mark.slow
-def test_the_quick_evaluation_prints_its_table_and_goes_on_where_it_was(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    parser = argparse.ArgumentParser()
-    add_evaluate(parser.add_subparsers())
-    args = parser.parse_args(["evaluate", "--quick", "--workers", "1", "--out", str(tmp_path)])
-    assert evaluate(args) in (0, 1)
-    first = capsys.readouterr().out
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json") if path.name != "summary.json"}
-    assert evaluate(args) in (0, 1)
-    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
-    assert "regret in tokens/J" in first
-    assert (tmp_path / "profile-evaluation.md").read_text().startswith("# Profiles against truth")

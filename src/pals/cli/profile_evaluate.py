@@ -34,7 +34,11 @@ def add_evaluate(subparsers: Any) -> None:
     p.add_argument("--boards", metavar="A,B", help="4xa100-sxm4-80gb, h100-sxm5-80gb, 8xh200-sxm5-141gb (default: all)")
     p.add_argument("--seeds", metavar="A,B", help="of the plants' constants, at least 1 (default 1 to 10)")
     p.add_argument(
-        "--rival-seeds", type=int, default=3, metavar="N", help="judge the rivals on the first N of them (default 3); 0: nowhere"
+        "--rival-seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="judge the rivals on the first N of them (default 3); 0: nowhere",
     )
     p.add_argument(
         "--level-seeds", type=int, default=3, metavar="N", help="withhold levels on the first N of them (default 3)"
