@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pals.core.errors import OutsideProfileError
 from pals.core.load import Load, Mix
 from pals.core.quantities import OperatingPoint, Prediction
+from pals.models.crowd import FEW_MORE, Crowd
 from pals.models.engine_facts import EngineFacts
 from pals.models.fit import Calibration, fit_rows, precision_at
 from pals.models.forecast import Estimates, Forecast
@@ -35,6 +36,7 @@ DESIGN_OUTPUTS = ("power", "step", "tpot_p95", "ttft_p95")
 Level = TypeVar("Level", int, float)
 _DESIGN = (0, 1, 4, 6)  # their places in OBSERVED
 _AT = {name: i for i, name in enumerate((*OBSERVED, *UNSEEN))}
+_TPOT = _AT["tpot_p50_s"]
 MOST_LEVELS = 12  # of each lever among the points to choose from
 
 
@@ -125,18 +127,30 @@ class Fitted:
 
     def told(self, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
         """Logarithms of OBSERVED and UNSEEN, shape (quantities, points), whether or not anything was measured near."""
-        v = values_of(self.x)
-        here = told(v, self.base, self._conditions(points, load))
+        v, at = values_of(self.x), self._conditions(points, load)
+        here = told(v, self.base, at)
         if load.prefill_tokens_per_s is None:
             return here
-        # where less arrives than one sequence at a time would do, the boards idle for the rest of the time
         tokens = _AT["tokens_per_s"]
         asked = load.prefill_tokens_per_s / load.mix.prefill_per_output
+        # where less arrives than one sequence at a time would do, the boards idle for the rest of the time
         duty = np.maximum(1e-9, np.minimum(1.0, asked / np.exp(here[tokens])))
+        n, slots = at.work.sequences[at.batch], self._slots(points, load)
+        slower = self._tpot_s(n * FEW_MORE, points, load) / np.exp(here[_TPOT])
+        crowd = Crowd.of(n * duty, slots, slower, FEW_MORE)
+        then = told(v, self.base, self._at(crowd.during_answers, points, load))
+        first = told(v, self.base, self._at(crowd.at_arrival, points, load))
+        here[_AT["tpot_p95_s"]] = then[_AT["tpot_p95_s"]]
+        waits_s = crowd.waiting * np.exp(first[_TPOT]) * load.mix.output_tokens / slots
+        here[_AT["ttft_p95_s"]] = np.log(np.exp(first[_AT["ttft_p95_s"]]) + waits_s)
         idle_w = v.static * self.base.static_w * self.facts.boards
         here[tokens] += np.log(duty)
         here[0] = np.log(duty * np.exp(here[0]) + (1.0 - duty) * idle_w)
         return here
+
+    def _tpot_s(self, n: FloatArray, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
+        """Median time per output token of each point with so many sequences."""
+        return np.asarray(np.exp(told(values_of(self.x), self.base, self._at(n, points, load))[_TPOT]))
 
     def half_widths(self, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
         """Half the 90 % intervals of the logarithms of OBSERVED, UNSEEN and tokens per joule, shape (quantities + 1, points).
@@ -213,13 +227,20 @@ class Fitted:
 
     def _conditions(self, points: Sequence[OperatingPoint], load: Load) -> Conditions:
         """The points as the model takes them: sequences that the load, the engine and its cache allow."""
-        n = np.array([float(p.active_sequences or self.facts.launch_sequences) for p in points])
-        context = load.context_tokens or load.mix.context_tokens
-        n = np.minimum(n, max(1.0, self.kv_tokens / context))
+        n = self._slots(points, load)
         if load.running is not None:
             n = np.minimum(n, max(1.0, load.running))
         if load.prefill_tokens_per_s is not None:
             n = self._served(points, n, load)
+        return self._at(n, points, load)
+
+    def _slots(self, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
+        """Sequences that each point and the KV cache have room for."""
+        n = np.array([float(p.active_sequences or self.facts.launch_sequences) for p in points])
+        return np.asarray(np.minimum(n, max(1.0, self.kv_tokens / (load.context_tokens or load.mix.context_tokens))))
+
+    def _at(self, n: FloatArray, points: Sequence[OperatingPoint], load: Load) -> Conditions:
+        """The points with so many sequences each."""
         work, batch = self._batches(n, load)
         limits = np.array([p.power_limit_w for p in points])
         ceilings = np.array([float(p.sm_clock_mhz or FREE_MHZ) for p in points])

@@ -1,0 +1,39 @@
+"""How many requests run at a time when they arrive at random: the number fluctuates, and the tail of latency is where it is high.
+
+Poisson arrivals, and service that slows down as more share it: linearised about the mean r, the number has variance r / (1 − e),
+e the elasticity of the time per token in the number (the diffusion limit of a birth-death process). What exceeds the slots waits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
+FEW_MORE = 1.1  # factor on the number, for the elasticity
+MOST_ELASTIC = 0.85  # above it the linearisation ends
+P95 = 1.645
+AVERAGED = 0.75  # of the variance is left in a mean over a request's life, which is about as long as the number's memory
+
+
+class Crowd(NamedTuple):
+    """Sequences that run, 95th percentiles, shape (points,)."""
+
+    during_answers: FloatArray  # mean over a request's life
+    at_arrival: FloatArray
+    waiting: FloatArray  # requests that find no slot then
+
+    @staticmethod
+    def of(running: FloatArray, slots: FloatArray, slower: FloatArray, more: float) -> Crowd:
+        """`slower`: factor on the time per token with `more` times as many running."""
+        elasticity = np.clip(np.log(slower) / np.log(more), 0.0, MOST_ELASTIC)
+        deviation = np.sqrt(running / (1.0 - elasticity))
+        high = running + P95 * deviation
+        return Crowd(
+            np.clip(running + P95 * np.sqrt(AVERAGED) * deviation, 1.0, slots),
+            np.clip(high, 1.0, slots),
+            np.maximum(0.0, high - slots),
+        )
