@@ -92,7 +92,13 @@ def read_lock_grid(folder: Path) -> list[Sweep]:
     )
     memory = np.asarray(t["mem_mhz_locked"], float)
     t |= {"tokens_s": _both_prompts(t), "setting": t["sm_mhz_locked"], "clock_mhz": t["sm_mhz_locked"]}
-    fixed: dict[str, Any] = {"data": CLUB, "gpu": LOCK_GRID_GPU, "kind": "dense", "phase": "decode", "model": LOCK_GRID_MODEL}
+    fixed: dict[str, Any] = {
+        "data": CLUB,
+        "gpu": LOCK_GRID_GPU,
+        "kind": "dense",
+        "phase": "decode",
+        "model": LOCK_GRID_MODEL,
+    }
     fixed["streams"] = LOCK_GRID_STREAMS
     found = []
     for name, mhz in sorted(set(zip(t["sweep"], memory, strict=True))):
