@@ -57,7 +57,7 @@ def rows_at(
         )
         for p in where
     ]  # fmt: skip
-    exact = told(values_of(truth), base_of(FACTS), conditions_of(blank, MIXES))[: len(OBSERVED)]
+    exact = told(values_of(truth), base_of(FACTS), conditions_of(blank, MIXES, FACTS.step_tokens))[: len(OBSERVED)]
     seen = np.exp(exact + noise * np.random.default_rng(seed).standard_normal(exact.shape))
     return tuple(_row(b, dict(zip(OBSERVED, seen[:, i].tolist(), strict=True))) for i, b in enumerate(blank))
 

@@ -404,6 +404,6 @@ def test_rows_are_seen_under_the_prefill_they_had() -> None:
     rows = rows_at(points((400.0,), (16,)), mix=0)
     thin = [replace(rows[0], prefill_tokens_per_s=0.5 * rows[0].prefill_tokens_per_s)]
     v = values_of(TRUTH)
-    full, less = (told(v, BASE, conditions_of(r, MIXES))[1, 0] for r in (rows, thin))
+    full, less = (told(v, BASE, conditions_of(r, MIXES, FACTS.step_tokens))[1, 0] for r in (rows, thin))
 
     assert less < full

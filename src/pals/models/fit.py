@@ -62,7 +62,7 @@ def fit_rows(rows: Sequence[ProfileRow], mixes: Sequence[Mix], facts: EngineFact
         width = np.full(len(FIRST_NOISE), NORMAL_HALF_WIDTH)
         unknown = np.full(len(FIRST_NOISE), np.nan)
         return Fit(x, Calibration(noise, width, unknown, unknown))
-    at, seen = conditions_of(rows, mixes), observations_of(rows)
+    at, seen = conditions_of(rows, mixes, b.step_tokens), observations_of(rows)
     for _ in range(PASSES):
         x = _least_squares(x, b, at, seen, noise)
         left_out, spread = _left_out(x, b, at, seen, noise)
@@ -118,7 +118,7 @@ def precision_at(
     """Inverse covariance of x after these rows, priors included."""
     if not rows:
         return np.eye(len(x))
-    return _weighted(x, b, conditions_of(rows, mixes), observations_of(rows), noise).precision
+    return _weighted(x, b, conditions_of(rows, mixes, b.step_tokens), observations_of(rows), noise).precision
 
 
 def _weighted(x: FloatArray, b: Base, at: Conditions, seen: FloatArray, noise: FloatArray) -> _Weighted:

@@ -74,7 +74,8 @@ class Fitted:
     @cached_property
     def kv_tokens(self) -> float:
         """KV tokens that the cache held when rows ran into its end; infinite where none did."""
-        full = [r for r in self.rows if sequences_of(r) < r.active_sequences > 1]
+        tokens = self.facts.step_tokens
+        full = [r for r in self.rows if sequences_of(r, self.mixes[r.mix], tokens) < r.active_sequences > 1]
         return max((r.running * self.mixes[r.mix].context_tokens for r in full), default=math.inf)
 
     @cached_property

@@ -34,15 +34,17 @@ class Conditions(NamedTuple):
     mid_step: bool = False  # requests arrive at any time, not when another ends
 
 
-def sequences_of(row: ProfileRow) -> float:
+def sequences_of(row: ProfileRow, mix: Mix, step_tokens: int) -> float:
     """How many sequences shared the engine: its limit, unless fewer had room in the KV cache.
 
-    A gauge read between steps misses those that have ended and those that take their place, at most a few.
+    A gauge read between steps misses those that have ended and those that take their place, at most a few; and where steps
+    are full of prompts no more run than those can feed, whatever the cache.
     """
-    return float(row.active_sequences) if row.running > FULL * row.active_sequences else round(row.running, 2)
+    fed = mix.output_tokens * step_tokens / mix.prompt_tokens
+    return float(row.active_sequences) if row.running > FULL * min(row.active_sequences, fed) else round(row.running, 2)
 
 
-def conditions_of(rows: Sequence[ProfileRow], mixes: Sequence[Mix]) -> Conditions:
+def conditions_of(rows: Sequence[ProfileRow], mixes: Sequence[Mix], step_tokens: int) -> Conditions:
     """Under which the rows were measured, with the share of prefill that each really had."""
     kinds: dict[tuple[float, int, float, float], int] = {}
     batch = np.empty(len(rows), np.intp)
@@ -50,7 +52,7 @@ def conditions_of(rows: Sequence[ProfileRow], mixes: Sequence[Mix]) -> Condition
         ratio = (
             r.prefill_tokens_per_s / r.tokens_per_s if r.prefill_tokens_per_s > 0 else mixes[r.mix].prefill_per_output
         )
-        key = (sequences_of(r), r.mix, round(ratio, 4), r.distinct_experts or np.nan)
+        key = (sequences_of(r, mixes[r.mix], step_tokens), r.mix, round(ratio, 4), r.distinct_experts or np.nan)
         batch[i] = kinds.setdefault(key, len(kinds))
     like = [mixes[mix] for _, mix, _, _ in kinds]
     work = Work(

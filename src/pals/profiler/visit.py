@@ -72,7 +72,7 @@ class Visitor:
         self._full = OperatingPoint(power_limit_w=max(plan.limits_w))
         self._mix: Mix | None = None
         self._in_flight = 0
-        crowded = [r for r in known if sequences_of(r) < r.active_sequences]
+        crowded = [r for r in known if sequences_of(r, plan.mixes[r.mix], facts.step_tokens) < r.active_sequences]
         #: Requests that run at once, where that was found to be fewer than wanted.
         self._room = {plan.mixes[r.mix]: max(1, round(r.running)) for r in crowded}
         self._notes: list[str] = []
