@@ -41,7 +41,11 @@ def add_evaluate(subparsers: Any) -> None:
         help="judge the rivals on the first N of them (default 3); 0: nowhere",
     )
     p.add_argument(
-        "--level-seeds", type=int, default=3, metavar="N", help="withhold levels on the first N of them (default 3)"
+        "--level-seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="withhold levels and choose points on N plants of each (default 1)",
     )
     p.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default 2)")
     p.add_argument("--no-simulated", action="store_true", help="measured sets alone")
@@ -112,8 +116,10 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     seeds, jobs = seeds_of(args.seeds) or SEEDS, []
     if not args.no_simulated:
         found = combinations(names_of(args.models), names_of(args.boards), seeds)
-        rivals, levels = set(seeds[: args.rival_seeds]), set(seeds[: args.level_seeds])
-        jobs += [Job(subject=c, rivals=c.seed in rivals, levels=c.seed in levels, folder=args.out) for c in found]
+        engines = list(dict.fromkeys((c.model, c.boards) for c in found))
+        for c in found:  # each engine begins with another plant, so that every plant has its turn
+            turn = (seeds.index(c.seed) - engines.index((c.model, c.boards))) % len(seeds)
+            jobs.append(Job(subject=c, rivals=turn < args.rival_seeds, levels=turn < args.level_seeds, folder=args.out))
     if not args.no_silicon:
         cases = silicon_cases(data_folder(args.data))
         jobs += [Job(subject=case, rivals=args.rival_seeds > 0, folder=args.out) for case in cases]

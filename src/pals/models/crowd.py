@@ -16,7 +16,9 @@ FloatArray = NDArray[np.float64]
 FEW_MORE = 1.1  # factor on the number, for the elasticity
 MOST_ELASTIC = 0.85  # above it the linearisation ends
 P95 = 1.645
-AVERAGED = 0.75  # of the variance is left in a mean over a request's life, which is about as long as the number's memory
+AVERAGED = (
+    0.75  # of the variance is left in a mean over a request's life, which is about as long as the number's memory
+)
 
 
 class Crowd(NamedTuple):

@@ -31,7 +31,7 @@ SHARE = 0.9  # of the intervals
 NORMAL_HALF_WIDTH = 1.645  # of a normal law at that share
 WIDEST, NARROWEST = 3.0, 0.4  # what noise may become, relative to FIRST_NOISE
 ENOUGH = 12  # rows of a quantity before its noise and width are its own
-FEW_ROWS = 3.0  # of which over their number widths grow: a quantile of few rows is itself uncertain
+FEW_ROWS = 2.0  # of which over their number widths grow: a quantile of few rows is itself uncertain
 
 
 class Calibration(NamedTuple):

@@ -19,7 +19,7 @@ from pals.models.row import ProfileRow
 FloatArray = NDArray[np.float64]
 WIDER_PER_STEP = 2.0  # one step outside, half widths are 1 + this times as large ...
 CORNER = 0.06  # ... and this much more: below the lowest limit physics may turn a corner
-WIDER_BETWEEN = 0.3  # a step from the next level measured, half widths are 1 + this times as large
+WIDER_BETWEEN = 0.15  # a step from the next level measured, half widths are 1 + this times as large
 
 
 class Range(NamedTuple):

@@ -56,6 +56,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("tpot_spread", log(0.85), 0.25),  # of the chance that decoding meets prefill, relative to independence
     Parameter("tpot_floor", log(0.01), 0.7),  # p95 over the median where nothing disturbs
     Parameter("ttft", 0.0, 0.05),
+    Parameter("crowding", log(0.25), 0.4),  # longer TTFT where steps are full of prompts, relative
     *(Parameter(f"correction_{2 ** int(a)}", 0.0, CORRECTION_SD, False) for a in ANCHORS),
 )
 NAMES = tuple(p.name for p in PARAMETERS)
@@ -97,6 +98,7 @@ class Values(NamedTuple):
     tpot_spread: Any
     tpot_floor: Any
     ttft: Any
+    crowding: Any
     corrections: FloatArray  # of the logarithm, shape (anchors,) or (batches, anchors)
 
 

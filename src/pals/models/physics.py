@@ -29,6 +29,7 @@ GRAPH_TOKENS = (
 )
 SHARP = 8.0  # of the soft minima and maxima between regimes
 MOST_PIECES = 9  # steps that one prompt may take
+CROWDED = 3.0  # power of the share of a step that prompts fill, by which first tokens wait longer
 TILE_TOKENS = 16.0  # rows of an expert's smallest tile
 
 
@@ -366,7 +367,7 @@ def latencies(v: Values, w: Work, s: Steps, settled: Settled, batch: NDArray[np.
     (`mid_step`: an open load, not a closed loop) waits for the rest of that too.
     """
     if np.ndim(v.ttft):
-        v = v._replace(**{name: getattr(v, name)[batch] for name in ("ttft", "tpot_floor", "tpot_spread")})
+        v = v._replace(**{name: getattr(v, name)[batch] for name in ("ttft", "crowding", "tpot_floor", "tpot_spread")})
     alone = 1.0 - 1.0 / np.maximum(1.0, w.sequences[batch])
     meets = 1.0 - (1.0 - np.minimum(s.share[batch], 1.0 - 1e-9)) ** alone
     extra_s = settled.prefill_s - settled.decode_s
@@ -383,11 +384,13 @@ def latencies(v: Values, w: Work, s: Steps, settled: Settled, batch: NDArray[np.
     share = np.where(w.sequences[batch] > 1.0, meets, 0.0)[:, None]
     weights = np.concatenate([(1.0 - share) * _OWN_WEIGHT, share * _OWN_WEIGHT], axis=1)
     rest_s = 0.5 * settled.step_s if mid_step else 0.0
+    fullness = s.share[batch] * s.prefill[batch] / full  # of the steps, with prompts
+    longer = v.ttft * (1.0 + v.crowding * fullness**CROWDED)
     return Latencies(
         tpot_p50_s=mean_s,
         tpot_p95_s=mean_s * (1.0 + v.tpot_floor) + 1.645 * v.tpot_spread * deviation_s,
-        ttft_p50_s=v.ttft * (quantile(atoms, weights, 0.5) + rest_s),
-        ttft_p95_s=v.ttft * (quantile(atoms, weights, 0.95) + 1.6 * rest_s),
+        ttft_p50_s=longer * (quantile(atoms, weights, 0.5) + rest_s),
+        ttft_p95_s=longer * (quantile(atoms, weights, 0.95) + 1.6 * rest_s),
     )
 
 

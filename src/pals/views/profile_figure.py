@@ -249,7 +249,9 @@ def _gain(axes: Any, load: Sequence[float], found: Sequence[BestPoint], was: flo
 
 
 def _residuals(figure: Any, model: Fitted) -> None:
-    expected = np.exp(told(values_of(model.x), model.base, conditions_of(model.rows, model.mixes)))
+    expected = np.exp(
+        told(values_of(model.x), model.base, conditions_of(model.rows, model.mixes, model.facts.step_tokens))
+    )
     ratio = np.exp(observations_of(model.rows)) / expected
     mix = np.array([r.mix for r in model.rows])
     grid, handles = figure.subplots(2, 3), list[Any]()

@@ -24,6 +24,7 @@ class Case:
     rows: tuple[ProfileRow, ...]  # the grid, or everything that was measured
     seed: int
     swept: tuple[ProfileRow, ...] = ()
+    choices: tuple[ProfileRow, ...] = ()  # finer than the grid: what is chosen among
     unswept: tuple[ProfileRow, ...] = ()  # under the last of the mixes, which no other row has
     knob: str = ""  # of a measured sweep: "limit", "batch" or "clock"
     levels: bool = True  # whether levels of a grid are withheld too, which takes most of the time

@@ -23,6 +23,7 @@ SEEDS = tuple(range(1, 11))
 LIMITS = 7  # levels of the grid
 BATCHES = (32, 8, 4, 2, 1)  # the launch limit over these
 LOCK_SHARES = (0.4, 0.55, 0.7, 0.85)  # of the top clock
+FINE_LIMITS, FINE_LOCKS = 19, (0.4, 0.95, 16)  # where points are chosen: limits; locks from, to, how many
 LAUNCH, LEAST_LAUNCH = 256, 16  # active sequences; the most that the KV cache holds of the longest mix
 
 
@@ -95,9 +96,18 @@ def launch_of(sim: Simulation) -> int:
 
 def grid_of(sim: Simulation) -> list[OperatingPoint]:
     """Limits × sequences without a lock, and locks × sequences at the default limit."""
+    return _crossed(sim, LIMITS, LOCK_SHARES)
+
+
+def choices_of(sim: Simulation) -> list[OperatingPoint]:
+    """As the grid, with limits and locks so near to one another that a controller would hardly want them nearer."""
+    return _crossed(sim, FINE_LIMITS, tuple(np.linspace(*FINE_LOCKS).tolist()))
+
+
+def _crossed(sim: Simulation, limits: int, lock_shares: Sequence[float]) -> list[OperatingPoint]:
     spec = sim.spec
-    limits_w = [float(5 * round(w / 5)) for w in np.linspace(spec.min_limit_w, spec.default_limit_w, LIMITS)]
-    locks = [CLOCK_STEP_MHZ * round(share * spec.max_sm_clock_mhz / CLOCK_STEP_MHZ) for share in LOCK_SHARES]
+    limits_w = [float(5 * round(w / 5)) for w in np.linspace(spec.min_limit_w, spec.default_limit_w, limits)]
+    locks = [CLOCK_STEP_MHZ * round(share * spec.max_sm_clock_mhz / CLOCK_STEP_MHZ) for share in lock_shares]
     levels: list[tuple[float, int | None]] = [*((w, None) for w in limits_w), *((limits_w[-1], mhz) for mhz in locks)]
     batches = sorted({max(1, sim.max_num_seqs // share) for share in BATCHES})
     return [OperatingPoint(power_limit_w=w, sm_clock_mhz=mhz, active_sequences=n) for w, mhz in levels for n in batches]

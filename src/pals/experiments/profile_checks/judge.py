@@ -140,10 +140,10 @@ def _answered(told: Told | None, count: int) -> FloatArray:
 
 
 def _picks(case: Case, learned: Mapping[str, Learned]) -> list[Pick]:
-    """The choice of each method in each scenario of each mix."""
+    """The choice of each method in each scenario of each mix, among the finer grid."""
     found = []
     for mix in range(len(case.mixes)):
-        rows = [r for r in case.rows if r.mix == mix and all(getattr(r, q) is not None for q in NEEDED)]
+        rows = [r for r in case.choices if r.mix == mix and all(getattr(r, q) is not None for q in NEEDED)]
         if len(rows) < LEAST_CANDIDATES:  # too few requests ended in the others' windows
             continue
         scenarios = scenarios_of(rows, mix)

@@ -20,7 +20,7 @@ RIVALS_TOLD = (
 )
 REGRET_TOLD = (
     f"regret: targets of {', '.join(f'{100 * s:.0f}' for s in SHARES)} % of a mix's largest throughput, each with TPOT p95 and TTFT p95 of at most "
-    f"{' or '.join(f'{m:g}' for m in MULTIPLES)} × the lowest among points that reach it; the pick is the most predicted tokens/J among grid points that keep all "
+    f"{' or '.join(f'{m:g}' for m in MULTIPLES)} × the lowest among points that reach it; the pick is the most predicted tokens/J among the points of a finer grid (19 limits and 16 locks × 5 batches) that keep all "
     "by the pessimistic end of the interval (rivals: by their value), else the one that is likeliest to keep all; learned from the sweep"
 )
 
@@ -40,11 +40,13 @@ def remarks_of(jobs: Sequence[Job]) -> tuple[str, ...]:
 def _plants(jobs: Sequence[Job]) -> str:
     subjects = [job.subject for job in jobs if isinstance(job.subject, Combination)]
     engines = len({(c.model, c.boards) for c in subjects})
-    rivals = sorted({job.subject.seed for job in jobs if job.rivals})
     seeds = sorted({c.seed for c in subjects})
-    levels = sorted({job.subject.seed for job in jobs if job.levels})
-    thinned = f"; rivals on seeds {_listed(rivals)} alone" if rivals != seeds else ""
-    thinned += f"; levels withheld on seeds {_listed(levels)} alone" if levels != seeds else ""
+    parts = (("rivals are judged", "rivals"), ("levels are withheld, and points chosen,", "levels"))
+    thinned = "".join(
+        f"; {what} on {share:g} of the plants of each engine, others for each"
+        for what, name in parts
+        if (share := sum(getattr(job, name) for job in jobs) / engines) < len(seeds)
+    )
     return (
         f"simulated: {engines} engines (model on boards) on plants with every constant moved (spread {SPREAD:g}), seeds {_listed(seeds)}; the "
         f"default constants are not among them{thinned}"

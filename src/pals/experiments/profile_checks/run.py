@@ -67,7 +67,7 @@ def _judged(job: Job) -> Judged:
     from pals.experiments.profile_checks.cost import costs_of
     from pals.experiments.profile_checks.world import world_of
 
-    world = world_of(job.subject, job.folder)
+    world = world_of(job.subject, job.folder, choices=job.levels)
     case = replace(world.case, levels=job.levels)
     return judge_case(case, methods, costs_of(job.subject, world))
 

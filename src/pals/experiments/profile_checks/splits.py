@@ -19,7 +19,8 @@ LOWEST = "lowest cap withheld"
 EDGE = "outermost level withheld"  # of measured sets: the highest level of the knob, and its lowest if it is no limit
 UNSWEPT = "a mix that no row has"
 FEW, FEW_ROWS = "sweep, first 10 rows", 10
-KINDS = (RANDOM, SWEEP, FEW, UNSWEPT, *INTERIOR.values(), LOWEST, EDGE)
+PRIORS = "no rows, priors alone"
+KINDS = (RANDOM, SWEEP, FEW, PRIORS, UNSWEPT, *INTERIOR.values(), LOWEST, EDGE)
 SHORT, DRAWS, DRAWN_SHARE = 8, 3, 0.7  # of measured sweeps
 NO_LOCK = float("inf")
 
@@ -56,6 +57,7 @@ def grid_splits(
     if swept:
         splits.append(Split(kind=SWEEP, train=tuple(swept), test=tuple(grid)))
         splits.append(Split(kind=FEW, train=tuple(swept[:FEW_ROWS]), test=tuple(grid)))
+        splits.append(Split(kind=PRIORS, train=(), test=tuple(grid)))
         splits.append(Split(kind=UNSWEPT, train=tuple(swept), test=tuple(unswept)))
     if not levels:
         return splits

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pals.core.load import Mix
+from pals.core.quantities import OperatingPoint
 from pals.experiments.profile_checks.case import SIMULATED, Case
-from pals.experiments.profile_checks.combination import Combination, grid_of, simulation_of, unswept_mix
+from pals.experiments.profile_checks.combination import Combination, choices_of, grid_of, simulation_of, unswept_mix
 from pals.experiments.profile_checks.kept import SWEPT, TRUTH, keep, read_kept
 from pals.experiments.simulated_profile import facts_of, measured_truth, plan_of, simulated_sweep
 from pals.experiments.simulated_run import Simulation
@@ -24,11 +26,12 @@ class World:
     sweep_s: float
 
 
-def world_of(c: Combination, folder: Path) -> World:
-    """Measured, or as kept in `folder`."""
+def world_of(c: Combination, folder: Path, *, choices: bool) -> World:
+    """Measured, or as kept in `folder`; `choices`: also the finer grid that points are chosen from."""
     sim = simulation_of(c)
     mixes = (*plan_of(sim).mixes, unswept_mix(sim))
-    truth = _truth(c, sim, mixes, folder / "rows" / f"{c.slug}-grid.json")
+    truth = _truth(c, sim, grid_of(sim), mixes, folder / "rows" / f"{c.slug}-grid.json")
+    fine = _truth(c, sim, choices_of(sim), mixes[:-1], folder / "rows" / f"{c.slug}-choices.json") if choices else []
     swept, sweep_s = _swept(c, sim, folder / "rows" / f"{c.slug}-sweep.json")
     last = len(mixes) - 1
     case = Case(
@@ -38,6 +41,7 @@ def world_of(c: Combination, folder: Path) -> World:
         facts=facts_of(sim),
         mixes=mixes,
         rows=tuple(r for r in truth if r.mix != last),
+        choices=tuple(fine),
         unswept=tuple(r for r in truth if r.mix == last),
         swept=swept,
         seed=c.seed,
@@ -45,11 +49,12 @@ def world_of(c: Combination, folder: Path) -> World:
     return World(case=case, sweep_s=sweep_s)
 
 
-def _truth(c: Combination, sim: Simulation, mixes: tuple[Mix, ...], path: Path) -> list[ProfileRow]:
-    """Every point of the grid under every mix."""
+def _truth(
+    c: Combination, sim: Simulation, points: Sequence[OperatingPoint], mixes: tuple[Mix, ...], path: Path
+) -> list[ProfileRow]:
+    """Every point under every mix."""
     if (kept := read_kept(path, TRUTH)) is not None:
         return _rows(kept["rows"])
-    points = grid_of(sim)
     rows = [
         replace(row, mix=i)
         for i, mix in enumerate(mixes)
