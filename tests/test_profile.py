@@ -352,7 +352,7 @@ def test_what_is_no_profile_is_refused_with_the_way_out(text: str) -> None:
         ('"boards":4,"parallelism"', '"boards":"4","parallelism"', "fingerprint.boards is '4', not a whole number"),
         ('"power_limit_w",', '"limit_w",', "columns limit_w are unknown"),
         ('"notes"', '"nodes"', "nodes, notes: missing or unknown"),
-        ('"weights":', '"weighs":', "weighs, weights: missing or unknown"),
+        ('"weights":', '"weighs":', "missing or unknown: weighs, weights.*pals profile refit"),
         ('"tpot_p95_s":[', '"tpot_p96_s":[', "tpot_p95_s, tpot_p96_s: missing or unknown"),
         ("  [150,", '  ["150",', r"rows\[0\]\.power_limit_w is '150', no number"),
         ("  [150,4,", "  [150,4.5,", r"rows\[0\]\.active_sequences is '4.5'"),
@@ -374,6 +374,14 @@ def test_a_damaged_profile_is_told_by_the_place(was: str, becomes: str, told: st
 def test_a_file_cut_off_anywhere_is_refused(cut: int) -> None:
     with pytest.raises(ConfigError, match="Nothing was loaded"):
         Profile.from_json(profile().to_json()[:-cut].rstrip("}\n ") + " ")
+
+
+def test_a_profile_of_another_version_is_fitted_anew_from_its_rows() -> None:
+    old = profile().to_json().replace('"weights":', '"weighs":', 1)
+
+    again = Profile.from_json(old, refit=True)
+    assert again.rows == profile().rows
+    assert again.to_json() == profile().to_json()
 
 
 def test_too_few_rows_are_refused() -> None:

@@ -34,7 +34,7 @@ from pals.models.row import ProfileRow
 from pals.profiler.load import LoadDriver
 from pals.profiler.partial import PartialRows
 from pals.profiler.sweep import Interrupted, sweep
-from pals.runtime.agent import FOUND_RECORD, Board
+from pals.runtime.agent import FOUND_RECORD, Board, load_profile
 from pals.runtime.channel import run_dir
 from pals.runtime.files import check_folder
 from pals.runtime.group import EngineGroup
@@ -181,6 +181,17 @@ def finish(out: Path, made: Profile) -> None:
     for note in made.notes:
         print(note)
     say(f"{out}: {len(made.rows)} rows, {out.stat().st_size / 1024:.1f} KiB. Look at it: pals profile show {out}")
+
+
+def refit(args: argparse.Namespace) -> int:
+    """Fit a file's rows anew and write them there or elsewhere.
+
+    Raises:
+        ConfigError: no readable profile; nothing was written.
+    """
+    path = Path(args.file)
+    finish(out_of(args.out or args.file), load_profile(path, refit=True))
+    return 0
 
 
 def out_of(path: str) -> Path:

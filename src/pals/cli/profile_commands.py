@@ -126,8 +126,21 @@ def add_show(kinds: Any) -> None:
     p.set_defaults(function=_show)
 
 
+def add_refit(kinds: Any) -> None:
+    """`pals profile refit`."""
+    p = kinds.add_parser(
+        "refit",
+        help="fit a profile's rows anew, as after an update of PALS",
+        description="Fit the rows of a profile with this version's model. Needs no engine and no board; the rows stay as measured.",
+        allow_abbrev=False,
+    )
+    p.add_argument("file", metavar="FILE", help="the profile")
+    p.add_argument("--out", metavar="FILE", help="where to (default: in place)")
+    p.set_defaults(function=_refit)
+
+
 #: What `pals profile` does besides measuring a running engine; each adds its parser and names its function.
-KINDS: tuple[Callable[[Any], None], ...] = (add_simulate, add_show, add_evaluate)
+KINDS: tuple[Callable[[Any], None], ...] = (add_simulate, add_show, add_refit, add_evaluate)
 
 
 def _measure(args: argparse.Namespace) -> int:
@@ -142,6 +155,13 @@ def _simulate(args: argparse.Namespace) -> int:
     from pals.cli.profile_simulate import simulate
 
     return simulate(args)
+
+
+def _refit(args: argparse.Namespace) -> int:
+    require("scipy")
+    from pals.cli.profile import refit
+
+    return refit(args)
 
 
 def _show(args: argparse.Namespace) -> int:

@@ -123,8 +123,8 @@ class Profile:
         return "{\n" + ",\n".join(lines) + f',\n "rows": [\n{rows}\n ]\n}}\n'
 
     @staticmethod
-    def from_json(text: str, *, name: str = "profile") -> Profile:
-        """Parse what `to_json` wrote.
+    def from_json(text: str, *, name: str = "profile", refit: bool = False) -> Profile:
+        """Parse what `to_json` wrote; `refit`: leave its parameters aside and fit its rows anew.
 
         Raises:
             ConfigError: the text is no profile of this format; nothing was loaded.
@@ -138,14 +138,20 @@ class Profile:
                 raise ConfigError(
                     f"{name}: format {written_as!r}, expected {FORMAT!r}; make it anew with `pals profile`"
                 )
-            return _read(data)
+            if not refit and set(data["parameters"]) != set(NAMES):
+                odd = ", ".join(sorted(set(data["parameters"]) ^ set(NAMES)))
+                raise ConfigError(
+                    f"{name}: parameters missing or unknown: {odd}. Another version of PALS fitted it; nothing was loaded. "
+                    "`pals profile refit FILE` fits its rows anew, without an engine"
+                )
+            return _read(data, refit=refit)
         except (TypeError, AttributeError, ValueError, KeyError, IndexError, RecursionError) as e:
             raise ConfigError(
                 f"{name} is not a readable profile ({type(e).__name__}: {e}). Nothing was loaded; make it anew with `pals profile`"
             ) from e
 
 
-def _read(data: dict[str, Any]) -> Profile:
+def _read(data: dict[str, Any], *, refit: bool) -> Profile:
     """Raises `ValueError` and the like for anything that is not as `to_json` writes it."""
     known = {
         "source",
@@ -171,22 +177,20 @@ def _read(data: dict[str, Any]) -> Profile:
     mixes = decode(tuple[Mix, ...], data["mixes"], at="mixes")
     if bad := [i for i, r in enumerate(rows) if not 0 <= r.mix < len(mixes)]:
         raise ValueError(f"rows[{bad[0]}] names mix {rows[bad[0]].mix} of {len(mixes)}")
+    facts = decode(EngineFacts, data["facts"], may_lack=FACTS_LACK, at="facts")
+    fingerprint = decode(Fingerprint, data["fingerprint"], at="fingerprint", may_lack=FINGERPRINT_ADDED)
+    source, made_at, command = (decode(str, data[k], at=k) for k in ("source", "made_at", "command"))
+    notes = decode(tuple[str, ...], data["notes"], at="notes")
+    if refit:
+        return Profile.of(
+            rows, mixes, facts, fingerprint, source=source, made_at=made_at, command=command, notes=notes
+        )  # fmt: skip
     parameters = decode(dict[str, float], data["parameters"], at="parameters")
-    if set(parameters) != set(NAMES):
-        raise ValueError(f"parameters {', '.join(sorted(set(parameters) ^ set(NAMES)))}: missing or unknown")
     deviations_of(parameters)
     return Profile(
-        fingerprint=decode(Fingerprint, data["fingerprint"], at="fingerprint", may_lack=FINGERPRINT_ADDED),
-        facts=decode(EngineFacts, data["facts"], may_lack=FACTS_LACK, at="facts"),
-        mixes=mixes,
-        rows=rows,
-        parameters=parameters,
-        calibration=_calibration(data["intervals"]),
-        source=decode(str, data["source"], at="source"),
-        made_at=decode(str, data["made_at"], at="made_at"),
-        command=decode(str, data["command"], at="command"),
-        notes=decode(tuple[str, ...], data["notes"], at="notes"),
-    )
+        fingerprint=fingerprint, facts=facts, mixes=mixes, rows=rows, parameters=parameters,
+        calibration=_calibration(data["intervals"]), source=source, made_at=made_at, command=command, notes=notes,
+    )  # fmt: skip
 
 
 #: Fields that stand at their default where a file leaves them out.

@@ -66,14 +66,14 @@ class AgentSetup:
     virtual_command: str | None = None  # in virtual time: the command, without what differs between equal runs
 
 
-def load_profile(path: Path) -> Profile:
-    """Read a profile file.
+def load_profile(path: Path, *, refit: bool = False) -> Profile:
+    """Read a profile file; `refit`: fit its rows anew.
 
     Raises:
         ConfigError: missing or unreadable.
     """
     try:
-        return Profile.from_json(path.read_text(encoding="utf-8"), name=str(path))
+        return Profile.from_json(path.read_text(encoding="utf-8"), name=str(path), refit=refit)
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"cannot read the profile {path}: {e}; make one with `pals profile --out {path}`") from e
 
