@@ -14,7 +14,7 @@ from pals.experiments.demo import runs_of, series_of
 from pals.experiments.outcome import outcome
 from pals.experiments.scenarios import SCENARIOS, Scenario, scenario_of
 from pals.experiments.trace import describe, load_slice
-from pals.models.profile import Profile
+from pals.models.profile import MOST_BYTES, Profile
 from pals.plant.specs import parse_boards
 from pals.runtime.budgets import parse_budget
 from pals.runtime.tick import TickRecord
@@ -112,9 +112,9 @@ def test_every_scenario_has_a_sound_profile_and_a_budget_that_bites(scenario: Sc
 
     assert (profile.source, profile.fingerprint.model) == ("emulated", scenario.model)
     assert (profile.fingerprint.board, profile.fingerprint.boards) == (spec.nvml_name, count)
-    assert model.residuals.power_mape < 0.06
-    assert model.residuals.throughput_mape < 0.08
-    assert scenario.profile.stat().st_size < 10_000
+    assert model.quality["power_w"][1] < 0.03
+    assert model.quality["tokens_per_s"][1] < 0.03
+    assert scenario.profile.stat().st_size <= MOST_BYTES
     assert count * spec.min_limit_w < scenario.low_budget_w < 0.9 * model.predict(default).power_w
     assert scenario.high_budget_w >= count * spec.default_limit_w
 
