@@ -33,6 +33,7 @@ def add_evaluate(subparsers: Any) -> None:
     p.add_argument("--models", metavar="A,B", help="shipped models (default: all)")
     p.add_argument("--boards", metavar="A,B", help="4xa100-sxm4-80gb, h100-sxm5-80gb, 8xh200-sxm5-141gb (default: all)")
     p.add_argument("--seeds", metavar="A,B", help="of the plants' constants, at least 1 (default 1 to 10)")
+    p.add_argument("--plants", type=int, metavar="N", help="each engine on N of them, others for each (default: all)")
     p.add_argument(
         "--rival-seeds",
         type=int,
@@ -117,9 +118,11 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     if not args.no_simulated:
         found = combinations(names_of(args.models), names_of(args.boards), seeds)
         engines = list(dict.fromkeys((c.model, c.boards) for c in found))
-        for c in found:  # each engine begins with another plant, so that every plant has its turn
-            turn = (seeds.index(c.seed) - engines.index((c.model, c.boards))) % len(seeds)
-            jobs.append(Job(subject=c, rivals=turn < args.rival_seeds, levels=turn < args.level_seeds, folder=args.out))
+        for turn in range(min(len(seeds), args.plants or len(seeds))):
+            for i, engine in enumerate(engines):  # each begins with another plant, so that every plant has its turn
+                c = next(c for c in found if (c.model, c.boards, c.seed) == (*engine, seeds[(i + turn) % len(seeds)]))
+                rivals, levels = turn < args.rival_seeds, turn < args.level_seeds
+                jobs.append(Job(subject=c, rivals=rivals, levels=levels, folder=args.out))
     if not args.no_silicon:
         cases = silicon_cases(data_folder(args.data))
         jobs += [Job(subject=case, rivals=args.rival_seeds > 0, folder=args.out) for case in cases]

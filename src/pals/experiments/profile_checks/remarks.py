@@ -41,14 +41,15 @@ def _plants(jobs: Sequence[Job]) -> str:
     subjects = [job.subject for job in jobs if isinstance(job.subject, Combination)]
     engines = len({(c.model, c.boards) for c in subjects})
     seeds = sorted({c.seed for c in subjects})
+    each = len(subjects) / engines
     parts = (("rivals are judged", "rivals"), ("levels are withheld, and points chosen,", "levels"))
     thinned = "".join(
         f"; {what} on {share:g} of the plants of each engine, others for each"
         for what, name in parts
-        if (share := sum(getattr(job, name) for job in jobs) / engines) < len(seeds)
+        if (share := sum(getattr(job, name) for job in jobs) / engines) < each
     )
     return (
-        f"simulated: {engines} engines (model on boards) on plants with every constant moved (spread {SPREAD:g}), seeds {_listed(seeds)}; the "
+        f"simulated: {engines} engines (model on boards) on plants with every constant moved (spread {SPREAD:g}), seeds {_listed(seeds)}{'' if each == len(seeds) else f', each engine on {each:g} of them'}; the "
         f"default constants are not among them{thinned}"
     )
 
