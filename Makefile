@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check validate bench bench-simulator matrix clean
+.PHONY: help install demo test test-slow check validate bench bench-profile bench-simulator matrix clean
 BIN := .venv/bin
 
 help: ## this list
@@ -32,6 +32,9 @@ bench: install ## overhead of the plugin and the controller, pacing of the emula
 	$(BIN)/python -m benchmarks.throughput_ratio
 	$(BIN)/python -m benchmarks.pacing
 	$(BIN)/python -m benchmarks.lowering
+
+bench-profile: install ## a profile learned in a closed loop against random arrivals on the simulated replica
+	$(BIN)/python -m benchmarks.profile_arrivals
 
 bench-simulator: install ## a day on the simulated replica, and policies on it: steps a second, times real time
 	$(BIN)/python -m benchmarks.simulator
