@@ -86,10 +86,7 @@ def read_profile(path: Path) -> Profile:
         raise ConfigError(f"{path} is no regular file; name a profile's file. Nothing was shown")
     if path.stat().st_size > MOST_BYTES:
         raise ConfigError(f"{path} has {path.stat().st_size >> 20} MiB, a profile 8 KiB: it is none. Nothing was shown")
-    try:
-        return load_profile(path)
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{path} is not a profile: no text ({e.reason} at byte {e.start}). Nothing was shown") from e
+    return load_profile(path)
 
 
 def mixes_of(args: argparse.Namespace, profile: Profile) -> tuple[Mix, ...]:

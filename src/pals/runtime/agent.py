@@ -70,12 +70,14 @@ def load_profile(path: Path, *, refit: bool = False) -> Profile:
     """Read a profile file; `refit`: fit its rows anew.
 
     Raises:
-        ConfigError: missing or unreadable.
+        ConfigError: missing, unreadable, or no profile.
     """
     try:
         return Profile.from_json(path.read_text(encoding="utf-8"), name=str(path), refit=refit)
-    except (OSError, UnicodeDecodeError) as e:
+    except OSError as e:
         raise ConfigError(f"cannot read the profile {path}: {e}; make one with `pals profile --out {path}`") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path} is not a profile: no text ({e.reason} at byte {e.start}); nothing was loaded") from e
 
 
 def check_profile(

@@ -72,6 +72,7 @@ _MEANINGS: dict[str, _Words] = {
     "tpot_spread": _Words("spread of TPOT through others' prefill"),
     "tpot_floor": _Words("TPOT p95 over p50 where nothing disturbs"),
     "ttft": _Words("TTFT over the model's"),
+    "crowding": _Words("how much longer TTFT is where steps are full of prompts"),
     **{f"correction_{2 ** int(a)}": _Words(f"correction of steps of {2 ** int(a)} tokens") for a in ANCHORS},
 }
 _OF_EXPERTS = frozenset({"experts", "tile_core", "popularity_cv"})
