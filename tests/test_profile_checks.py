@@ -22,9 +22,11 @@ from pals.experiments.profile_checks.rivals import RIVALS, TREES, features_of
 from pals.experiments.profile_checks.score import Score, added, score
 from pals.experiments.profile_checks.silicon import batch_cases, cap_cases
 from pals.experiments.profile_checks.splits import (
+    FEW,
     INTERIOR,
     LEVELS,
     LOWEST,
+    PRIORS,
     RANDOM,
     SWEEP,
     TRAIN_ROWS,
@@ -73,7 +75,7 @@ def case(seed: int = 3) -> Case:
     swept = tuple(row(w, None, n, mix) for mix in (0, 1) for w in (100.0, 250.0, 400.0) for n in (8, 20, 64))
     return Case(
         name="toy", group="toy", basis=SIMULATED, facts=FACTS, mixes=MIXES, rows=grid(), swept=swept, seed=seed,
-        unswept=grid((2,)),
+        unswept=grid((2,)), choices=grid(),
     )  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def measurements(rows: Sequence[ProfileRow]) -> set[int]:
 def test_no_row_is_both_learned_and_tested(seed: int) -> None:
     for split in case(seed).splits():
         assert not measurements(split.train) & measurements(split.test), split.kind
-        assert split.train
+        assert bool(split.train) == (split.kind != PRIORS)
         assert split.test
 
 
@@ -272,6 +274,14 @@ def test_errors_of_a_case_are_the_methods_own() -> None:
     assert line.reached
     assert lines["profile file, largest"].reached is False
     assert lines[f"power, {SWEEP}: coverage (mean width 20.0 %)"].value == pytest.approx(100.0)
+
+
+def test_what_few_rows_or_none_say_is_shown_with_how_often_its_intervals_hold() -> None:
+    lines = {line.check: line for line in lines_of([judged(Scaled(1.2))])}
+    for kind in (FEW, PRIORS, UNSWEPT):
+        assert lines[f"power, {kind}"].value == pytest.approx(20.0)
+        coverage = lines[f"power, {kind}: coverage (mean width 20.0 %)"]
+        assert (coverage.value, coverage.target) == (0.0, None)
 
 
 def test_a_confident_miss_at_the_lowest_cap_is_counted_and_a_refusal_is_none() -> None:

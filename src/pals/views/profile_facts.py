@@ -67,7 +67,7 @@ class DrawFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityFacts:
-    """How far a quantity may be trusted; errors are mean absolute, relative; None: rows cannot measure it."""
+    """How far a quantity may be trusted; errors are median absolute, relative; None: rows cannot measure it."""
 
     quantity: str
     error_in_sample_ratio: float | None

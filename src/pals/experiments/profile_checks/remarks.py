@@ -58,7 +58,7 @@ def _simulated_splits() -> str:
     return (
         f"simulated splits: the grid is {LIMITS} limits and {len(LOCK_SHARES)} locks × {len(BATCHES)} batches × the sweep's mixes. Random: {TRAIN_ROWS} rows drawn by the "
         "plant's seed, the others tested. Sweep: the rows of the sweep itself, the whole grid tested. Withheld: the same draw without "
-        "one level, all rows of the grid at it tested, each interior level in turn. First 10 rows, and a mix that no row has: learned from the sweep"
+        "one level, all rows of the grid at it tested, each interior level in turn. First 10 rows, and a mix that no row has: learned from the sweep. Priors alone: nothing learned"
     )
 
 
