@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from pals.models.row import ProfileRow
 from pals.profiler.plan import MOST_POINTS
 from pals.profiler.repeats import Drift
 from pals.profiler.sweep import Progress
+from tests.profile_world import profile
 from tests.worlds import board_info, engine_info
 
 CLOCKS = tuple(range(210, 1411, 15))
@@ -96,14 +98,15 @@ def test_candidates_are_those_given() -> None:
         (["--error", "0"], "percentage"),
         (["--error", "nan"], "percentage"),
         (["--window-s", "0"], "window"),
-        (["--window-s", "nan"], "nan"),
+        (["--window-s", "nan"], "finite"),
+        (["--settle-s", "inf"], "finite"),
         (["--settle-s", "-1"], "times must be"),
         (["--prompt-tokens", "1"], "at least 2"),
         (["--seed", "-1"], "0 or more"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(given: list[str], told: str) -> None:
-    with pytest.raises((ConfigError, ValueError), match=told.replace(".", r"\.")):
+    with pytest.raises(ConfigError, match=told.replace(".", r"\.")):
         plan_of(options(*given), GUARD, None)
 
 
@@ -154,9 +157,25 @@ def test_where_the_profile_goes_is_checked_first(tmp_path: Path) -> None:
 
     assert out_of(str(tmp_path / "new" / "p.json")).parent.is_dir()
     assert partial_of(tmp_path / "p.json").name == "p.partial.jsonl"
-    for bad in (tmp_path, tmp_path / "file" / "p.json"):
+    os.mkfifo(tmp_path / "pipe")
+    for bad in (tmp_path, tmp_path / "file" / "p.json", tmp_path / "pipe", Path("/dev/null")):
         with pytest.raises(ConfigError, match="Nothing was changed"):
             out_of(str(bad))
+
+
+def test_a_refit_writes_what_the_rows_say_and_nothing_where_there_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "folder" / "new.json"
+    old.write_text(profile().to_json().replace('"weights":', '"weighs":', 1))
+
+    assert main(["profile", "refit", str(tmp_path / "missing.json"), "--out", str(new)]) == 2
+    assert main(["profile", "refit", str(tmp_path / "other" / "missing.json")]) == 2
+    assert capsys.readouterr().err.count("cannot read the profile") == 2
+    assert list(tmp_path.iterdir()) == [old]
+    assert main(["profile", "refit", str(old), "--out", str(new)]) == 0
+    assert new.read_text() == profile().to_json()
+    assert "weighs" in old.read_text()
 
 
 def test_options_before_a_kind_are_refused_not_dropped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,8 +189,8 @@ def refit(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: no readable profile; nothing was written.
     """
-    path = Path(args.file)
-    finish(out_of(args.out or args.file), load_profile(path, refit=True))
+    made = load_profile(Path(args.file), refit=True)
+    finish(out_of(args.out or args.file), made)
     return 0
 
 
@@ -205,8 +205,9 @@ def out_of(path: str) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ConfigError(f"--out {out}: {e.filename}: {e.strerror}. Nothing was changed") from e
-    if out.is_dir() or not os.access(out.parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out {out} cannot be written, or is a folder; name a file. Nothing was changed")
+    # a device or pipe would be replaced by a file, and who writes limits is root
+    if (out.exists() and not out.is_file()) or not os.access(out.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out} cannot be written, or is a folder or device; name a file. Nothing was changed")
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -108,6 +109,8 @@ def budgets_of(args: argparse.Namespace) -> None:
         )
     if not 0 < args.error <= 50:
         raise ConfigError(f"--error {args.error:g} is a percentage, above 0 and at most 50. Nothing was changed")
+    if not all(math.isfinite(seconds) for seconds in (args.settle_s, args.window_s)):
+        raise ConfigError("--settle-s and --window-s must be finite. Nothing was changed")
     if args.seed < 0:
         raise ConfigError(f"--seed {args.seed} must be 0 or more. Nothing was changed")
 
