@@ -360,6 +360,9 @@ def test_what_is_no_profile_is_refused_with_the_way_out(text: str) -> None:
         ("  [150,4,", "  [150,", r"rows\[0\] has"),
         ("  [150,4,", "  [NaN,4,", "NaN is no JSON"),
         ("  [150,4,", "  [-150,4,", "not above 0"),
+        ('"step_tokens":', '"step_tokens":-', "must be above 0"),
+        ('"max_sm_clock_mhz":', '"max_sm_clock_mhz":-', "no SM clocks are"),
+        ('"kv_heads":8', '"kv_heads":0', "no prediction follows"),
     ],
 )
 def test_a_damaged_profile_is_told_by_the_place(was: str, becomes: str, told: str) -> None:
@@ -367,6 +370,12 @@ def test_a_damaged_profile_is_told_by_the_place(was: str, becomes: str, told: st
     assert was in text
     with pytest.raises(ConfigError, match=told):
         Profile.from_json(text.replace(was, becomes, 1))
+
+
+def test_parameters_from_which_nothing_follows_are_refused() -> None:
+    mute = replace(profile(), parameters={**profile().parameters, "overlap": 1e-300})
+    with pytest.raises(ConfigError, match="prediction follows"):
+        Profile.from_json(mute.to_json())
 
 
 @given(cut=st.integers(1, 4000))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pals.core.errors import ConfigError
-from pals.core.load import Mix
+from pals.core.load import Load, Mix
 from pals.core.plain import decode
 from pals.core.quantities import FINGERPRINT_ADDED, Fingerprint, OperatingPoint
 from pals.models.engine_facts import EngineFacts
@@ -30,6 +30,7 @@ MOST_BYTES = 8192
 DIGITS = 5  # significant, of what was fitted
 ROW_DIGITS = 4  # of what was measured
 MIN_ROWS = 8
+WIDEST = 1e3  # that noise or width may be; far beyond either
 COLUMNS = tuple(f.name for f in fields(ProfileRow))
 _QUANTITIES = (*OBSERVED, *UNSEEN)
 
@@ -187,10 +188,23 @@ def _read(data: dict[str, Any], *, refit: bool) -> Profile:
         )  # fmt: skip
     parameters = decode(dict[str, float], data["parameters"], at="parameters")
     deviations_of(parameters)
-    return Profile(
+    found = Profile(
         fingerprint=fingerprint, facts=facts, mixes=mixes, rows=rows, parameters=parameters,
         calibration=_calibration(data["intervals"]), source=source, made_at=made_at, command=command, notes=notes,
     )  # fmt: skip
+    _refuse_mute(found)
+    return found
+
+
+def _refuse_mute(p: Profile) -> None:
+    """Raise `ValueError` where no figure follows from facts and parameters: here it is a message, in a controller a crash."""
+    try:
+        with np.errstate(all="ignore"):
+            told = p.model().told([p.rows[0].point], Load(mix=p.mixes[0]))
+    except (ArithmeticError, IndexError, ValueError) as e:
+        raise ValueError(f"no prediction follows from its facts and parameters: {e}") from e
+    if not np.isfinite(told).all():
+        raise ValueError("no finite prediction follows from its facts and parameters")
 
 
 #: Fields that stand at their default where a file leaves them out.
@@ -220,8 +234,11 @@ def _calibration(table: Any) -> Calibration:
         raise ValueError(f"intervals {', '.join(sorted(set(table) ^ set(_QUANTITIES)))}: missing or unknown")
     rows = [decode(tuple[float | None, ...], table[name], at=f"intervals.{name}") for name in _QUANTITIES]
     values = np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=float)
-    if values.shape != (len(FIRST_NOISE), len(Calibration._fields)) or not (values[:, :2] > 0).all():
-        raise ValueError("intervals need noise and width above 0, and two errors, of each quantity")
+    if (
+        values.shape != (len(FIRST_NOISE), len(Calibration._fields))
+        or not ((values[:, :2] > 0) & (values[:, :2] < WIDEST)).all()
+    ):
+        raise ValueError(f"intervals need noise and width between 0 and {WIDEST:g}, and two errors, of each quantity")
     return Calibration(*values.T)
 
 
