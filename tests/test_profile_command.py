@@ -277,11 +277,17 @@ def test_too_short_a_budget_keeps_what_was_measured(tmp_path: Path, capsys: pyte
     assert main([*SIMULATED, "--out", str(out), "--minutes", "6", "--points", "9"]) == 0
 
 
-def test_a_file_of_no_rows_is_forgotten_one_with_rows_is_kept(tmp_path: Path) -> None:
+def test_a_file_of_no_rows_is_forgotten_one_with_rows_or_of_others_is_kept(tmp_path: Path) -> None:
     kept = tmp_path / "p.partial.jsonl"
     forget_if_empty(kept)
-    for text, left in (('{"format": "pals-sweep/2"}\n', False), ('{"format": "pals-sweep/2"}\n{"mix": 0}\n', True)):
-        kept.write_text(text)
+    for content, left in (
+        (b"", False),
+        (b'{"format": "pals-sweep/2"}\n', False),
+        (b'{"format": "pals-sweep/2"}\n{"mix": 0}\n', True),
+        (b"somebody's notes\n", True),
+        (b"\xd0\xff", True),
+    ):
+        kept.write_bytes(content)
         forget_if_empty(kept)
         assert kept.exists() == left
 

@@ -76,6 +76,7 @@ def test_combinations_fit_their_boards_and_never_take_the_default_constants() ->
         (["--seeds", "a"], "whole numbers"),
         (["--workers", "0"], "--workers"),
         (["--record", "--quick"], "every case"),
+        (["--quick", "--models", "gpt2"], "leave out what names others"),
         (["--boards", "l4"], "known here"),
         (
             ["--models", "mistral-7b", "--boards", "h100-sxm5-80gb", "--seeds", "1", "--data", "/nowhere"],

@@ -217,8 +217,11 @@ def partial_of(out: Path) -> Path:
 
 
 def forget_if_empty(kept: Path) -> None:
-    """Remove a file of rows that holds none: it would only refuse the next sweep, were that another one."""
-    if kept.exists() and len(kept.read_text(encoding="utf-8").splitlines()) <= 1:
+    """Remove a file of rows that holds none: it would only refuse the next sweep, were that another one. Not a foreign file."""
+    if not kept.is_file():
+        return
+    lines = kept.read_bytes().splitlines()
+    if not lines or (len(lines) == 1 and lines[0].startswith(b'{"format": "pals-sweep/')):
         kept.unlink()
 
 

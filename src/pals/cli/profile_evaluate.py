@@ -97,6 +97,10 @@ def check_options(args: argparse.Namespace) -> None:
     restricted = (args.quick, args.models, args.boards, args.seeds, args.data, args.no_simulated, args.no_silicon)
     if args.record and any(restricted):
         raise ConfigError("--record keeps every case; leave out what restricts them. Nothing was done")
+    if args.quick and any((args.models, args.boards, args.seeds, args.data, args.no_simulated)):
+        raise ConfigError(
+            "--quick is one model on one board on one plant; leave out what names others. Nothing was done"
+        )
     if args.workers < 1 or min(args.rival_seeds, args.level_seeds) < 0:
         raise ConfigError("--workers must be at least 1, --rival-seeds and --level-seeds at least 0. Nothing was done")
 
