@@ -28,7 +28,7 @@ from pals.core.load import Mix
 from pals.engines.model_zoo import shipped_config
 from pals.models.profile import MOST_BYTES, Profile
 from pals.models.row import ProfileRow
-from pals.profiler.plan import MOST_POINTS
+from pals.profiler.plan import MOST_POINTS, SweepPlan
 from pals.profiler.repeats import Drift
 from pals.profiler.sweep import Progress
 from tests.profile_world import profile
@@ -56,6 +56,13 @@ def test_the_defaults_stay_inside_boards_engine_and_the_promise_of_the_issue() -
     assert plan.clocks_mhz
     assert set(plan.clocks_mhz) <= set(CLOCKS)
     assert plan.points <= MOST_POINTS
+    judged = SweepPlan(
+        mixes=plan.mixes, limits_w=plan.limits_w, sequences=plan.sequences
+    )  # the sweep that is evaluated
+    assert (plan.error, plan.points, plan.settle_s, plan.window_s) == (
+        judged.error, judged.points, judged.settle_s, judged.window_s,
+    )  # fmt: skip
+    assert plan.seconds == pytest.approx(judged.seconds, rel=0.02)
     assert plan.seconds < 20 * 60
     assert [m.prompt_tokens for m in plan.mixes][:1] == [1200]
     assert (

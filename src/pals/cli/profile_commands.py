@@ -55,12 +55,12 @@ def add_sweep_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", default="profile.json", metavar="FILE", help="the profile (default profile.json)")
     p.add_argument("--points", type=int, default=40, metavar="N", help="most points measured (default 40, at most 50)")
     p.add_argument(
-        "--minutes", type=float, default=15.0, metavar="M",
-        help=f"most engine time (default 15; below {LONGEST_MINUTES:.0f})",
+        "--minutes", type=float, default=18.0, metavar="M",
+        help=f"most engine time (default 18; below {LONGEST_MINUTES:.0f})",
     )  # fmt: skip
     p.add_argument(
-        "--error", type=float, default=1.0, metavar="PCT",
-        help="stop where the predictions' mean standard deviation is below this (default 1 %%)",
+        "--error", type=float, default=0.5, metavar="PCT",
+        help="stop where the predictions' mean standard deviation is below this (default 0.5 %%)",
     )  # fmt: skip
     p.add_argument(
         "--limits-w",
