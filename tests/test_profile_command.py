@@ -284,6 +284,16 @@ def test_too_short_a_budget_keeps_what_was_measured(tmp_path: Path, capsys: pyte
     assert main([*SIMULATED, "--out", str(out), "--minutes", "6", "--points", "9"]) == 0
 
 
+def test_rows_of_one_simulated_plant_do_not_go_on_on_another(tmp_path: Path) -> None:
+    short = [*SIMULATED, "--out", str(tmp_path / "p.json"), "--minutes", "1"]
+    for plant in ([], ["--perturb-seed", "1"], ["--perturb-seed", "1", "--spread", "0.3"], ["--seed-boards", "4"]):
+        assert main([*short, *plant]) == 2
+
+    kept = sorted(tmp_path.iterdir())
+    assert len(kept) == 4
+    assert len({path.read_text() for path in kept}) == 4
+
+
 def test_a_file_of_no_rows_is_forgotten_one_with_rows_or_of_others_is_kept(tmp_path: Path) -> None:
     kept = tmp_path / "p.partial.jsonl"
     forget_if_empty(kept)

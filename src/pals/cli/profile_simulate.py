@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from pals.cli.profile_progress import SweepNotes, showing
 from pals.cli.simulate import engine_of
 from pals.core.quantities import fingerprint_of
 from pals.experiments.simulated_profile import profiled_replica, simulated_sweep
+from pals.experiments.simulated_run import Simulation
 from pals.models.fitted import fit
 from pals.profiler.sweep import Interrupted
 
@@ -30,7 +32,7 @@ def simulate(args: argparse.Namespace) -> int:
     node = profiled_replica(sim, np.random.default_rng(args.seed))  # only to ask its boards
     plan = plan_of(args, node.rig.guard, min(sim.model_context, node.replica.kv_tokens))
     say(f"SIMULATED: {sim.model} on {sim.boards} × {sim.spec.nvml_name}; every watt and second is simulated")
-    began_s, kept, notes = time.monotonic(), partial_of(out), SweepNotes()
+    began_s, kept, notes = time.monotonic(), rows_of(out, sim), SweepNotes()
     try:
         with stopping(stop), showing(plan.mixes, notes) as tell:
             swept = simulated_sweep(
@@ -49,3 +51,11 @@ def simulate(args: argparse.Namespace) -> int:
     finish(out, made)
     kept.unlink(missing_ok=True)
     return 0
+
+
+def rows_of(out: Path, sim: Simulation) -> Path:
+    """Where the rows under way are kept: of each plant apart, since its engine says the same of itself on all of them."""
+    if sim.perturb_seed is None and not sim.board_seed:
+        return partial_of(out)
+    plant = "default" if sim.perturb_seed is None else f"{sim.perturb_seed}-{sim.spread:g}"
+    return partial_of(out).with_name(f"{out.stem}.plant-{plant}.boards-{sim.board_seed}.partial.jsonl")
