@@ -99,6 +99,7 @@ def test_candidates_are_those_given() -> None:
         (["--clocks", "fast"], "numbers separated by commas"),
         (["--points", "51"], "1 to 50 points"),
         (["--points", "7"], "a profile needs 8"),
+        (["--limits-w", "300,400", "--sequences", "8", "--clocks", "none"], "make 6 points, and a profile needs 8"),
         (["--minutes", "20"], "between 0 and 20"),
         (["--minutes", "nan"], "between 0 and 20"),
         (["--minutes", "0"], "between 0 and 20"),

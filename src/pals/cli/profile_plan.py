@@ -85,8 +85,14 @@ def plan_of(args: argparse.Namespace, guard: Guard, context_tokens: int | None) 
         clocks = tuple(sorted({guard.supported_clock_mhz(mhz) or mhz for mhz in clocks}))
     elif args.clocks is None:
         clocks = default_clocks(known)
+    mixes = mixes_of(args, context_tokens)
+    if (count := (len(limits_w) + len(clocks)) * len(sequences) * len(mixes)) < MIN_ROWS:
+        raise ConfigError(
+            f"limits, clocks and sequences given make {count} points, and a profile needs {MIN_ROWS}: name more of them. "
+            "Nothing was changed"
+        )
     return SweepPlan(
-        mixes=mixes_of(args, context_tokens),
+        mixes=mixes,
         limits_w=limits_w,
         sequences=sequences,
         clocks_mhz=clocks,
