@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def rows_at(
 
 
 def _row(blank: ProfileRow, seen: dict[str, float]) -> ProfileRow:
-    known = {name: seen[name] for name in OBSERVED if name != "step_s"}
+    known: dict[str, Any] = {name: seen[name] for name in OBSERVED if name != "step_s"}
     kept = {
         name: getattr(blank, name)
         for name in ("power_limit_w", "sm_clock_lock_mhz", "active_sequences", "mix", "running", "window_s")
