@@ -43,6 +43,7 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=1, help="of plant, sweep and arrivals (default 1)")
     args = p.parse_args()
     errors: dict[float, list[list[float]]] = {share: [] for share in SHARES}
+    inside: list[list[bool]] = []
     print(f"{'engine':22}{'limit':>7}{'lock':>6}{'load':>6}" + "".join(f"{q:>14}" for q in QUANTITIES))
     for model, boards in ENGINES:
         sim = simulation_of(Combination(model=model, boards=boards, seed=args.seed))
@@ -55,8 +56,9 @@ def main() -> None:
             capacity = float(fitted.forecast([point], Load(mix=mix)).tokens_per_s.value[0])
             for share in SHARES:
                 served = serve(sim, point, mix, requests_per_s=share * capacity / mix.output_tokens, seed=args.seed)
-                off = errors_of(fitted, point, mix, served)
+                off, held = judged(fitted, point, mix, served)
                 errors[share].append(off)
+                inside.append(held)
                 name = model.split("/")[-1]
                 print(
                     f"{name:22}{limit_w:7.0f}{lock or '-':>6}{share:6.2f}" + "".join(f"{100 * e:+13.1f}%" for e in off)
@@ -65,6 +67,8 @@ def main() -> None:
         print(
             f"mean absolute, load {share:4.2f}{'':17}" + "".join(f"{100 * e:13.1f}%" for e in np.abs(rows).mean(axis=0))
         )
+    held = np.array(inside).mean(axis=0)
+    print(f"{'truth in the 90 % interval':41}" + "".join(f"{100 * h:13.0f}%" for h in held))
 
 
 def serve(sim: Simulation, point: OperatingPoint, mix: Mix, *, requests_per_s: float, seed: int) -> Served:
@@ -104,10 +108,12 @@ def serve(sim: Simulation, point: OperatingPoint, mix: Mix, *, requests_per_s: f
     return Served(arriving, dict(zip(QUANTITIES, map(float, figures), strict=True)))
 
 
-def errors_of(fitted: Fitted, point: OperatingPoint, mix: Mix, served: Served) -> list[float]:
-    """Predicted over served, less 1, of each of QUANTITIES."""
+def judged(fitted: Fitted, point: OperatingPoint, mix: Mix, served: Served) -> tuple[list[float], list[bool]]:
+    """Predicted over served, less 1, of each of QUANTITIES, and whether the truth lies in the 90 % interval."""
     told = fitted.forecast([point], Load(mix=mix, prefill_tokens_per_s=served.arriving))
-    return [float(getattr(told, q).value[0]) / served.figures[q] - 1.0 for q in QUANTITIES]
+    estimates = [(getattr(told, q), served.figures[q]) for q in QUANTITIES]
+    off = [float(e.value[0]) / truth - 1.0 for e, truth in estimates]
+    return off, [bool(e.low[0] <= truth <= e.high[0]) for e, truth in estimates]
 
 
 if __name__ == "__main__":

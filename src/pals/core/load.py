@@ -50,6 +50,17 @@ class Load(Checked):
     queued_tokens: float = 0.0  # prompt tokens waiting before a new request
     distinct_experts: float | None = None  # per layer and decode step; None: from the profile's popularity
 
+    def __post_init__(self) -> None:
+        Checked.__post_init__(self)
+        for name, least in (("prefill_tokens_per_s", 0.0), ("running", 0.0), ("queued_tokens", 0.0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"load: {name} is {value:g}, below {least:g}")
+        for name in ("context_tokens", "distinct_experts"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"load: {name} is {value:g}, not above 0; unknown is None")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latencies:

@@ -1,7 +1,8 @@
 """Forecasts of one fixed set of points, fast enough for every tick: linear in the logarithms of the load about anchors on a grid.
 
 An anchor belongs to a load, not to what was asked before, so the same load gives the same forecast, and a journal replays.
-A new anchor costs milliseconds, any load near a known one some 0.1 ms.
+A new anchor costs milliseconds, any load near a known one less than 0.1 ms. A load given by what arrives, not by what runs, is told
+exactly, in a millisecond or two.
 """
 
 from __future__ import annotations
@@ -63,8 +64,10 @@ class Candidates:
         """
         f = _features(load)
         anchor = _rounded(f, VALUE_GRID)
-        near: _Anchor = self._anchor(anchor, load.mix.spread, load.mix.cached_tokens)  # type: ignore[attr-defined]
         half: FloatArray = self._half(_rounded(f, WIDTH_GRID), load.mix.spread, load.mix.cached_tokens)  # type: ignore[attr-defined]
+        if load.prefill_tokens_per_s is not None:  # how many run bends too much with what arrives
+            return self.fitted.assembled(self.fitted.told(self.points, load), half, load)
+        near: _Anchor = self._anchor(anchor, load.mix.spread, load.mix.cached_tokens)  # type: ignore[attr-defined]
         here = near.here
         for distance, slope in zip(
             (a - b for a, b in zip(f, anchor, strict=True) if a != UNKNOWN), near.slopes, strict=True
@@ -92,7 +95,7 @@ def _features(load: Load) -> _Features:
         math.log2(mix.prompt_tokens),
         math.log2(mix.output_tokens),
         math.log2(load.context_tokens or mix.context_tokens),
-        *(UNKNOWN if v is None else math.log2(max(v, 1e-3)) for v in (
+        *(UNKNOWN if v is None else math.log2(max(v, 1e-6)) for v in (
             load.running, load.prefill_tokens_per_s, load.distinct_experts)),
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pals.core.errors import OutsideProfileError
 from pals.core.load import Load, Mix
 from pals.core.quantities import OperatingPoint, Prediction
-from pals.models.crowd import FEW_MORE, Crowd
+from pals.models.crowd import FEW_MORE, HALF_WIDTHS, Crowd
 from pals.models.engine_facts import EngineFacts
 from pals.models.fit import Calibration, fit_rows, precision_at
 from pals.models.forecast import Estimates, Forecast
@@ -37,6 +37,7 @@ Level = TypeVar("Level", int, float)
 _DESIGN = (0, 1, 4, 6)  # their places in OBSERVED
 _AT = {name: i for i, name in enumerate((*OBSERVED, *UNSEEN))}
 _TPOT = _AT["tpot_p50_s"]
+CROWD_HALF = np.array([HALF_WIDTHS.get(name, 0.0) for name in (*OBSERVED, *UNSEEN, "tokens_per_j")])
 MOST_LEVELS = 12  # of each lever among the points to choose from
 
 
@@ -144,6 +145,12 @@ class Fitted:
         here[_AT["tpot_p95_s"]] = then[_AT["tpot_p95_s"]]
         waits_s = crowd.waiting * np.exp(first[_TPOT]) * load.mix.output_tokens / slots
         here[_AT["ttft_p95_s"]] = np.log(np.exp(first[_AT["ttft_p95_s"]]) + waits_s)
+        full = told(v, self.base, self._at(slots, points, load))[tokens]
+        for q in (
+            "ttft_p50_s",
+            "ttft_p95_s",
+        ):  # where more arrives than every slot together answers, the queue grows for ever
+            here[_AT[q]] = np.where(np.log(max(asked, 1e-12)) < full, here[_AT[q]], np.inf)
         idle_w = v.static * self.base.static_w * self.facts.boards
         here[tokens] += np.log(duty)
         here[0] = np.log(duty * np.exp(here[0]) + (1.0 - duty) * idle_w)
@@ -168,7 +175,8 @@ class Fitted:
         half = width * np.hypot(_deviation(slopes, self.covariance), noise)
         between = self.hull.between(points, launch=self.facts.launch_sequences) if self.hull is not None else 0.0
         factor = self.wider * (1.0 + WIDER_PER_STEP * steps) * (1.0 + WIDER_BETWEEN * between)
-        return np.asarray(half * factor + CORNER * steps)
+        half = half * factor + CORNER * steps
+        return np.asarray(half if load.prefill_tokens_per_s is None else np.hypot(half, CROWD_HALF[:, None]))
 
     def assembled(self, here: FloatArray, half: FloatArray, load: Load) -> Forecast:
         """A forecast from logarithms and half widths of OBSERVED, UNSEEN and tokens per joule."""
@@ -212,8 +220,11 @@ class Fitted:
         """Grid steps that each point lies outside what was measured; 0 inside, and where nothing was measured at all."""
         if self.hull is None:
             return np.zeros(len(points))
-        context = load.context_tokens or load.mix.context_tokens
-        return self.hull.outside(points, load.mix, launch=self.facts.launch_sequences, context_tokens=context)
+        context, launch = load.context_tokens or load.mix.context_tokens, self.facts.launch_sequences
+        if load.running is not None:
+            most = max(1, round(load.running))
+            points = [replace(p, active_sequences=min(p.active_sequences or launch, most)) for p in points]
+        return self.hull.outside(points, load.mix, launch=launch, context_tokens=context)
 
     def _checked_reach(self, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
         steps = self.reach(points, load)

@@ -179,7 +179,8 @@ class Visitor:
             filled = 1.0 if from_n == sequences else min(1.0, steps / mix.output_tokens)
             self._keep(mix, round(from_n + (sequences - from_n) * filled))
             queue = now.engine.waiting > 2 + CROWDED * now.engine.running
-            crowded = crowded + 1 if steps >= filling and queue else 0
+            room = now.engine.running >= sequences  # a queue then is what a larger batch left behind; it ends by itself
+            crowded = crowded + 1 if steps >= filling and queue and not room else 0
             if crowded == CROWDED_READS:
                 self._take_back(mix, now.engine)
             if steps == 0 and elapsed_s > SILENT_S:
