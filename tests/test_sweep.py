@@ -376,17 +376,19 @@ def test_where_the_kv_cache_is_short_the_rows_tell_what_ran_and_larger_batches_a
 
 
 def test_a_batch_much_smaller_than_the_one_before_is_no_sign_of_a_full_cache() -> None:
-    sim = simulation("mixtral-8x7b", "4xa100-sxm4-80gb", launch=256)
+    sim = simulation("mixtral-8x7b", "4xa100-sxm4-80gb", launch=64)
     node, mix = profiled_replica(sim, np.random.default_rng(2)), Mix(name="chat", prompt_tokens=1200, output_tokens=225)
-    visitor = Visitor(
-        node.rig, node.engine, replace(PLAN, mixes=(mix,), limits_w=(400.0,)), load=node.load, facts=facts_of(sim), clock=node.clock,
-        begun_s=0.0,
-    )  # fmt: skip
-    where = [
-        Candidate(OperatingPoint(power_limit_w=400.0, sm_clock_mhz=570, active_sequences=n), 0) for n in (256, 1, 256)
-    ]
+    plan = replace(PLAN, mixes=(mix,), limits_w=(400.0,))
+    visitor = Visitor(node.rig, node.engine, plan, load=node.load, facts=facts_of(sim), clock=node.clock, begun_s=0.0)
 
-    rows = [visitor.measure(candidate, until_s=1e9).row for candidate in where]
+    def measured(n: int) -> ProfileRow | None:
+        point = OperatingPoint(power_limit_w=400.0, sm_clock_mhz=570, active_sequences=n)
+        return visitor.measure(Candidate(point, 0), until_s=1e9).row
+
+    rows = [measured(64)]
+    node.load.set_load(mix, 72)  # some wait when the batch is lowered, and then run one after the other
+    node.clock.wait(1.0)
+    rows += [measured(1), measured(64)]
 
     assert [r is not None and round(r.running / r.active_sequences, 1) for r in rows] == [1.0, 1.0, 1.0]
 
