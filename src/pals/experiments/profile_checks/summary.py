@@ -129,12 +129,24 @@ def _regret_lines(title: str, judged: Sequence[Judged]) -> list[Line]:
         ("regret, a point surely keeps all", _sure_regret, None),
         ("picks that break a target search keeps", _broken(0.0), (0.0, 0.0)),
         ("picks that break it by more than 2 %", _broken(CLEAR), None),
+        ("loss where a broken target counts as a loss of all", _loss, None),
     )
-    lines = [_line(title, judged, check, figure, target=target, note=note) for check, figure, target in wanted]
+    lines = [
+        _line(title, judged, check, figure, target=target, note=note, compare=figure not in (_regret, _sure_regret))
+        for check, figure, target in wanted
+    ]  # each method keeps its targets in scenarios of its own: regret over those is no comparison
     bold = "with the intervals left aside, as the rivals pick"
     lines += [
-        _line(title, judged, f"{check}, by values", _instead(figure), target=None, note=bold)
-        for check, figure, _ in (wanted[0], wanted[2], wanted[3])
+        _line(
+            title,
+            judged,
+            f"{check}, by values",
+            _instead(figure),
+            target=None,
+            note=bold,
+            compare=figure is not _regret,
+        )
+        for check, figure, _ in (wanted[0], wanted[2], wanted[3], wanted[4])
     ]
     return [line for line in lines if line]
 
@@ -170,12 +182,13 @@ def _line(
     *,
     target: tuple[float, float] | None,
     note: str,
+    compare: bool = True,
 ) -> Line | None:
     """The profile's figure over all cases, and everybody's over the cases that the rivals were judged on."""
     mine = [v for j in judged if (v := figure(j, OWN)) is not None]
     if not mine:
         return None
-    rivals, beside = _compared(judged, figure)
+    rivals, beside = _compared(judged, figure) if compare else ({}, None)
     mean, median, worst = spread_of(mine)
     return Line(
         section=title, basis=judged[0].basis, check=check, cases=len(mine), value=mean, median=median, worst=worst,
@@ -218,6 +231,12 @@ def _regret(case: Judged, method: str) -> float | None:
 def _sure_regret(case: Judged, method: str) -> float | None:
     kept = [p.choice.regret for p in _picks(case, method) if p.choice.sure and not p.choice.excess]
     return 100.0 * float(np.mean(kept)) if kept else None
+
+
+def _loss(case: Judged, method: str) -> float | None:
+    """Of the best tokens/J, over all scenarios."""
+    picks = [p.choice for p in _picks(case, method)]
+    return 100.0 * float(np.mean([1.0 if c.excess or c.declined else c.regret for c in picks])) if picks else None
 
 
 def _broken(beyond: float) -> Figure:
