@@ -19,8 +19,8 @@ from pals.runtime.loop import GridClock, run
 from pals.runtime.replay import replay
 from pals.runtime.tick import Rig, TickRecord
 from pals.views.doctor.boards import board as board_findings
+from tests.profile_world import clock_profile
 from tests.test_doctor import NOW, board
-from tests.test_lever_policies import with_clocks
 from tests.worlds import Board, Clock, Engine, board_info, engine_info
 
 
@@ -33,7 +33,7 @@ def recorded(path: Path) -> list[TickRecord]:
     journal = Journal(
         path,
         JournalHeader(
-            policy="pals-paper", policy_settings=settings, profile_json=with_clocks().to_json(),
+            policy="pals-paper", policy_settings=settings, profile_json=clock_profile().to_json(),
             boards=tuple(board_info(i) for i in range(4)), engine=engine_info(), period_s=0.5, emulated=True,
             started_at="2026-01-01T00:00:00", command="pals agent",
         ),
@@ -47,7 +47,7 @@ def recorded(path: Path) -> list[TickRecord]:
 
     rig = Rig(
         meters=boards, actuators=boards, engine=(engine := Engine(clock, per_sequence=9.7)), setter=engine,
-        controller=build_policy("pals-paper", settings, with_clocks(), guard), guard=guard, period_s=0.5,
+        controller=build_policy("pals-paper", settings, clock_profile(), guard), guard=guard, period_s=0.5,
     )  # fmt: skip
     run(
         rig, budget=parse_budget("0:none,10:900,25:1600"), slo=Slo(throughput_tokens_s=480.0),
@@ -67,7 +67,7 @@ def test_a_journal_with_an_absent_board_comes_back_exactly_and_replays_every_dec
     assert {r.sample.absent for r in records} == {(), (1,)}
     assert records[0].sample.boards[3].energy_j is None
     guard = Guard.of(header.boards, 64)
-    policy = build_policy(header.policy, header.policy_settings, with_clocks(), guard)
+    policy = build_policy(header.policy, header.policy_settings, clock_profile(), guard)
     assert replay(policy, guard, records).same == len(records)
 
 

@@ -15,7 +15,7 @@ from pals.runtime.channel import Setpoint
 from pals.runtime.journal import read_journal
 from pals.runtime.tick import TickRecord
 from tests.node_world import AgentWorld
-from tests.test_profile import profile
+from tests.profile_world import profile
 from tests.worlds import Clock, board_info, engine_info
 
 

@@ -17,7 +17,7 @@ from pals.core.errors import ConfigError
 from pals.core.quantities import fingerprint_of
 from pals.engines.model_zoo import full_name
 from pals.runtime.config import load_config
-from tests.test_profile import profile
+from tests.profile_world import profile
 from tests.worlds import board_info, engine_info
 
 BOARDS = [board_info(0), board_info(1)]
