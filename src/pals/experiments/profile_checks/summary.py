@@ -19,6 +19,7 @@ NAMES = {POWER: "power", THROUGHPUT: "throughput", TPOT: "TPOT p95", TTFT: "TTFT
 WHOLE_PCT = {POWER: 3.0, THROUGHPUT: 4.0, TPOT: 8.0, TTFT: 15.0}  # largest mean errors allowed
 LEVEL_PCT = {POWER: 8.0, THROUGHPUT: 8.0}
 ERROR_PCT = {RANDOM: WHOLE_PCT, SWEEP: WHOLE_PCT, **dict.fromkeys(INTERIOR.values(), LEVEL_PCT)}
+WIDEST = 10.0  # mean width of an interval that is told by its size
 COVERAGE_PCT, REGRET_PCT = (85.0, 95.0), 2.0
 COVERAGE_NOTE = "share of truths in the 90 % intervals, over all cases; worst: the case with the least"
 COVERED = (RANDOM, SWEEP, *INTERIOR.values())  # kinds whose intervals must hold as often as they say
@@ -89,7 +90,7 @@ def _coverage_lines(title: str, judged: Sequence[Judged], kind: str) -> list[Lin
         shares = [100.0 * (m.coverage or 0.0) for m in marks]
         found.append(
             Line(
-                section=title, basis=judged[0].basis, check=f"{NAMES[quantity]}, {kind}: coverage (mean width {100.0 * total.width:.1f} %)",
+                section=title, basis=judged[0].basis, check=f"{NAMES[quantity]}, {kind}: coverage (mean width {_told_width(total.width)})",
                 cases=len(marks), value=100.0 * total.coverage, median=float(np.median(shares)), worst=min(shares),
                 target=COVERAGE_PCT if kind in COVERED else None, note=COVERAGE_NOTE,
             )
@@ -116,6 +117,11 @@ def _lowest_lines(title: str, judged: Sequence[Judged]) -> list[Line]:
             )
         )  # fmt: skip
     return found
+
+
+def _told_width(width: float) -> str:
+    """In per cent; a few rows with a wild tail make intervals that say nothing, which their size need not tell."""
+    return f"{100.0 * width:.1f} %" if width < WIDEST else f"above {100.0 * WIDEST:.0f} %"
 
 
 def _regret_lines(title: str, judged: Sequence[Judged]) -> list[Line]:
