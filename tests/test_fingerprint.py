@@ -180,3 +180,10 @@ def test_the_channel_carries_the_facts_and_an_older_plugins_file_is_still_read(t
     engine.path.write_bytes(raw.replace(b'"step_tokens"', b'"unknown_one"'))
     with pytest.raises(ValueError, match=r"another PALS version .*unknown_one is unknown"):
         AgentChannel(engine.path)
+
+
+def test_prefix_caching_is_the_load_s_matter_and_no_mismatch() -> None:
+    a, b = (replace(MINE, flags=f"chunked_prefill=1 prefix_caching={on}") for on in (0, 1))
+
+    assert a.differences(b) == []
+    assert a.differences(replace(b, flags="chunked_prefill=0 prefix_caching=1")) != []

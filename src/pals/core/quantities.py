@@ -267,10 +267,14 @@ def flags_text(flags: Mapping[str, object]) -> str:
     return " ".join(f"{k}={plain[k]}" for k in sorted(plain))
 
 
+#: Told, but not compared: a prefix cache changes which tokens are computed, which is the load, and not how fast they are.
+LOAD_FLAGS = frozenset({"prefix_caching"})
+
+
 def differing_flags(mine: str, theirs: str) -> list[tuple[str, object, object]]:
     """Name, my value and theirs of each flag that differs; None where a side has no such flag."""
     a, b = flags_of(mine), flags_of(theirs)
-    return [(f"flag {k}", a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+    return [(f"flag {k}", a.get(k), b.get(k)) for k in sorted({*a, *b} - LOAD_FLAGS) if a.get(k) != b.get(k)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
