@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -120,16 +121,25 @@ def test_a_first_token_counts_before_the_answer_is_complete() -> None:
             hold.set()
             await asyncio.to_thread(loop.__exit__)
 
+    connections: set[asyncio.Task[None]] = set()
+
     async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + TOKEN)
-        await writer.drain()
-        await hold.wait()
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + TOKEN)
+            await writer.drain()
+            await hold.wait()
         writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.add(asyncio.ensure_future(slow(reader, writer)))
 
     async def go() -> None:
-        async with await asyncio.start_server(slow, "127.0.0.1", 0) as server:
+        async with await asyncio.start_server(connected, "127.0.0.1", 0) as server:
             await scene_on(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        await asyncio.gather(*connections)  # a connection that outlived its loop would warn in some later test
 
     asyncio.run(go())
 
