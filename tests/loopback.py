@@ -43,4 +43,11 @@ async def http_server(answer: Callable[[bytes], Awaitable[bytes]]) -> AsyncItera
     server = await asyncio.start_server(connected, "127.0.0.1", 0)
     async with server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    await asyncio.gather(*connections)
+    await all_ended(connections)
+
+
+async def all_ended(connections: set[asyncio.Task[None]]) -> None:
+    """Wait for every connection's task, also of those that were accepted just before the server closed."""
+    await asyncio.sleep(0.05)  # an accepted connection reaches its callback some turns of the loop later
+    while waiting := {task for task in connections if not task.done()}:
+        await asyncio.gather(*waiting)

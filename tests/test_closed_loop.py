@@ -13,7 +13,7 @@ import pytest
 from pals.core.errors import EngineGoneError
 from pals.core.load import Latencies, Mix
 from pals.engines.closed_loop import ClosedLoop
-from tests.loopback import http_server
+from tests.loopback import all_ended, http_server
 
 pytest.importorskip("aiohttp")
 
@@ -139,7 +139,7 @@ def test_a_first_token_counts_before_the_answer_is_complete() -> None:
     async def go() -> None:
         async with await asyncio.start_server(connected, "127.0.0.1", 0) as server:
             await scene_on(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-        await asyncio.gather(*connections)  # a connection that outlived its loop would warn in some later test
+        await all_ended(connections)
 
     asyncio.run(go())
 
