@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -13,7 +12,7 @@ import pytest
 from pals.core.errors import EngineGoneError
 from pals.core.load import Latencies, Mix
 from pals.engines.closed_loop import ClosedLoop
-from tests.loopback import all_ended, http_server
+from tests.loopback import http_server, serving
 
 pytest.importorskip("aiohttp")
 
@@ -121,25 +120,15 @@ def test_a_first_token_counts_before_the_answer_is_complete() -> None:
             hold.set()
             await asyncio.to_thread(loop.__exit__)
 
-    connections: set[asyncio.Task[None]] = set()
-
     async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + TOKEN)
-            await writer.drain()
-            await hold.wait()
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
-
-    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connections.add(asyncio.ensure_future(slow(reader, writer)))
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + TOKEN)
+        await writer.drain()
+        await hold.wait()
 
     async def go() -> None:
-        async with await asyncio.start_server(connected, "127.0.0.1", 0) as server:
-            await scene_on(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-        await all_ended(connections)
+        async with serving(slow) as url:
+            await scene_on(url)
 
     asyncio.run(go())
 

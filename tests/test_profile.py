@@ -17,9 +17,10 @@ from pals.experiments.scenarios import SCENARIOS
 from pals.models.candidates import Candidates, candidates_of
 from pals.models.fitted import fit
 from pals.models.forecast import QUANTITIES
+from pals.models.latency import quantile
 from pals.models.observed import OBSERVED, conditions_of, told
 from pals.models.parameters import MEANS, NAMES, Values, deviations_of, values_by_name, values_of
-from pals.models.physics import base_of, curves, distinct_experts, quantile, settle, work_of
+from pals.models.physics import base_of, curves, distinct_experts, settle, work_of
 from pals.models.profile import MOST_BYTES, Profile
 from tests.profile_world import (
     CHAT,
@@ -53,7 +54,7 @@ def point(limit_w: float = 400.0, n: int = 16, mhz: int | None = None) -> Operat
 def test_a_higher_limit_never_slows_a_step_and_a_mean_draw_stays_at_the_limit(x: np.ndarray) -> None:
     limits = np.linspace(150.0, 400.0, 11)
     c = curves(values_of(x), BASE, work_of(np.array([16.0]), CHAT))
-    s = settle(values_of(x), BASE, c, np.zeros(11, np.intp), limits, np.full(11, 1e9))
+    s = settle(values_of(x), BASE, c, batch=np.zeros(11, np.intp), limit_w=limits, ceiling_mhz=np.full(11, 1e9))
 
     assert np.all(np.diff(s.step_s) <= 1e-9 * s.step_s[1:])
     assert np.all((s.clock_mhz > 0.39 * 210) & (s.clock_mhz <= 1410.0 + 1e-6))
@@ -67,7 +68,14 @@ def test_above_natural_draw_a_limit_does_nothing(x: np.ndarray, n: float) -> Non
     v = values_of(x)
     c = curves(v, BASE, work_of(np.array([n]), DECODE))
     highest_w = float(max(c.decode_w.max(), c.prefill_w.max())) * 1.05
-    s = settle(v, BASE, c, np.zeros(2, np.intp), np.array([highest_w, 2 * highest_w]), np.full(2, 1e9))
+    s = settle(
+        v,
+        BASE,
+        c,
+        batch=np.zeros(2, np.intp),
+        limit_w=np.array([highest_w, 2 * highest_w]),
+        ceiling_mhz=np.full(2, 1e9),
+    )
 
     assert s.step_s[0] == pytest.approx(s.step_s[1], rel=1e-12)
     assert s.power_w[0] == pytest.approx(s.power_w[1], rel=1e-12)
@@ -79,7 +87,7 @@ def test_above_natural_draw_a_limit_does_nothing(x: np.ndarray, n: float) -> Non
 def test_a_lock_holds_the_clock_and_below_the_voltage_knee_power_falls_with_it(x: np.ndarray, mhz: float) -> None:
     v = values_of(x)
     c = curves(v, BASE, work_of(np.array([16.0]), CHAT))
-    s = settle(v, BASE, c, np.zeros(2, np.intp), np.full(2, 1e4), np.array([mhz, 1410.0]))
+    s = settle(v, BASE, c, batch=np.zeros(2, np.intp), limit_w=np.full(2, 1e4), ceiling_mhz=np.array([mhz, 1410.0]))
 
     assert s.clock_mhz[0] == pytest.approx(mhz, rel=1e-6)
     assert s.power_w[0] <= s.power_w[1] * (1 + 1e-9)

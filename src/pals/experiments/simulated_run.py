@@ -91,10 +91,10 @@ class Simulation:
     @property
     def how_to_profile(self) -> str:
         """The command that makes a profile for it."""
-        boards = f"{self.boards}x{self.spec.name}"
-        return (
-            f"pals emulate profile {self.model} --boards {boards} --max-num-seqs {self.max_num_seqs} --out profile.json"
-        )
+        boards, plant = f"{self.boards}x{self.spec.name}", ""
+        if self.perturb_seed is not None:
+            plant = f" --perturb-seed {self.perturb_seed} --spread {self.spread:g}"
+        return f"pals profile simulate {self.model} --boards {boards} --max-num-seqs {self.max_num_seqs}{plant} --out profile.json"
 
     def moved(self, thing: T) -> T:
         """Constants of the plant, moved where that is asked for; whatever a driver reports stays."""

@@ -60,7 +60,7 @@ class Candidates:
         """Every quantity of every point with its 90 % interval, as `Fitted.forecast` to first order.
 
         Raises:
-            OutsideProfileError: the load lies more than a grid step outside what was measured.
+            OutsideProfileError: the load, rounded as intervals take it (half a power of two), lies more than a grid step outside.
         """
         f = _features(load)
         anchor = _rounded(f, VALUE_GRID)

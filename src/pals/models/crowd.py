@@ -16,9 +16,8 @@ FloatArray = NDArray[np.float64]
 FEW_MORE = 1.1  # factor on the number, for the elasticity
 MOST_ELASTIC = 0.85  # above it the linearisation ends
 P95 = 1.645
-AVERAGED = (
-    0.75  # of the variance is left in a mean over a request's life, which is about as long as the number's memory
-)
+#: Of the variance so much is left in a mean over a request's life, which is about as long as the number's memory.
+AVERAGED = 0.75
 
 #: What the linearisation adds to half a 90 % interval, by quantity: about nine tenths of the errors that
 #: `benchmarks.profile_arrivals` prints between 10 and 85 % of capacity.
@@ -36,9 +35,9 @@ class Crowd(NamedTuple):
     waiting: FloatArray  # requests that find no slot then
 
     @staticmethod
-    def of(running: FloatArray, slots: FloatArray, slower: FloatArray, more: float) -> Crowd:
-        """`slower`: factor on the time per token with `more` times as many running."""
-        elasticity = np.clip(np.log(slower) / np.log(more), 0.0, MOST_ELASTIC)
+    def of(running: FloatArray, slots: FloatArray, slower: FloatArray) -> Crowd:
+        """`slower`: factor on the time per token with `FEW_MORE` times as many running."""
+        elasticity = np.clip(np.log(slower) / np.log(FEW_MORE), 0.0, MOST_ELASTIC)
         deviation = np.sqrt(running / (1.0 - elasticity))
         high = running + P95 * deviation
         return Crowd(

@@ -62,24 +62,36 @@ def fit_rows(rows: Sequence[ProfileRow], mixes: Sequence[Mix], facts: EngineFact
         width = np.full(len(FIRST_NOISE), NORMAL_HALF_WIDTH)
         unknown = np.full(len(FIRST_NOISE), np.nan)
         return Fit(x, Calibration(noise, width, unknown, unknown))
-    at, seen = conditions_of(rows, mixes, b.step_tokens), observations_of(rows)
+    measured = _Measured(b, conditions_of(rows, mixes, b.step_tokens), observations_of(rows))
     for _ in range(PASSES):
-        x = _least_squares(x, b, at, seen, noise)
-        left_out, spread = _left_out(x, b, at, seen, noise)
+        x = _least_squares(x, measured, noise)
+        left_out, spread = _left_out(x, measured, noise)
         noise = _noise(left_out, spread, noise)
-    left_out, spread = _left_out(x, b, at, seen, noise)
-    return Fit(x, _calibrated(left_out, spread, noise, seen - told(values_of(x), b, at)))
+    left_out, spread = _left_out(x, measured, noise)
+    return Fit(x, _calibrated(left_out, spread, noise, measured.off(x)))
 
 
-def _least_squares(x: FloatArray, b: Base, at: Conditions, seen: FloatArray, noise: FloatArray) -> FloatArray:
+class _Measured(NamedTuple):
+    """Rows as the fit takes them: what holds for each, and logarithms of what was seen, shape (quantities, rows)."""
+
+    base: Base
+    at: Conditions
+    seen: FloatArray
+
+    def off(self, x: FloatArray) -> FloatArray:
+        """Seen less told."""
+        return self.seen - told(values_of(x), self.base, self.at)
+
+
+def _least_squares(x: FloatArray, measured: _Measured, noise: FloatArray) -> FloatArray:
     try:
         from scipy.optimize import least_squares
     except ImportError as e:
         raise ConfigError(f"fitting a profile needs scipy ({e}); {INSTALL}. Nothing was fitted") from e
-    known = np.isfinite(seen)
+    known = np.isfinite(measured.seen)
 
     def off(trial: FloatArray) -> FloatArray:
-        return np.asarray(((told(values_of(trial), b, at) - seen) / noise[:, None])[known])
+        return np.asarray((-measured.off(trial) / noise[:, None])[known])
 
     def residuals(trial: FloatArray) -> FloatArray:
         r = off(trial)
@@ -91,7 +103,7 @@ def _least_squares(x: FloatArray, b: Base, at: Conditions, seen: FloatArray, noi
         root = np.sqrt(1.0 + (r / ROBUST_AT) ** 2)
         soft = ROBUST_AT * np.sqrt(np.maximum(1e-24, 2.0 * (root - 1.0)))
         gain = np.where(np.abs(r) < 1e-6, 1.0, np.abs(r) / (root * np.maximum(soft, 1e-12)))
-        moved = (jacobian(trial, b, at) / noise[:, None, None])[known]
+        moved = (jacobian(trial, measured.base, measured.at) / noise[:, None, None])[known]
         return np.concatenate([gain[:, None] * moved, np.eye(len(trial))])
 
     found: Any = least_squares(residuals, x, jac=slopes, max_nfev=STEPS, ftol=TOLERANCE, xtol=TOLERANCE, gtol=TOLERANCE)
@@ -113,31 +125,29 @@ class _Weighted(NamedTuple):
 
 
 def precision_at(
-    x: FloatArray, b: Base, rows: Sequence[ProfileRow], mixes: Sequence[Mix], noise: FloatArray
+    x: FloatArray, b: Base, *, rows: Sequence[ProfileRow], mixes: Sequence[Mix], noise: FloatArray
 ) -> FloatArray:
     """Inverse covariance of x after these rows, priors included."""
     if not rows:
         return np.eye(len(x))
-    return _weighted(x, b, conditions_of(rows, mixes, b.step_tokens), observations_of(rows), noise).precision
+    measured = _Measured(b, conditions_of(rows, mixes, b.step_tokens), observations_of(rows))
+    return _weighted(x, measured, noise).precision
 
 
-def _weighted(x: FloatArray, b: Base, at: Conditions, seen: FloatArray, noise: FloatArray) -> _Weighted:
-    here = told(values_of(x), b, at)
-    off = (seen - here) / noise[:, None]
+def _weighted(x: FloatArray, measured: _Measured, noise: FloatArray) -> _Weighted:
+    off = measured.off(x) / noise[:, None]
     known = np.isfinite(off)
     off = np.where(known, off, 0.0)
     weight = np.where(known, 1.0 / np.sqrt(1.0 + (off / ROBUST_AT) ** 2), 0.0)
-    return _Weighted(jacobian(x, b, at, here) / noise[:, None, None], off, weight)
+    return _Weighted(jacobian(x, measured.base, measured.at) / noise[:, None, None], off, weight)
 
 
-def _left_out(
-    x: FloatArray, b: Base, at: Conditions, seen: FloatArray, noise: FloatArray
-) -> tuple[FloatArray, FloatArray]:
+def _left_out(x: FloatArray, measured: _Measured, noise: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Residuals of rows as if each had not been fitted, and the prediction's deviation there; shape (quantities, rows).
 
     A row's quantities are left out together: they come from one window.
     """
-    w = _weighted(x, b, at, seen, noise)
+    w = _weighted(x, measured, noise)
     covariance = np.linalg.inv(w.precision)
     left, spread = np.empty_like(w.off), np.empty_like(w.off)
     for i in range(w.off.shape[1]):

@@ -36,7 +36,7 @@ DESIGN_OUTPUTS = ("power", "step", "tpot_p95", "ttft_p95")
 Level = TypeVar("Level", int, float)
 _DESIGN = (0, 1, 4, 6)  # their places in OBSERVED
 _AT = {name: i for i, name in enumerate((*OBSERVED, *UNSEEN))}
-_TPOT = _AT["tpot_p50_s"]
+_TOKENS, _TPOT = _AT["tokens_per_s"], _AT["tpot_p50_s"]
 CROWD_HALF = np.array([HALF_WIDTHS.get(name, 0.0) for name in (*OBSERVED, *UNSEEN, "tokens_per_j")])
 MOST_LEVELS = 12  # of each lever among the points to choose from
 
@@ -65,7 +65,7 @@ class Fitted:
     @cached_property
     def precision(self) -> FloatArray:
         """Inverse covariance of x, priors included, shape (parameters, parameters)."""
-        return precision_at(self.x, self.base, self.rows, self.mixes, self.calibration.noise)
+        return precision_at(self.x, self.base, rows=self.rows, mixes=self.mixes, noise=self.calibration.noise)
 
     @cached_property
     def covariance(self) -> FloatArray:
@@ -117,7 +117,7 @@ class Fitted:
         here = np.exp(
             told(values_of(self.x), self.base, self._conditions([self._clipped(point)], Load(mix=self.mixes[0])))
         )
-        return Prediction(point=point, tokens_per_s=float(here[_AT["tokens_per_s"], 0]), power_w=float(here[0, 0]))
+        return Prediction(point=point, tokens_per_s=float(here[_TOKENS, 0]), power_w=float(here[0, 0]))
 
     def forecast(self, points: Sequence[OperatingPoint], load: Load) -> Forecast:
         """Every quantity with its 90 % interval.
@@ -129,36 +129,39 @@ class Fitted:
 
     def told(self, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
         """Logarithms of OBSERVED and UNSEEN, shape (quantities, points), whether or not anything was measured near."""
-        v, at = values_of(self.x), self._conditions(points, load)
-        here = told(v, self.base, at)
+        at = self._conditions(points, load)
+        here = told(values_of(self.x), self.base, at)
         if load.prefill_tokens_per_s is None:
             return here
-        tokens = _AT["tokens_per_s"]
         asked = load.prefill_tokens_per_s / load.mix.prefill_per_output
-        # where less arrives than one sequence at a time would do, the boards idle for the rest of the time
-        duty = np.maximum(1e-9, np.minimum(1.0, asked / np.exp(here[tokens])))
-        n, slots = at.work.sequences[at.batch], self._slots(points, load)
-        slower = self._tpot_s(n * FEW_MORE, points, load) / np.exp(here[_TPOT])
-        crowd = Crowd.of(n * duty, slots, slower, FEW_MORE)
-        then = told(v, self.base, self._at(crowd.during_answers, points, load))
-        first = told(v, self.base, self._at(crowd.at_arrival, points, load))
-        here[_AT["tpot_p95_s"]] = then[_AT["tpot_p95_s"]]
-        waits_s = crowd.waiting * np.exp(first[_TPOT]) * load.mix.output_tokens / slots
-        here[_AT["ttft_p95_s"]] = np.log(np.exp(first[_AT["ttft_p95_s"]]) + waits_s)
-        full = told(v, self.base, self._at(slots, points, load))[tokens]
-        for q in (
-            "ttft_p50_s",
-            "ttft_p95_s",
-        ):  # where more arrives than every slot together answers, the queue grows for ever
-            here[_AT[q]] = np.where(np.log(max(asked, 1e-12)) < full, here[_AT[q]], np.inf)
-        idle_w = v.static * self.base.static_w * self.facts.boards
-        here[tokens] += np.log(duty)
+        duty = np.maximum(1e-9, np.minimum(1.0, asked / np.exp(here[_TOKENS])))  # below 1: one at a time would do more
+        self._crowd(here, points, load, running=at.work.sequences[at.batch] * duty, asked=asked)
+        idle_w = values_of(self.x).static * self.base.static_w * self.facts.boards
+        here[_TOKENS] += np.log(duty)
         here[0] = np.log(duty * np.exp(here[0]) + (1.0 - duty) * idle_w)
         return here
 
-    def _tpot_s(self, n: FloatArray, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
-        """Median time per output token of each point with so many sequences."""
-        return np.asarray(np.exp(told(values_of(self.x), self.base, self._at(n, points, load))[_TPOT]))
+    def _crowd(
+        self, here: FloatArray, points: Sequence[OperatingPoint], load: Load, *, running: FloatArray, asked: float
+    ) -> None:
+        """Put the tails of random arrivals into `here`: the p95 is met where many run, and some wait for a slot.
+
+        Where more arrives than every slot together answers, the queue grows for ever: TTFT is infinite.
+        """
+        slots = self._slots(points, load)
+        slower = self._told_at(np.maximum(1.0, running) * FEW_MORE, points, load)[_TPOT] - here[_TPOT]
+        crowd = Crowd.of(running, slots, np.exp(slower))
+        first = self._told_at(crowd.at_arrival, points, load)
+        waits_s = crowd.waiting * np.exp(first[_TPOT]) * load.mix.output_tokens / slots
+        here[_AT["tpot_p95_s"]] = self._told_at(crowd.during_answers, points, load)[_AT["tpot_p95_s"]]
+        here[_AT["ttft_p95_s"]] = np.log(np.exp(first[_AT["ttft_p95_s"]]) + waits_s)
+        answered = math.log(max(asked, 1e-12)) < self._told_at(slots, points, load)[_TOKENS]
+        for q in (_AT["ttft_p50_s"], _AT["ttft_p95_s"]):
+            here[q] = np.where(answered, here[q], np.inf)
+
+    def _told_at(self, n: FloatArray, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
+        """As `told`, with so many sequences at each point."""
+        return told(values_of(self.x), self.base, self._at(n, points, load))
 
     def half_widths(self, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
         """Half the 90 % intervals of the logarithms of OBSERVED, UNSEEN and tokens per joule, shape (quantities + 1, points).
@@ -168,10 +171,10 @@ class Fitted:
         """
         steps = self._checked_reach(points, load)
         slopes = jacobian(self.x, self.base, self._conditions(points, load))
-        c, tokens = self.calibration, _AT["tokens_per_s"]
-        slopes = np.concatenate([slopes, (slopes[tokens] - slopes[0])[None]])
-        noise = np.append(c.noise, math.hypot(c.noise[0], c.noise[tokens]))[:, None]
-        width = np.append(c.width, max(c.width[0], c.width[tokens]))[:, None]
+        c = self.calibration
+        slopes = np.concatenate([slopes, (slopes[_TOKENS] - slopes[0])[None]])
+        noise = np.append(c.noise, math.hypot(c.noise[0], c.noise[_TOKENS]))[:, None]
+        width = np.append(c.width, max(c.width[0], c.width[_TOKENS]))[:, None]
         half = width * np.hypot(_deviation(slopes, self.covariance), noise)
         between = self.hull.between(points, launch=self.facts.launch_sequences) if self.hull is not None else 0.0
         factor = self.wider * (1.0 + WIDER_PER_STEP * steps) * (1.0 + WIDER_BETWEEN * between)
@@ -180,7 +183,7 @@ class Fitted:
 
     def assembled(self, here: FloatArray, half: FloatArray, load: Load) -> Forecast:
         """A forecast from logarithms and half widths of OBSERVED, UNSEEN and tokens per joule."""
-        every = np.concatenate([here, (here[_AT["tokens_per_s"]] - here[0])[None]])
+        every = np.concatenate([here, (here[_TOKENS] - here[0])[None]])
         value, low, high = np.exp(every), np.exp(every - half), np.exp(every + half)
         if load.queued_tokens > 0:
             rate = _AT["prefill_tokens_per_s"]
@@ -273,7 +276,7 @@ class Fitted:
             mine = [i for i, p in enumerate(points) if (p.power_limit_w, p.sm_clock_mhz) == lever]
             work, batch = self._batches(levels, busy)
             held = Conditions(work, batch, np.full(12, lever[0]), np.full(12, float(lever[1] or FREE_MHZ)))
-            rate = np.maximum.accumulate(np.exp(told(values_of(self.x), self.base, held)[_AT["tokens_per_s"]]))
+            rate = np.maximum.accumulate(np.exp(told(values_of(self.x), self.base, held)[_TOKENS]))
             found[mine] = np.interp(asked, rate, levels)
         return np.minimum(most, found)
 

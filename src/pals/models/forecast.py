@@ -1,4 +1,4 @@
-"""What a profile expects of operating points under a load: figures with intervals. Interface; see `models/fitted.py`."""
+"""What a profile expects of operating points under a load: figures with intervals; `models/fitted.py` makes them."""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pals.core.load import Mix
+from pals.models.latency import latencies
 from pals.models.parameters import Values, values_of
-from pals.models.physics import Base, Work, curves, latencies, settle
+from pals.models.physics import Base, Work, curves, settle
 from pals.models.row import ProfileRow
 
 FloatArray = NDArray[np.float64]
@@ -85,8 +86,8 @@ def observations_of(rows: Sequence[ProfileRow]) -> FloatArray:
 def told(v: Values, b: Base, at: Conditions) -> FloatArray:
     """Logarithms of the same quantities as predicted, shape (quantities, candidates), and of what rows cannot measure: `UNSEEN`."""
     c = curves(v, b, at.work)
-    s = settle(v, b, c, at.batch, at.limit_w, at.ceiling_mhz)
-    waits = latencies(v, at.work, c.steps, s, at.batch, mid_step=at.mid_step)
+    s = settle(v, b, c, batch=at.batch, limit_w=at.limit_w, ceiling_mhz=at.ceiling_mhz)
+    waits = latencies(v, at.work, c.steps, s, batch=at.batch, mid_step=at.mid_step)
     yields = c.steps.yields[at.batch]
     rate = c.steps.full[at.batch] / s.full_s
     return np.log(
