@@ -47,29 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="pals", description="Power-aware runtime for LLM serving.")
     p.add_argument("--version", action="version", version=f"pals {__version__}")
     commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    serve = commands.add_parser(
-        "serve",
-        help="start vLLM's OpenAI server with PALS beside it",
-        description="Start the real, unmodified vLLM OpenAI server with PALS beside it. Options not listed here go to `vllm serve`.",
-        allow_abbrev=False,
-    )
-    serve.add_argument("model", metavar="MODEL", help="model name or folder, as for `vllm serve`")
-    serve.add_argument("--emulate", metavar="BOARDS", help="emulated boards, e.g. 4xa100-sxm4-80gb or h100-sxm5-80gb")
-    serve.add_argument(
-        "--boards", metavar="N,N,…", help="boards to use, as CUDA_VISIBLE_DEVICES (default: that, or all)"
-    )
-    serve.add_argument("--no-agent", action="store_true", help="serve only; start `pals agent` apart")
-    serve.add_argument("--seed-boards", type=int, default=0, help="seed of the emulated boards' variation (default 0)")
-    serve.add_argument(
-        "--unprivileged", action="store_true", help="emulated boards refuse writes, as real ones without root"
-    )
-    serve.add_argument(
-        "--log", metavar="FILE", help="vLLM's log, kept below 2 x 64 MiB (default: in the state directory)"
-    )
-    serve.add_argument(
-        "--drain-s", type=int, metavar="S", help="how long accepted requests are answered when stopping (default 60)"
-    )
-    add_agent_options(serve)
+    add_serve(commands)
     agent = commands.add_parser("agent", help="steer every engine that runs here with PALS installed")
     agent.add_argument(
         "--engine", type=int, metavar="PID", help="steer only this one (default: all, also those to come)"
@@ -94,6 +72,39 @@ def parser() -> argparse.ArgumentParser:
         help="print the Grafana dashboard for the agent's metrics",
         description="Print the Grafana dashboard (import it under Dashboards > New > Import), generated from the table of metrics.",
     )
+    add_demo(commands)
+    return p
+
+
+def add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
+    """The `serve` command."""
+    serve = commands.add_parser(
+        "serve",
+        help="start vLLM's OpenAI server with PALS beside it",
+        description="Start the real, unmodified vLLM OpenAI server with PALS beside it. Options not listed here go to `vllm serve`.",
+        allow_abbrev=False,
+    )
+    serve.add_argument("model", metavar="MODEL", help="model name or folder, as for `vllm serve`")
+    serve.add_argument("--emulate", metavar="BOARDS", help="emulated boards, e.g. 4xa100-sxm4-80gb or h100-sxm5-80gb")
+    serve.add_argument(
+        "--boards", metavar="N,N,…", help="boards to use, as CUDA_VISIBLE_DEVICES (default: that, or all)"
+    )
+    serve.add_argument("--no-agent", action="store_true", help="serve only; start `pals agent` apart")
+    serve.add_argument("--seed-boards", type=int, default=0, help="seed of the emulated boards' variation (default 0)")
+    serve.add_argument(
+        "--unprivileged", action="store_true", help="emulated boards refuse writes, as real ones without root"
+    )
+    serve.add_argument(
+        "--log", metavar="FILE", help="vLLM's log, kept below 2 x 64 MiB (default: in the state directory)"
+    )
+    serve.add_argument(
+        "--drain-s", type=int, metavar="S", help="how long accepted requests are answered when stopping (default 60)"
+    )
+    add_agent_options(serve)
+
+
+def add_demo(commands: argparse._SubParsersAction[Parser]) -> None:
+    """The `demo` command."""
     demo = commands.add_parser(
         "demo", help="one trace slice on emulated boards under three policies, in about five minutes"
     )
@@ -102,7 +113,6 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", default="out/demo", metavar="FOLDER", help="journals, table and figure (default out/demo)"
     )
-    return p
 
 
 def add_agent_options(p: argparse.ArgumentParser) -> None:
