@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,11 @@ def olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pals.engines.model_zoo import local_folder
 
     return local_folder("OLMoE-1B-7B", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def hangups_arrive() -> Iterator[None]:
+    """SIGHUP asks this process and its children to stop, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

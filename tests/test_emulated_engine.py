@@ -254,6 +254,7 @@ def test_ctrl_c_answers_what_was_accepted_and_leaves_nothing_behind(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hangups_arrive")
 def test_data_parallel_ranks_drain_too_and_a_failed_agent_leaves_the_server_serving(tmp_path: Path) -> None:
     with socket.socket() as taken:
         made = start(tmp_path / "run", "--data_parallel_size", "2", "--drain-s", "40")

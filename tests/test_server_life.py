@@ -29,12 +29,23 @@ def child(code: str) -> subprocess.Popen[bytes]:
     return process
 
 
+@pytest.mark.usefixtures("hangups_arrive")
 def test_a_closed_terminal_stops_in_order_too(capsys: pytest.CaptureFixture[str]) -> None:
     signals = Signals()
     with stopping(signals.ended, also=signals.arrived):
         os.kill(os.getpid(), signal.SIGHUP)
         assert signals.ended.wait(5)
     assert "SIGHUP: stopping in order" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("hangups_arrive")
+def test_a_hangup_that_was_ignored_from_the_start_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts a process
+    signals = Signals()
+    with stopping(signals.ended, also=signals.arrived):
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not signals.ended.wait(0.05)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_the_second_signal_waits_and_the_third_drops(capsys: pytest.CaptureFixture[str]) -> None:
