@@ -133,6 +133,7 @@ class EngineSample(Checked):
     tpot_counts: tuple[int, ...]  # of finished requests, cumulative, by LATENCY_BOUNDS_S
     scheduled: int | None = None  # requests in the newest step; fewer than `running` while a time slice holds some out
     lowering: str = "drain"  # one of LOWERINGS: how the engine now gets under a lowered limit
+    refused_requests: int = 0  # answered 503 because too many waited, cumulative; not among those that arrived
 
 
 def _latency_bounds() -> tuple[float, ...]:
@@ -157,6 +158,9 @@ class Slo(Checked):
     throughput_tokens_s: float | None = None  # output tokens per second
     ttft_p95_s: float | None = None
     tpot_p95_s: float | None = None
+    ttft_p99_s: float | None = None
+    tpot_p99_s: float | None = None
+    throughput_share: float | None = None  # 0..1 of what the engine answers at most where the boards were found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +216,7 @@ class Decision(Checked):
     point: OperatingPoint
     reason: str  # a short word of the field, counted in the metrics
     detail: str = ""  # one sentence for people
+    most_waiting: int | None = None  # requests that may wait; those that come beyond are refused (503); None: any number
 
 
 #: Fields of a fingerprint that profiles made before they existed may lack.

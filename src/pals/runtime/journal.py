@@ -30,6 +30,11 @@ ADDED_LATER = frozenset(
             "accepted_mismatch",
             "correction",
             "drift",
+            "ttft_p99_s",
+            "tpot_p99_s",
+            "throughput_share",
+            "most_waiting",
+            "refused_requests",
         ),
     }
 )
