@@ -75,6 +75,12 @@ class Guard:
             limit_w = min(limit_w, float(int(left_w / rest)))
         return max(self.min_limit_w, limit_w)
 
+    def ceiling_w(self, budget: Budget) -> float:
+        """The highest limit of a board that the budget and the limits found allow, W; it may lie below the boards' least."""
+        if budget.power_w is None:
+            return self.max_limit_w
+        return min(self.max_limit_w, float(int(budget.power_w * (1 - self.margin) / self.boards)))
+
     def check(self, wanted: Decision, budget: Budget) -> Decision:
         """Return `wanted`, or the nearest decision that is allowed, with the reason changed to say so."""
         limit_w, reason, detail = wanted.point.power_limit_w, wanted.reason, wanted.detail
@@ -84,9 +90,7 @@ class Guard:
                 "no lock is possible" if clock_mhz is None else f"{clock_mhz} MHz is the nearest supported from below"
             )
             reason, detail = "guard-clock", f"an SM clock of {wanted.point.sm_clock_mhz} MHz wanted, {told}"
-        ceiling_w = self.max_limit_w
-        if budget.power_w is not None:
-            ceiling_w = min(ceiling_w, float(int(budget.power_w * (1 - self.margin) / self.boards)))
+        ceiling_w = self.ceiling_w(budget)
         if ceiling_w < self.min_limit_w:
             detail = (
                 f"the budget of {budget.power_w or 0:.0f} W lies below {self.boards} boards' least limits "

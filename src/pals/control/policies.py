@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pals.control.controller import PalsPolicy, PalsSettings
 from pals.control.guard import Guard
 from pals.control.levers import LEVERS, points_of, trim_of
 from pals.control.pals_paper import PaperPolicy, PaperSettings
@@ -16,6 +17,7 @@ from pals.core.protocols import AnyController
 from pals.core.quantities import OperatingPoint
 from pals.models.profile import Profile
 
+PALS = "pals"
 #: Factor on the intervals of a profile that was measured on something else and accepted: as large again as the profile's own.
 ACCEPTED_WIDENING = 2.0
 
@@ -33,10 +35,12 @@ def build_policy(
         profile = profile.widened(ACCEPTED_WIDENING)
     if name == "static":
         policy = _static(settings, guard)
-    elif name not in LEVERS:
-        raise ConfigError(f"unknown policy {name!r}; known: static, {', '.join(LEVERS)}")
+    elif name not in (PALS, *LEVERS):
+        raise ConfigError(f"unknown policy {name!r}; known: static, {PALS}, {', '.join(LEVERS)}")
     elif profile is None:
         raise ConfigError(f"policy {name} needs a profile: make one with `pals profile`, then give --profile FILE")
+    elif name == PALS:
+        policy = PalsPolicy(profile.model(), guard, replace(PalsSettings(), **settings))
     else:
         model, known = profile.model(), replace(PaperSettings(), **settings)
         policy = PaperPolicy(

@@ -213,6 +213,8 @@ def _assemble(setup: AgentSetup, config: Config, group: EngineGroup) -> tuple[Ri
 
 def policy_settings(control: ControlConfig) -> dict[str, Any]:
     """What the policy of this configuration is made with."""
+    if control.policy == "pals":
+        return {}
     if control.policy != "static":
         return asdict(PaperSettings())
     return {

@@ -14,7 +14,7 @@ from pals.core.errors import ConfigError
 from pals.core.quantities import LOWERINGS, EngineInfo, Slo
 from pals.runtime.budgets import BudgetSchedule, parse_budget
 
-POLICIES = ("static", "pals-paper", "cap-only", "batch-only", "clock-only")
+POLICIES = ("static", "pals", "pals-paper", "cap-only", "batch-only", "clock-only")
 MODES = ("auto", "advise")
 
 
@@ -183,7 +183,7 @@ def _validated(config: Config) -> Config:
 
 def check_complete(config: Config, told: str = "") -> None:
     """Raise `ConfigError` where the policy lacks what it steers by."""
-    if config.control.policy != "static" and config.slo.throughput_tokens_s is None:
+    if config.control.policy not in ("static", "pals") and config.slo.throughput_tokens_s is None:
         raise ConfigError(
             f"policy {config.control.policy} steers{told} by a throughput target: give --target-tokens-s (or [slo] throughput_tokens_s)"
         )

@@ -1,0 +1,117 @@
+"""Which candidate to take: the cheapest that keeps every target, or, where none does, what the order of sacrifice leaves.
+
+Efficiency goes first, then TPOT, then TTFT, then admission; the budget never, as no candidate stands above its ceiling.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pals.control.margins import Margins
+from pals.control.outlook import BUSIEST, FULL, OPEN, Asked, Outlook
+from pals.core.quantities import Slo
+from pals.models.forecast import FloatArray
+
+BoolArray = NDArray[np.bool_]
+ALL, NO_TPOT, NO_TTFT = "all", "tpot", "ttft"  # which target is given up
+NO_LOSS = 0.998  # of the most throughput, where nobody said that it may be less
+QUEUE = 0.7  # of the TTFT target: who waits so long is in danger
+NEAR_BEST = 0.005  # of a logarithm: candidates so near the least excess count as equal
+FAR = 50.0  # stands for an infinite excess
+
+
+class Excess(NamedTuple):
+    """By how much each candidate misses, as logarithms with margins; at most 0: kept. Shape (levers, batches)."""
+
+    rate: FloatArray
+    ttft: FloatArray
+    tpot: FloatArray
+
+    def kept(self, room: float = 0.0) -> BoolArray:
+        """Which keep everything, with so much room."""
+        return np.asarray((self.rate <= 0.0) & (self.ttft <= -room) & (self.tpot <= -room))
+
+
+def needed_tokens_s(a: Asked, slo: Slo, most_found: float, most_now: float) -> float:
+    """Output tokens per second that a candidate must be able to give.
+
+    Args:
+        a: the demand.
+        slo: its throughput target, absolute or as a share of the most.
+        most_found: what the engine answers at most at the limit found, without a lock, as many inside as now.
+        most_now: the same under the ceiling in force.
+    """
+    wanted = slo.throughput_tokens_s
+    if slo.throughput_share is not None:
+        wanted = max(wanted or 0.0, slo.throughput_share * most_found)
+    if a.kind == OPEN:
+        asked = a.tokens_per_s / BUSIEST
+        return asked if wanted is None else min(asked, wanted)
+    return NO_LOSS * most_now if wanted is None else wanted
+
+
+def excess(o: Outlook, a: Asked, slo: Slo, needed: float, margins: Margins, wider: float) -> Excess:
+    """What each candidate misses; `wider`: factor on margins while the profile has drifted."""
+    rate = np.log(needed / np.maximum(o.most_per_s if a.kind == OPEN else o.tokens_per_s, 1e-9)) if needed > 0 else o.cost_j * 0.0 - FAR
+    tpot = _over((o.tpot_s, slo.tpot_p95_s), (o.tpot99_s, slo.tpot_p99_s)) + wider * margins.tpot * o.tpot_half
+    ttft = _over((o.ttft_s, slo.ttft_p95_s), (o.ttft99_s, slo.ttft_p99_s)) + wider * margins.ttft * o.ttft_half
+    targets_s = [t for t in (slo.ttft_p95_s, slo.ttft_p99_s) if t is not None]
+    if targets_s and a.waiting:
+        ttft = np.maximum(ttft, np.log(np.maximum(o.now_s, 1e-9) / (QUEUE * max(targets_s))))
+    return Excess(rate, np.minimum(ttft, FAR), tpot)
+
+
+def _over(*pairs: tuple[FloatArray, float | None]) -> FloatArray:
+    """The largest logarithm of figure over target; far below 0 where there is none."""
+    over = np.full_like(pairs[0][0], -FAR)
+    for figure, target in pairs:
+        if target is not None:
+            over = np.maximum(over, np.minimum(FAR, np.log(np.maximum(figure, 1e-9) / target)))
+    return over
+
+
+class Pick(NamedTuple):
+    """Where a candidate stands, and what is given up for it."""
+
+    lever: int
+    batch: int
+    given_up: str = ALL
+
+
+def best(o: Outlook, e: Excess, a: Asked, *, room: float = 0.0, among: BoolArray | None = None) -> Pick:
+    """The candidate to take; see the module. `room`: so far below its targets where that is possible; `among`: no others.
+
+    Where TTFT is given up, what is taken answers most.
+    """
+    kept = e.kept(room)
+    if among is not None:
+        kept = kept & among
+    if kept.any():
+        return _at(np.where(kept, o.cost_j, np.inf))
+    if room > 0.0:
+        return best(o, e, a, among=among)
+    allowed = np.ones_like(kept) if among is None else among
+    rated = allowed & (e.rate <= 0.0) & (e.ttft <= 0.0)
+    if rated.any():
+        least = np.where(rated, e.tpot, np.inf).min()
+        return _at(np.where(rated & (e.tpot <= least + NEAR_BEST), o.cost_j, np.inf), NO_TPOT)
+    most = np.where(allowed, o.tokens_per_s if a.kind != OPEN else o.most_per_s, -np.inf)
+    near = most >= most.max() * (1.0 - NEAR_BEST)
+    return _at(np.where(near, o.cost_j, np.inf), NO_TTFT)
+
+
+def _at(cost: FloatArray, given_up: str = ALL) -> Pick:
+    lever, batch = np.unravel_index(int(np.argmin(cost)), cost.shape)
+    return Pick(int(lever), int(batch), given_up)
+
+
+def most_waiting(o: Outlook, at: Pick, a: Asked, slo: Slo) -> int | None:
+    """Requests that may wait so that those who are let in keep the TTFT target; None: no target, or all will be answered."""
+    targets_s = [t for t in (slo.ttft_p95_s, slo.ttft_p99_s) if t is not None]
+    if not targets_s or at.given_up != NO_TTFT:
+        return None
+    answers_per_s = float(o.tokens_per_s[at.lever, at.batch] if a.kind == FULL else o.most_per_s[at.lever, at.batch]) / a.output_tokens
+    return max(1, int(QUEUE * min(targets_s) * answers_per_s))

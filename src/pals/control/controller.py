@@ -1,0 +1,357 @@
+"""The `pals` policy: the operating point with the fewest predicted joules per token that keeps every target, within the budget.
+
+A tick learns from its sample (demand, bias of the profile, margins), forecasts every candidate, and moves only where that is needed
+or pays: at once and as far as needed where a target is in danger or the budget fell, slowly where only energy is to be saved.
+Equations and constants: docs/controller.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import exp, log
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pals.control.choice import ALL, NO_TTFT, Excess, Pick, best, excess, most_waiting, needed_tokens_s
+from pals.control.correction import Correction
+from pals.control.demand import Demand, late, observe, targets_of
+from pals.control.guard import Guard
+from pals.control.lever_table import FREE, POWER, STEP, TOKENS, Lever, LeverTables, MixKey, Rows, key_of, places, read
+from pals.control.margins import NEAR, Margins, learn
+from pals.control.outlook import CLOSED, FULL, OPEN, Asked, Bias, Boards, Outlook, outlook
+from pals.control.reasons import told_held, told_move, told_sacrifice
+from pals.control.trust import Trust, judge
+from pals.core.errors import ConfigError
+from pals.core.quantities import Budget, Decision, OperatingPoint, Slo, TelemetrySample
+from pals.models.fitted import Fitted
+from pals.models.forecast import FloatArray
+from pals.models.node_power import FEWEST, MOST
+from pals.models.parameters import values_of
+
+OBJECTIVES = ("node", "gpu")
+PERIOD_S = 0.5  # a guess at the first tick
+BATCHES = 7  # levels of the active-sequence limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PalsSettings:
+    """Constants of the policy; a run may change them, a user need not."""
+
+    objective: str = "node"  # whose joules: the node's, estimated, or the boards' alone
+    benefit: float = 0.02  # share of the joules per token that a move must save
+    dwell_s: float = 8.0  # after a move, before the next one that only saves
+    longest_dwell_s: float = 240.0  # a saving that had to be taken back doubles the dwell, up to here
+    calm_s: float = 60.0  # a saving that stood for so long was no mistake
+    room: float = 0.04  # of a logarithm: so far below its targets a point must stay to be moved to
+    slowest: float = 0.7  # a move that only saves leaves so much of the clock
+    settle_s: float = 3.0  # after a move, before its figures teach anything
+    bias_window_s: float = 8.0  # one lesson
+    bias_memory_s: float = 60.0
+    use_clock: bool = True
+    use_limit: bool = True
+    use_batch: bool = True
+    use_bias: bool = True  # correct the profile by what is measured
+    use_margins: bool = True  # stay below targets by intervals and experience
+    use_queue: bool = True  # look at who waits
+
+
+class Window(NamedTuple):
+    """Figures of the point in force, summed up since they teach."""
+
+    since_s: float
+    tokens: int
+    busy_s: float
+    energy_j: float | None
+    running: float = 0.0
+    ticks: int = 0
+
+
+class State(NamedTuple):
+    """What the policy remembers."""
+
+    demand: Demand = Demand()
+    margins: Margins = Margins()
+    bias: Bias = Bias()
+    lessons: int = 0
+    key: MixKey | None = None
+    lever: Lever = FREE
+    batch: int | None = None  # None: the launch batch
+    moved_s: float = -1e9  # last move of any kind
+    saved_s: float = -1e9  # last move that only saved
+    dwell_s: float = 0.0
+    tested: tuple[bool, bool] = (False, False)  # whether TTFT and TPOT of the point in force are near their targets
+    window: Window | None = None
+    ceiling_w: float = 0.0
+    trust: Trust = Trust()
+    why: tuple[str, str] = ("start", "nothing is known of the load yet: the limit found, no clock lock, the launch batch")
+    refusing_s: float | None = None  # since when the queue is bounded
+    needs_w: float | None = None  # boards' limits that the targets need, W together; None: not known
+
+
+class PalsPolicy:
+    """See the module."""
+
+    def __init__(self, fitted: Fitted, guard: Guard, settings: PalsSettings | None = None) -> None:
+        """Steer boards that `guard` bounds, by what `fitted` says of them.
+
+        Raises:
+            ConfigError: an unknown objective, or no power limit that was measured may be asked.
+        """
+        self.settings = s = settings or PalsSettings()
+        if s.objective not in OBJECTIVES:
+            raise ConfigError(f"objective {s.objective!r}: known are {', '.join(OBJECTIVES)}. Nothing was written")
+        try:
+            self._tables = LeverTables(fitted, guard)
+        except ValueError as e:
+            raise ConfigError(f"policy pals cannot use this profile: {e}. Nothing was written") from e
+        self._guard, self._launch = guard, guard.launch_sequences
+        launch = guard.launch_sequences
+        levels = np.unique(np.round(np.geomspace(max(1, launch // 16), launch, BATCHES))) if s.use_batch else np.array([float(launch)])
+        self._batches: FloatArray = levels[::-1].astype(float)  # the launch batch first
+        node = guard.boards / FEWEST if guard.boards < FEWEST else max(1.0, guard.boards / MOST)
+        idle_w = float(values_of(fitted.x).static) * fitted.base.static_w * guard.boards
+        self._boards = Boards(idle_w, node if s.objective == "node" else 0.0)
+        self._prior = fitted.mixes[0]
+
+    def initial(self) -> State:
+        """Nothing known: the boards as found."""
+        return State()
+
+    def step(
+        self, state: State, sample: TelemetrySample, budget: Budget, slo: Slo, now_s: float
+    ) -> tuple[Decision, State]:
+        """The decision for this tick; see the module."""
+        return self.step_corrected(state, sample, budget, slo, now_s, _NOTHING_LEARNT)
+
+    def step_corrected(
+        self, state: State, sample: TelemetrySample, budget: Budget, slo: Slo, now_s: float, correction: Correction
+    ) -> tuple[Decision, State]:
+        """The same, knowing whether the profile has drifted."""
+        ceiling_w = self._guard.ceiling_w(budget)
+        trust = judge(state.trust, sample, self._guard, now_s)
+        state = state._replace(trust=trust)
+        if trust.broken is not None:
+            return self._safe(state, ceiling_w, "telemetry", trust.broken, now_s)
+        engine = sample.engine
+        assert engine is not None  # for the type checker: it would be broken
+        state = self._learn(state, sample, slo, now_s)
+        d = state.demand
+        if d.in_flight == 0:
+            return self._decision(state, ceiling_w, "idle", "no request is inside: the point stays"), state._replace(ceiling_w=ceiling_w)
+        if not d.known:
+            return self._safe(state, ceiling_w, "learning", f"{int(d.counted.finished)} requests have ended so far: their lengths are not known yet", now_s)
+        key = key_of(d.prompt_tokens, d.output_tokens, d.cached_tokens, state.key)
+        rows = self._tables.rows(key, ceiling_w)
+        if rows is None:
+            told = f"{d.prompt_tokens:.0f} tokens in and {d.output_tokens:.0f} out lie outside what the profile measured"
+            return self._safe(state._replace(key=key), ceiling_w, "outside-profile", told, now_s)
+        state = state._replace(key=key)
+        return self._choose(state, rows, slo, now_s, sample, drifted=bool(correction.told.drift))
+
+    # ---- learning -------------------------------------------------------------------------------------------------
+
+    def _learn(self, state: State, sample: TelemetrySample, slo: Slo, now_s: float) -> State:
+        """Demand, margins and bias with one more sample."""
+        engine, before = sample.engine, state.demand.before
+        assert engine is not None
+        demand = observe(state.demand, engine, now_s, sample.window_s or PERIOD_S)
+        margins = state.margins
+        if before is not None and demand.before is not None and engine.steps >= before.steps and self.settings.use_margins:
+            targets = targets_of(slo)
+            for q, counts, tested in (("ttft", (before.ttft_counts, engine.ttft_counts), state.tested[0]), ("tpot", (before.tpot_counts, engine.tpot_counts), state.tested[1])):
+                value = getattr(margins, q)
+                for t in targets[q]:
+                    value = learn(value, late(*counts, t.target_s), t.share, tested=tested)
+                margins = margins._replace(**{q: value})
+        state = state._replace(demand=demand, margins=margins)
+        return self._learn_bias(state, sample, now_s) if self.settings.use_bias else state
+
+    def _learn_bias(self, state: State, sample: TelemetrySample, now_s: float) -> State:
+        """Compare what the point in force does with what the profile says of it."""
+        s, engine, w = self.settings, sample.engine, state.window
+        assert engine is not None
+        if now_s - state.moved_s < s.settle_s or engine.running == 0 or state.key is None:
+            return state._replace(window=None)
+        if w is None:
+            return state._replace(window=Window(now_s, engine.output_tokens, engine.busy_s, 0.0))
+        energy_j = None if w.energy_j is None or sample.power_w is None else w.energy_j + sample.power_w * sample.window_s
+        running = min(engine.running, engine.scheduled if engine.scheduled is not None else engine.running)
+        w = w._replace(energy_j=energy_j, running=w.running + running, ticks=w.ticks + 1)
+        if now_s - w.since_s < s.bias_window_s - 1e-6:
+            return state._replace(window=w)
+        state = state._replace(window=Window(now_s, engine.output_tokens, engine.busy_s, 0.0))
+        rows = self._tables.rows(state.key, state.ceiling_w)
+        position = rows.position(state.lever) if rows is not None else None
+        busy_s, span_s = engine.busy_s - w.busy_s, now_s - w.since_s
+        if rows is None or position is None or busy_s < 0.8 * span_s:
+            return state
+        at, lever = places(rows.levels, np.array(max(1.0, w.running / w.ticks))), np.array(position)
+        measured = (engine.output_tokens - w.tokens) / busy_s
+        predicted, drawn_w = float(read(rows.figures[TOKENS], at, lever)), float(read(rows.figures[POWER], at, lever))
+        gain = max(1.0 / (state.lessons + 2.0), s.bias_window_s / s.bias_memory_s)
+        step = _moved(state.bias.step, predicted / max(measured, 1e-9), gain)
+        power = state.bias.power if w.energy_j is None else _moved(state.bias.power, w.energy_j / span_s / drawn_w, gain)
+        return state._replace(bias=Bias(step, power), lessons=state.lessons + 1)
+
+    # ---- deciding -------------------------------------------------------------------------------------------------
+
+    def _asked(self, d: Demand, rows: Rows, bias: Bias, period_s: float) -> Asked:
+        """The demand, and its kind."""
+        asked = d.arrivals_per_s * d.output_tokens
+        most = float(rows.figures[TOKENS, 0, -1]) / bias.step
+        closed = d.closed(period_s)
+        kind = CLOSED if closed else FULL if asked > 0.97 * most and d.in_flight >= self._launch else OPEN
+        queue = self.settings.use_queue
+        return Asked(
+            kind, asked, d.output_tokens, d.prompt_tokens, float(d.in_flight), d.running, d.waiting if queue else 0, d.oldest_s if queue else 0.0,
+        )  # fmt: skip
+
+    def _choose(
+        self, state: State, rows: Rows, slo: Slo, now_s: float, sample: TelemetrySample, *, drifted: bool
+    ) -> tuple[Decision, State]:
+        """Hold the point in force, or move."""
+        s, d = self.settings, state.demand
+        a = self._asked(d, rows, state.bias, sample.window_s or PERIOD_S)
+        o = outlook(rows, self._batches, a, state.bias, self._boards)
+        inside = self._launch if a.kind == FULL else min(float(self._launch), a.inside)
+        found = self._tables.rows(state.key, self._guard.max_limit_w) if state.key else rows
+        needed = needed_tokens_s(a, slo, _most(found or rows, self._most_inside(a), state.bias), _most(rows, inside, state.bias))
+        margins = state.margins if s.use_margins else Margins(0.0, 0.0)
+        e = excess(o, a, slo, needed, margins, 1.5 if drifted else 1.0)
+        among = self._usable(rows, o)
+        here = self._here(state, rows)
+        pick, moved, why = self._decide(state, o, e, a, here, among, now_s)
+        lever, batch = rows.levers[pick.lever], self._batches[pick.batch]
+        state = self._remember(state, o, e, here if not moved else pick, slo, now_s)
+        if moved:
+            reason, saves = why
+            told = told_move(rows, o, here, pick, a, slo, self._batches, binding=state.lever, reason=reason)
+            if pick.given_up != ALL:
+                told = told_sacrifice(told, pick, slo)
+            state = self._after_move(state, lever, int(batch), now_s, saves=saves)._replace(why=(reason, told))
+        elif pick.given_up != ALL:
+            state = state._replace(why=("sacrifice", told_sacrifice(told_held(rows, o, pick, a, slo), pick, slo)))
+        elif state.why[0] in ("start", "learning", "outside-profile", "telemetry", "sacrifice"):
+            state = state._replace(why=("hold", told_held(rows, o, pick, a, slo)))
+        state = state._replace(ceiling_w=rows.ceiling_w)
+        bound, state = self._bound(state, o, pick, a, slo, now_s)
+        return replace(self._decision(state, rows.ceiling_w, *state.why), most_waiting=bound), state
+
+    def _most_inside(self, a: Asked) -> float:
+        return float(self._launch) if a.kind != CLOSED else min(float(self._launch), a.inside)
+
+    def _usable(self, rows: Rows, o: Outlook) -> np.ndarray:
+        """Levers that may be used and that bind: one that does not is left as found."""
+        s = self.settings
+        ok = np.ones(o.cost_j.shape, dtype=bool)
+        for i, lever in enumerate(rows.levers):
+            if (lever.limit_w is not None and not s.use_limit) or (lever.clock_mhz is not None and not s.use_clock):
+                ok[i] = False
+        limits = np.array([x.limit_w if x.limit_w is not None else 0.0 for x in rows.levers])[:, None]
+        ok &= limits * self._guard.boards < np.where(limits > 0, o.natural_w, np.inf)
+        slack = self._batches[None, :] >= np.maximum(o.running, 1.0)
+        ok[:, 1:] &= ~(slack[:, 1:] & slack[:, :-1])  # of batches that hold nobody back only the largest
+        return ok
+
+    def _here(self, state: State, rows: Rows) -> Pick:
+        """The candidate in force; a lever that is gone (a limit above the ceiling) is the ceiling itself."""
+        position = rows.position(state.lever)
+        batch = float(state.batch or self._launch)
+        return Pick(position if position is not None else 0, int(np.argmin(np.abs(self._batches - batch))))
+
+    def _decide(
+        self, state: State, o: Outlook, e: Excess, a: Asked, here: Pick, among: np.ndarray, now_s: float
+    ) -> tuple[Pick, bool, tuple[str, bool]]:
+        """The candidate, whether to move there, and as what."""
+        s, at = self.settings, (here.lever, here.batch)
+        must = not e.kept()[at]
+        if must:
+            pick = best(o, e, a, room=s.room, among=among)
+            if (pick.lever, pick.batch) == at or (pick.given_up != ALL and _as_good(o, e, at, pick, a)):
+                return here._replace(given_up=pick.given_up), False, ("hold", False)
+            return pick, True, ("targets", False)
+        if now_s - state.moved_s < max(s.dwell_s, state.dwell_s):
+            return here, False, ("hold", False)
+        slow = o.clock_mhz >= s.slowest * o.clock_mhz[at]
+        pick = best(o, e, a, room=s.room, among=among & slow & e.kept(s.room))
+        saved = 1.0 - float(o.cost_j[pick.lever, pick.batch]) / float(o.cost_j[at])
+        if pick.given_up != ALL or not e.kept(s.room)[pick.lever, pick.batch] or saved < s.benefit:
+            return here, False, ("hold", False)
+        return pick, True, ("efficiency", True)
+
+    def _after_move(self, state: State, lever: Lever, batch: int, now_s: float, *, saves: bool) -> State:
+        """Remember the move; a saving taken back soon makes the next one wait longer."""
+        s, dwell_s = self.settings, state.dwell_s
+        if saves:
+            if now_s - state.saved_s > s.calm_s and now_s - state.moved_s > s.calm_s:
+                dwell_s = 0.0
+            state = state._replace(saved_s=now_s)
+        elif now_s - state.saved_s < s.calm_s:
+            dwell_s = min(s.longest_dwell_s, max(s.dwell_s, 2.0 * dwell_s))
+        return state._replace(
+            lever=lever, batch=None if batch >= self._launch else batch, moved_s=now_s, dwell_s=dwell_s, window=None,
+        )  # fmt: skip
+
+    def _remember(self, state: State, o: Outlook, e: Excess, here: Pick, slo: Slo, now_s: float) -> State:
+        """Whether the point in force puts its targets to the test."""
+        at = (here.lever, here.batch)
+        near = -NEAR
+        return state._replace(tested=(bool(e.ttft[at] > near), bool(e.tpot[at] > near)))
+
+    def _bound(
+        self, state: State, o: Outlook, pick: Pick, a: Asked, slo: Slo, now_s: float
+    ) -> tuple[int | None, State]:
+        """Requests that may wait: bounded only while a budget below the limits found leaves TTFT no other way."""
+        squeezed = state.ceiling_w < self._guard.max_limit_w - 0.5
+        if not squeezed or pick.given_up != NO_TTFT or a.kind == CLOSED:
+            calm = state.refusing_s is not None and squeezed and a.waiting > 0 and now_s - state.refusing_s < 10.0
+            if not calm:
+                return None, state._replace(refusing_s=None)
+        since_s = now_s if pick.given_up == NO_TTFT and state.refusing_s is None else state.refusing_s
+        bound = most_waiting(o, pick._replace(given_up=NO_TTFT), a, slo)
+        return bound, state._replace(refusing_s=since_s)
+
+    # ---- points ---------------------------------------------------------------------------------------------------
+
+    def _decision(self, state: State, ceiling_w: float, reason: str, detail: str) -> Decision:
+        lever = state.lever
+        limit_w = ceiling_w if lever.limit_w is None else min(lever.limit_w, ceiling_w)
+        point = OperatingPoint(
+            power_limit_w=limit_w, sm_clock_mhz=lever.clock_mhz, active_sequences=state.batch or self._launch
+        )
+        return Decision(point=point, reason=reason, detail=detail)
+
+    def _safe(self, state: State, ceiling_w: float, reason: str, detail: str, now_s: float) -> tuple[Decision, State]:
+        """The safe static point: the limit found, or what the budget leaves of it, no clock lock, the launch batch."""
+        if state.lever != FREE or state.batch is not None:
+            state = state._replace(lever=FREE, batch=None, moved_s=now_s, window=None)
+        state = state._replace(why=(reason, detail), ceiling_w=ceiling_w, tested=(False, False))
+        return self._decision(state, ceiling_w, reason, detail), state
+
+
+_NOTHING_LEARNT = Correction()
+
+
+def _most(rows: Rows, inside: float, bias: Bias) -> float:
+    """Output tokens per second without a lock at the ceiling, so many inside."""
+    at = places(rows.levels, np.array(max(1.0, inside)))
+    return float(read(rows.figures[TOKENS], at, np.array(0))) / bias.step
+
+
+def _moved(value: float, ratio: float, gain: float) -> float:
+    """A factor moved towards a measured ratio, by logarithms; no lesson counts more than a quarter."""
+    off = max(-0.25, min(0.25, log(max(ratio, 1e-6)) - log(value)))
+    return min(2.0, max(0.5, exp(log(value) + gain * off)))
+
+
+def _as_good(o: Outlook, e: Excess, at: tuple[int, int], pick: Pick, a: Asked) -> bool:
+    """Whether the point in force misses its targets hardly more than the pick does."""
+    there = (pick.lever, pick.batch)
+    if pick.given_up == NO_TTFT:
+        figure = o.most_per_s if a.kind == OPEN else o.tokens_per_s
+        return bool(figure[at] >= 0.99 * figure[there])
+    return bool(e.rate[at] <= 0 and e.ttft[at] <= 0 and e.tpot[at] <= e.tpot[there] + 0.01)
+
+
+__all__ = ["OBJECTIVES", "OPEN", "STEP", "Any", "PalsPolicy", "PalsSettings", "State"]
