@@ -5,6 +5,7 @@ Efficiency goes first, then TPOT, then TTFT, then admission; the budget never, a
 
 from __future__ import annotations
 
+from math import exp
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ NO_LOSS = 0.998  # of the most throughput, where nobody said that it may be less
 QUEUE = 0.7  # of the TTFT target: who waits so long is in danger
 NEAR_BEST = 0.005  # of a logarithm: candidates so near the least excess count as equal
 FAR = 50.0  # stands for an infinite excess
+_E_FAR = exp(FAR)
 
 
 class Excess(NamedTuple):
@@ -30,9 +32,9 @@ class Excess(NamedTuple):
     ttft: FloatArray
     tpot: FloatArray
 
-    def kept(self, room: float = 0.0) -> BoolArray:
+    def kept(self, room: float = 0.0, rate_room: float = 0.0) -> BoolArray:
         """Which keep everything, with so much room."""
-        return np.asarray((self.rate <= 0.0) & (self.ttft <= -room) & (self.tpot <= -room))
+        return np.asarray((self.rate <= -rate_room) & (self.ttft <= -room) & (self.tpot <= -room))
 
 
 def needed_tokens_s(a: Asked, slo: Slo, most_found: float, most_now: float) -> float:
@@ -55,22 +57,30 @@ def needed_tokens_s(a: Asked, slo: Slo, most_found: float, most_now: float) -> f
 
 def excess(o: Outlook, a: Asked, slo: Slo, needed: float, margins: Margins, wider: float) -> Excess:
     """What each candidate misses; `wider`: factor on margins while the profile has drifted."""
-    rate = np.log(needed / np.maximum(o.most_per_s if a.kind == OPEN else o.tokens_per_s, 1e-9)) if needed > 0 else o.cost_j * 0.0 - FAR
-    tpot = _over((o.tpot_s, slo.tpot_p95_s), (o.tpot99_s, slo.tpot_p99_s)) + wider * margins.tpot * o.tpot_half
-    ttft = _over((o.ttft_s, slo.ttft_p95_s), (o.ttft99_s, slo.ttft_p99_s)) + wider * margins.ttft * o.ttft_half
-    targets_s = [t for t in (slo.ttft_p95_s, slo.ttft_p99_s) if t is not None]
-    if targets_s and a.waiting:
-        ttft = np.maximum(ttft, np.log(np.maximum(o.now_s, 1e-9) / (QUEUE * max(targets_s))))
-    return Excess(rate, np.minimum(ttft, FAR), tpot)
+    nothing = np.full_like(o.cost_j, -FAR)
+    can = o.most_per_s if a.kind == OPEN else o.tokens_per_s
+    rate = np.log(needed / np.maximum(can, 1e-9)) if needed > 0 else nothing
+    tpot, ttft = (
+        _over(o.tpot_s, slo.tpot_p95_s, o.tpot99_s, slo.tpot_p99_s), _over(o.ttft_s, slo.ttft_p95_s, o.ttft99_s, slo.ttft_p99_s)
+    )  # fmt: skip
+    tpot = nothing if tpot is None else tpot + wider * margins.tpot * o.tpot_half
+    if ttft is None:
+        return Excess(rate, nothing, tpot)
+    ttft = ttft + wider * margins.ttft * o.ttft_half
+    if a.waiting:
+        danger_s = QUEUE * max(t for t in (slo.ttft_p95_s, slo.ttft_p99_s) if t is not None)
+        ttft = np.maximum(ttft, np.log(np.maximum(o.now_s, 1e-9) / danger_s))
+    return Excess(rate, ttft, tpot)
 
 
-def _over(*pairs: tuple[FloatArray, float | None]) -> FloatArray:
-    """The largest logarithm of figure over target; far below 0 where there is none."""
-    over = np.full_like(pairs[0][0], -FAR)
-    for figure, target in pairs:
-        if target is not None:
-            over = np.maximum(over, np.minimum(FAR, np.log(np.maximum(figure, 1e-9) / target)))
-    return over
+def _over(p95_s: FloatArray, target95_s: float | None, p99_s: FloatArray, target99_s: float | None) -> FloatArray | None:
+    """The larger logarithm of figure over target, at most `FAR`; None where there is no target."""
+    if target95_s is None and target99_s is None:
+        return None
+    ratio = p95_s / target95_s if target95_s is not None else p99_s / (target99_s or 1.0)
+    if target95_s is not None and target99_s is not None:
+        ratio = np.maximum(ratio, p99_s / target99_s)
+    return np.asarray(np.log(np.minimum(ratio, _E_FAR)))
 
 
 class Pick(NamedTuple):
@@ -86,7 +96,7 @@ def best(o: Outlook, e: Excess, a: Asked, *, room: float = 0.0, among: BoolArray
 
     Where TTFT is given up, what is taken answers most.
     """
-    kept = e.kept(room)
+    kept = e.kept(room, room if a.kind == OPEN else 0.0)
     if among is not None:
         kept = kept & among
     if kept.any():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import exp, log
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from pals.control.choice import ALL, NO_TTFT, Excess, Pick, best, excess, most_w
 from pals.control.correction import Correction
 from pals.control.demand import Demand, late, observe, targets_of
 from pals.control.guard import Guard
-from pals.control.lever_table import FREE, POWER, STEP, TOKENS, Lever, LeverTables, MixKey, Rows, key_of, places, read
+from pals.control.lever_table import FREE, POWER, TOKENS, Lever, LeverTables, MixKey, Rows, key_of
 from pals.control.margins import NEAR, Margins, learn
 from pals.control.outlook import CLOSED, FULL, OPEN, Asked, Bias, Boards, Outlook, outlook
 from pals.control.reasons import told_held, told_move, told_sacrifice
@@ -41,9 +41,10 @@ class PalsSettings:
     objective: str = "node"  # whose joules: the node's, estimated, or the boards' alone
     benefit: float = 0.02  # share of the joules per token that a move must save
     dwell_s: float = 8.0  # after a move, before the next one that only saves
-    longest_dwell_s: float = 240.0  # a saving that had to be taken back doubles the dwell, up to here
+    longest_dwell_s: float = 120.0  # a saving that had to be taken back doubles the dwell, up to here
     calm_s: float = 60.0  # a saving that stood for so long was no mistake
-    room: float = 0.04  # of a logarithm: so far below its targets a point must stay to be moved to
+    room: float = 0.04  # of a logarithm: so far below its targets a point must stay to be moved to for a saving
+    rise: float = 0.12  # the same for a move that targets ask for, where one reaches so far: not step by step
     slowest: float = 0.7  # a move that only saves leaves so much of the clock
     settle_s: float = 3.0  # after a move, before its figures teach anything
     bias_window_s: float = 8.0  # one lesson
@@ -186,9 +187,8 @@ class PalsPolicy:
         busy_s, span_s = engine.busy_s - w.busy_s, now_s - w.since_s
         if rows is None or position is None or busy_s < 0.8 * span_s:
             return state
-        at, lever = places(rows.levels, np.array(max(1.0, w.running / w.ticks))), np.array(position)
-        measured = (engine.output_tokens - w.tokens) / busy_s
-        predicted, drawn_w = float(read(rows.figures[TOKENS], at, lever)), float(read(rows.figures[POWER], at, lever))
+        expected = rows.of(position, max(1.0, w.running / w.ticks))
+        measured, predicted, drawn_w = (engine.output_tokens - w.tokens) / busy_s, expected[TOKENS], expected[POWER]
         gain = max(1.0 / (state.lessons + 2.0), s.bias_window_s / s.bias_memory_s)
         step = _moved(state.bias.step, predicted / max(measured, 1e-9), gain)
         power = state.bias.power if w.energy_j is None else _moved(state.bias.power, w.energy_j / span_s / drawn_w, gain)
@@ -196,15 +196,15 @@ class PalsPolicy:
 
     # ---- deciding -------------------------------------------------------------------------------------------------
 
-    def _asked(self, d: Demand, rows: Rows, bias: Bias, period_s: float) -> Asked:
+    def _asked(self, d: Demand, rows: Rows, bias: Bias, period_s: float, *, tail: bool) -> Asked:
         """The demand, and its kind."""
         asked = d.arrivals_per_s * d.output_tokens
-        most = float(rows.figures[TOKENS, 0, -1]) / bias.step
+        most = float(rows.rates[0, -1]) / bias.step
         closed = d.closed(period_s)
         kind = CLOSED if closed else FULL if asked > 0.97 * most and d.in_flight >= self._launch else OPEN
         queue = self.settings.use_queue
         return Asked(
-            kind, asked, d.output_tokens, d.prompt_tokens, float(d.in_flight), d.running, d.waiting if queue else 0, d.oldest_s if queue else 0.0,
+            kind, asked, d.output_tokens, d.prompt_tokens, float(d.in_flight), d.running, d.waiting if queue else 0, d.oldest_s if queue else 0.0, tail,
         )  # fmt: skip
 
     def _choose(
@@ -212,7 +212,8 @@ class PalsPolicy:
     ) -> tuple[Decision, State]:
         """Hold the point in force, or move."""
         s, d = self.settings, state.demand
-        a = self._asked(d, rows, state.bias, sample.window_s or PERIOD_S)
+        tail = slo.ttft_p99_s is not None or slo.tpot_p99_s is not None
+        a = self._asked(d, rows, state.bias, sample.window_s or PERIOD_S, tail=tail)
         o = outlook(rows, self._batches, a, state.bias, self._boards)
         inside = self._launch if a.kind == FULL else min(float(self._launch), a.inside)
         found = self._tables.rows(state.key, self._guard.max_limit_w) if state.key else rows
@@ -229,8 +230,11 @@ class PalsPolicy:
             told = told_move(rows, o, here, pick, a, slo, self._batches, binding=state.lever, reason=reason)
             if pick.given_up != ALL:
                 told = told_sacrifice(told, pick, slo)
-            state = self._after_move(state, lever, int(batch), now_s, saves=saves)._replace(why=(reason, told))
-        elif pick.given_up != ALL:
+            state = self._after_move(state, lever, int(batch), now_s, saves=saves)._replace(why=("hold", told))
+            state = state._replace(ceiling_w=rows.ceiling_w)
+            bound, state = self._bound(state, o, pick, a, slo, now_s)
+            return replace(self._decision(state, rows.ceiling_w, reason, told), most_waiting=bound), state
+        if pick.given_up != ALL:
             state = state._replace(why=("sacrifice", told_sacrifice(told_held(rows, o, pick, a, slo), pick, slo)))
         elif state.why[0] in ("start", "learning", "outside-profile", "telemetry", "sacrifice"):
             state = state._replace(why=("hold", told_held(rows, o, pick, a, slo)))
@@ -245,11 +249,10 @@ class PalsPolicy:
         """Levers that may be used and that bind: one that does not is left as found."""
         s = self.settings
         ok = np.ones(o.cost_j.shape, dtype=bool)
-        for i, lever in enumerate(rows.levers):
-            if (lever.limit_w is not None and not s.use_limit) or (lever.clock_mhz is not None and not s.use_clock):
-                ok[i] = False
-        limits = np.array([x.limit_w if x.limit_w is not None else 0.0 for x in rows.levers])[:, None]
-        ok &= limits * self._guard.boards < np.where(limits > 0, o.natural_w, np.inf)
+        if not (s.use_limit and s.use_clock):
+            ok[[i for i, x in enumerate(rows.levers) if (x.limit_w and not s.use_limit) or (x.clock_mhz and not s.use_clock)]] = False
+        limits_w = rows.limits_w[:, None] * self._guard.boards
+        ok &= limits_w < np.where(limits_w > 0, o.natural_w, np.inf)
         slack = self._batches[None, :] >= np.maximum(o.running, 1.0)
         ok[:, 1:] &= ~(slack[:, 1:] & slack[:, :-1])  # of batches that hold nobody back only the largest
         return ok
@@ -267,16 +270,18 @@ class PalsPolicy:
         s, at = self.settings, (here.lever, here.batch)
         must = not e.kept()[at]
         if must:
-            pick = best(o, e, a, room=s.room, among=among)
+            pick = best(o, e, a, room=s.rise, among=among)
             if (pick.lever, pick.batch) == at or (pick.given_up != ALL and _as_good(o, e, at, pick, a)):
                 return here._replace(given_up=pick.given_up), False, ("hold", False)
             return pick, True, ("targets", False)
         if now_s - state.moved_s < max(s.dwell_s, state.dwell_s):
             return here, False, ("hold", False)
-        slow = o.clock_mhz >= s.slowest * o.clock_mhz[at]
-        pick = best(o, e, a, room=s.room, among=among & slow & e.kept(s.room))
-        saved = 1.0 - float(o.cost_j[pick.lever, pick.batch]) / float(o.cost_j[at])
-        if pick.given_up != ALL or not e.kept(s.room)[pick.lever, pick.batch] or saved < s.benefit:
+        roomy = e.kept(s.room, s.room if a.kind == OPEN else 0.0)
+        among = among & roomy & (o.clock_mhz >= s.slowest * o.clock_mhz[at])
+        if not among.any():
+            return here, False, ("hold", False)
+        pick = best(o, e, a, room=s.room, among=among)
+        if 1.0 - float(o.cost_j[pick.lever, pick.batch]) / float(o.cost_j[at]) < s.benefit:
             return here, False, ("hold", False)
         return pick, True, ("efficiency", True)
 
@@ -335,8 +340,7 @@ _NOTHING_LEARNT = Correction()
 
 def _most(rows: Rows, inside: float, bias: Bias) -> float:
     """Output tokens per second without a lock at the ceiling, so many inside."""
-    at = places(rows.levels, np.array(max(1.0, inside)))
-    return float(read(rows.figures[TOKENS], at, np.array(0))) / bias.step
+    return rows.of(0, max(1.0, inside))[TOKENS] / bias.step
 
 
 def _moved(value: float, ratio: float, gain: float) -> float:
@@ -353,5 +357,3 @@ def _as_good(o: Outlook, e: Excess, at: tuple[int, int], pick: Pick, a: Asked) -
         return bool(figure[at] >= 0.99 * figure[there])
     return bool(e.rate[at] <= 0 and e.ttft[at] <= 0 and e.tpot[at] <= e.tpot[there] + 0.01)
 
-
-__all__ = ["OBJECTIVES", "OPEN", "STEP", "Any", "PalsPolicy", "PalsSettings", "State"]

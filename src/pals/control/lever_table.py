@@ -64,18 +64,46 @@ class Lever(NamedTuple):
 FREE = Lever()
 
 
+#: Further columns of a table: half 90 % intervals of logarithms.
+TPOT_HALF, TTFT_HALF = len(QUANTITIES), len(QUANTITIES) + 1
+_WIDE = (TPOT95, TTFT95)  # whose they are
+
+
 class Rows(NamedTuple):
-    """Levers that may be chosen under one ceiling, and what they do; figures of shape (quantities, levers, levels)."""
+    """Levers that may be chosen under one ceiling, and what they do."""
 
     levers: tuple[Lever, ...]
-    figures: FloatArray
-    half: FloatArray  # half a 90 % interval of the logarithm
+    table: FloatArray  # a line for each lever and level, in that order; a column for each quantity and half interval
     levels: FloatArray  # running sequences, shape (levels,)
     ceiling_w: float
+    limits_w: FloatArray  # of each lever, 0: none of its own, shape (levers,)
+    rates: FloatArray  # tokens per second, shape (levers, levels)
 
     def position(self, lever: Lever) -> int | None:
         """Where a lever stands; None: it is not among them."""
         return self.levers.index(lever) if lever in self.levers else None
+
+    def at(self, running: FloatArray) -> FloatArray:
+        """Every column of every lever at so many running sequences, shape (levers, batches); columns are the last axis."""
+        return self._read(np.arange(len(self.levers))[:, None], running)
+
+    def of(self, lever: int, running: float) -> list[float]:
+        """Every column of one lever there."""
+        return list(self._read(np.array(lever), np.array(running)).tolist())
+
+    def _read(self, lever: np.ndarray, running: FloatArray) -> FloatArray:
+        """Linear between two levels."""
+        count = len(self.levels)
+        if count == 1:
+            return self.table.take(lever + np.zeros(np.shape(running), np.intp), axis=0)
+        low = np.minimum(self.levels.searchsorted(running, side="right"), count - 1)
+        low = np.maximum(low, 1) - 1
+        below = self.levels.take(low)
+        part = (running - below) / (self.levels.take(low + 1) - below)
+        part = np.minimum(1.0, np.maximum(0.0, part))[..., None]
+        line = lever * count + low
+        here = self.table.take(line, axis=0)
+        return np.asarray(here + part * (self.table.take(line + 1, axis=0) - here))
 
 
 class LeverTables:
@@ -124,20 +152,21 @@ class LeverTables:
         half = self._half(*(round(x * MIX_GRID / WIDTH_GRID) for x in key))
         if half is None:
             return None
-        figures, n = self._figures(key), len(self.limits_w)
-        ceiling_w = max(self.limits_w[0], ceiling_w)
+        every = np.concatenate([self._figures(key), half[list(_WIDE)]])
+        n, ceiling_w = len(self.limits_w), max(self.limits_w[0], ceiling_w)
         lower = [i for i, w in enumerate(self.limits_w) if w < ceiling_w - 0.5]
-        at_ceiling, half_there = _at_limit(figures, self.limits_w, ceiling_w), _at_limit(half, self.limits_w, ceiling_w)
-        locked, locked_half = figures[:, n:], half[:, n:]
-        holds = locked[POWER] > at_ceiling[POWER][None]  # the ceiling holds the clock below the lock
+        at_ceiling, locked = _at_limit(every, self.limits_w, ceiling_w), every[:, n:]
+        holds = locked[POWER] > at_ceiling[POWER]  # the ceiling holds the clock below the lock
         locked = np.where(holds, at_ceiling[:, None], locked)
-        locked_half = np.where(holds, half_there[:, None], locked_half)
+        figures = np.concatenate([at_ceiling[:, None], every[:, lower], locked], axis=1)
+        own_w = [self.limits_w[i] for i in lower]
         return Rows(
-            levers=(FREE, *(Lever(limit_w=self.limits_w[i]) for i in lower), *(Lever(clock_mhz=c) for c in self.clocks_mhz)),
-            figures=np.concatenate([at_ceiling[:, None], figures[:, lower], locked], axis=1),
-            half=np.concatenate([half_there[:, None], half[:, lower], locked_half], axis=1),
+            levers=(FREE, *(Lever(limit_w=w) for w in own_w), *(Lever(clock_mhz=c) for c in self.clocks_mhz)),
+            table=np.ascontiguousarray(np.moveaxis(figures, 0, -1).reshape(-1, len(figures))),
             levels=self.levels,
             ceiling_w=ceiling_w,
+            limits_w=np.array([0.0, *own_w, *(0.0 for _ in self.clocks_mhz)]),
+            rates=figures[TOKENS],
         )
 
 
@@ -161,29 +190,6 @@ def _at_limit(figures: FloatArray, limits_w: tuple[float, ...], limit_w: float) 
     low_w, high_w = limits_w[above - 1], limits_w[above]
     share = min(1.0, max(0.0, (limit_w - low_w) / (high_w - low_w)))
     return np.asarray((1.0 - share) * figures[:, above - 1] + share * figures[:, above])
-
-
-class Found(NamedTuple):
-    """Places between two levels, to read many quantities at; arrays of one shape."""
-
-    low: np.ndarray  # index of the level below
-    part: FloatArray  # share of the way to the next
-
-
-def places(levels: FloatArray, running: FloatArray) -> Found:
-    """Where these numbers of running sequences lie."""
-    if len(levels) == 1:
-        return Found(np.zeros(np.shape(running), np.intp), np.zeros(np.shape(running)))
-    low = np.minimum(np.maximum(np.searchsorted(levels, running, side="right") - 1, 0), len(levels) - 2)
-    below = levels[low]
-    part = np.minimum(1.0, np.maximum(0.0, (running - below) / (levels[low + 1] - below)))
-    return Found(low, part)
-
-
-def read(figure: FloatArray, at: Found, lever: np.ndarray) -> FloatArray:
-    """One quantity, shape (levers, levels), at places of shape (levers, …); `lever` indexes its first axis."""
-    low = figure[lever, at.low]
-    return np.asarray(low + at.part * (figure[lever, np.minimum(at.low + 1, figure.shape[1] - 1)] - low))
 
 
 def running_at(tokens_per_s: FloatArray, levels: FloatArray, asked: float) -> FloatArray:

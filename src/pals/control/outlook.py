@@ -19,11 +19,11 @@ from pals.control.lever_table import (
     TOKENS,
     TPOT,
     TPOT95,
+    TPOT_HALF,
     TTFT,
     TTFT95,
+    TTFT_HALF,
     Rows,
-    places,
-    read,
     running_at,
 )
 from pals.models.crowd import FEW_MORE, Crowd
@@ -55,6 +55,7 @@ class Asked(NamedTuple):
     running: float  # mean of the last seconds
     waiting: int
     oldest_s: float  # the longest wait so far
+    tail: bool = False  # whether 99th percentiles matter
 
 
 class Boards(NamedTuple):
@@ -73,108 +74,100 @@ class Outlook(NamedTuple):
     power_w: FloatArray
     cost_j: FloatArray  # per output token
     tpot_s: FloatArray  # p95
-    tpot99_s: FloatArray
+    tpot99_s: FloatArray  # the 95th percentile where nobody asks for this
     ttft_s: FloatArray  # p95; infinite where the queue grows for ever
     ttft99_s: FloatArray
     now_s: FloatArray  # TTFT of who waits, or comes, now
     tpot_half: FloatArray
     ttft_half: FloatArray
-    rate_half: FloatArray
     clock_mhz: FloatArray
     natural_w: FloatArray
 
 
 def outlook(rows: Rows, batches: FloatArray, a: Asked, bias: Bias, boards: Boards) -> Outlook:
     """Every lever of `rows` with every batch of `batches`, shape (batches,)."""
-    f, levels = rows.figures, rows.levels
-    lever = np.arange(len(rows.levers))[:, None]
-    slots = np.broadcast_to(batches[None, :], (len(rows.levers), len(batches)))
-    rate = f[TOKENS] / bias.step
-    full = places(levels, slots)
-    most = read(rate, full, lever)
+    slots = np.empty((len(rows.levers), len(batches)))
+    slots[:] = batches
+    running = _running(rows, slots, a, bias)
+    full, at, more = _columns(rows, slots, running, np.maximum(1.0, running) * FEW_MORE)
+    most = full[..., TOKENS] / bias.step
     if a.kind == OPEN:
-        running = np.minimum(running_at(rate, levels, a.tokens_per_s)[:, None], slots)
+        crowd = Crowd.of(running, slots, more[..., TPOT] / at[..., TPOT])
     else:
-        running = np.minimum(slots, max(1.0, a.inside)) if a.kind == CLOSED else slots
-    at = places(levels, running)
-    tpot = read(f[TPOT], at, lever)
-    crowd = _crowd(f[TPOT], levels, lever, running, slots, tpot) if a.kind == OPEN else Crowd(running, running, slots * 0.0)
-    tokens = np.minimum(a.tokens_per_s, most) if a.kind == OPEN else read(rate, at, lever)
-    power = _power(f[POWER], at, lever, running, boards.idle_w) * bias.power
-    during = places(levels, np.minimum(slots, np.maximum(crowd.during_answers, a.running / BEYOND)))
-    tpot95 = read(f[TPOT95], during, lever) * bias.step
-    tpot50 = tpot * bias.step
-    wait = _Waits(f, levels, lever, slots, bias.step, a)
-    ttft95, ttft50 = wait.to_come(crowd, at, most)
+        crowd = Crowd(running, running, np.zeros_like(running))
+    many = np.minimum(slots, np.maximum(crowd.during_answers, a.running / BEYOND))
+    during, first = _columns(rows, many, crowd.at_arrival)
+    tokens = np.minimum(a.tokens_per_s, most) if a.kind == OPEN else at[..., TOKENS] / bias.step
+    power = _power(at[..., POWER], running, boards.idle_w) * bias.power
+    tpot, tpot50 = during[..., TPOT95] * bias.step, at[..., TPOT] * bias.step
+    ttft, ttft50 = _first_token(slots, a, bias, crowd, at, first, most)
+    paid = SLOPE * power + boards.node_share * OFFSET_W if boards.node_share else power
     return Outlook(
         running=running,
         tokens_per_s=tokens,
         most_per_s=most,
         power_w=power,
-        cost_j=(SLOPE * power + boards.node_share * OFFSET_W if boards.node_share else power) / np.maximum(tokens, 1e-9),
-        tpot_s=tpot95,
-        tpot99_s=tpot95 * np.maximum(1.0, tpot95 / tpot50) ** TAIL,
-        ttft_s=ttft95,
-        ttft99_s=ttft95 * np.maximum(1.0, ttft95 / ttft50) ** TAIL,
-        now_s=wait.now(ttft50),
-        tpot_half=read(rows.half[TPOT95], at, lever),
-        ttft_half=read(rows.half[TTFT95], at, lever),
-        rate_half=read(rows.half[TOKENS], at, lever),
-        clock_mhz=read(f[CLOCK], at, lever),
-        natural_w=read(f[NATURAL], at, lever) * bias.power,
+        cost_j=paid / np.maximum(tokens, 1e-9),
+        tpot_s=tpot,
+        tpot99_s=_p99(tpot50, tpot) if a.tail else tpot,
+        ttft_s=ttft,
+        ttft99_s=_p99(ttft50, ttft) if a.tail else ttft,
+        now_s=_first_token_now(slots, a, bias, full),
+        tpot_half=at[..., TPOT_HALF],
+        ttft_half=at[..., TTFT_HALF],
+        clock_mhz=at[..., CLOCK],
+        natural_w=at[..., NATURAL] * bias.power,
     )
 
 
-def _crowd(
-    tpot: FloatArray, levels: FloatArray, lever: np.ndarray, running: FloatArray, slots: FloatArray, here: FloatArray
-) -> Crowd:
-    """How many run at the 95th percentile under random arrivals."""
-    more = read(tpot, places(levels, np.maximum(1.0, running) * FEW_MORE), lever)
-    return Crowd.of(running, slots, more / here)
+def _running(rows: Rows, slots: FloatArray, a: Asked, bias: Bias) -> FloatArray:
+    """Sequences that run, mean."""
+    if a.kind == OPEN:
+        return np.minimum(running_at(rows.rates, rows.levels, a.tokens_per_s * bias.step)[:, None], slots)
+    return np.minimum(slots, max(1.0, a.inside)) if a.kind == CLOSED else slots
 
 
-def _power(power: FloatArray, at: object, lever: np.ndarray, running: FloatArray, idle_w: float) -> FloatArray:
+def _columns(rows: Rows, *running: FloatArray) -> list[FloatArray]:
+    """`rows.at` each of them, asked at once: most of its time is the asking."""
+    count = running[0].shape[1]
+    every = rows.at(np.concatenate(running, axis=1))
+    return [every[:, i * count : (i + 1) * count] for i in range(len(running))]
+
+
+def _power(power: FloatArray, running: FloatArray, idle_w: float) -> FloatArray:
     """Mean power; where less than one sequence runs, the engine is idle part of the time."""
     duty = np.minimum(1.0, running)
-    return np.asarray(duty * read(power, at, lever) + (1.0 - duty) * idle_w)  # type: ignore[arg-type]
+    return np.asarray(duty * power + (1.0 - duty) * idle_w)
 
 
-class _Waits(NamedTuple):
-    """What requests wait for their first token."""
+def _p99(p50: FloatArray, p95: FloatArray) -> FloatArray:
+    """From two quantiles, as if the logarithm were normal; infinite where they are."""
+    ratio = np.divide(p95, p50, out=np.ones_like(p95), where=np.isfinite(p95))
+    return np.asarray(p95 * np.maximum(1.0, ratio) ** TAIL)
 
-    figures: FloatArray
-    levels: FloatArray
-    lever: np.ndarray
-    slots: FloatArray
-    step: float  # bias
-    asked: Asked
 
-    def to_come(self, crowd: Crowd, at: object, most: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """TTFT at p95 and p50 of requests to come, when the queue of now is gone."""
-        f, a = self.figures, self.asked
-        first = places(self.levels, crowd.at_arrival)
-        slot_s = read(f[TPOT], first, self.lever) * a.output_tokens / self.slots  # between two free slots, when all are taken
-        ttft95, ttft50 = read(f[TTFT95], first, self.lever), read(f[TTFT], at, self.lever)  # type: ignore[arg-type]
-        if a.kind == OPEN:
-            rest_s = read(f[STEP], first, self.lever)
-            ttft95 = ttft95 + REST * rest_s + crowd.waiting * slot_s
-            ttft50 = ttft50 + 0.5 * rest_s
-            lost = a.tokens_per_s > BUSIEST * most
-            ttft95, ttft50 = np.where(lost, np.inf, ttft95), np.where(lost, np.inf, ttft50)
-        elif a.kind == CLOSED:
-            more_s = np.maximum(0.0, a.inside - self.slots) * slot_s
-            ttft95, ttft50 = ttft95 + more_s, ttft50 + more_s
-        else:
-            ttft95 = ttft50 = np.full_like(ttft95, np.inf)
-        return ttft95 * self.step, ttft50 * self.step
+def _first_token(
+    slots: FloatArray, a: Asked, bias: Bias, crowd: Crowd, at: FloatArray, first: FloatArray, most: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """TTFT at p95 and p50 of requests to come, when the queue of now is gone."""
+    if a.kind == FULL:
+        endless = np.full_like(most, np.inf)
+        return endless, endless
+    slot_s = first[..., TPOT] * a.output_tokens / slots  # between two free slots, when all are taken
+    ttft95, ttft50 = first[..., TTFT95], at[..., TTFT]
+    if a.kind == CLOSED:
+        more_s = np.maximum(0.0, a.inside - slots) * slot_s
+        return (ttft95 + more_s) * bias.step, (ttft50 + more_s) * bias.step
+    ttft95 = (ttft95 + REST * first[..., STEP] + crowd.waiting * slot_s) * bias.step
+    ttft50 = (ttft50 + 0.5 * first[..., STEP]) * bias.step
+    grows = a.tokens_per_s > BUSIEST * most
+    return np.where(grows, np.inf, ttft95), np.where(grows, np.inf, ttft50)
 
-    def now(self, ttft50_s: FloatArray) -> FloatArray:
-        """TTFT of who waits now, or comes now: the prompts before it, and the slots that must come free."""
-        f, a = self.figures, self.asked
-        if a.waiting == 0:
-            return np.zeros_like(ttft50_s)
-        full = places(self.levels, self.slots)
-        prompts_s = a.waiting * a.prompt_tokens / np.maximum(read(f[PREFILL], full, self.lever), 1e-9)
-        beyond = np.maximum(0.0, a.inside - self.slots)
-        slots_s = beyond * read(f[TPOT], full, self.lever) * a.output_tokens / self.slots
-        return np.maximum(a.oldest_s, (prompts_s + slots_s) * self.step)
+
+def _first_token_now(slots: FloatArray, a: Asked, bias: Bias, full: FloatArray) -> FloatArray:
+    """TTFT of who waits now, or comes now: the prompts before it, and the slots that must come free."""
+    if a.waiting == 0:
+        return np.zeros_like(slots)
+    prompts_s = a.waiting * a.prompt_tokens / np.maximum(full[..., PREFILL], 1e-9)
+    slots_s = np.maximum(0.0, a.inside - slots) * full[..., TPOT] * a.output_tokens / slots
+    return np.maximum(a.oldest_s, (prompts_s + slots_s) * bias.step)

@@ -6,6 +6,7 @@ e the elasticity of the time per token in the number (the diffusion limit of a b
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ MOST_ELASTIC = 0.85  # above it the linearisation ends
 P95 = 1.645
 #: Of the variance so much is left in a mean over a request's life, which is about as long as the number's memory.
 AVERAGED = 0.75
+_LOG_FEW_MORE, _ROOT_AVERAGED = math.log(FEW_MORE), math.sqrt(AVERAGED)
 
 #: What the linearisation adds to half a 90 % interval, by quantity: about nine tenths of the errors that
 #: `benchmarks.profile_arrivals` prints between 10 and 85 % of capacity.
@@ -37,11 +39,11 @@ class Crowd(NamedTuple):
     @staticmethod
     def of(running: FloatArray, slots: FloatArray, slower: FloatArray) -> Crowd:
         """`slower`: factor on the time per token with `FEW_MORE` times as many running."""
-        elasticity = np.clip(np.log(slower) / np.log(FEW_MORE), 0.0, MOST_ELASTIC)
+        elasticity = np.minimum(np.maximum(np.log(slower) / _LOG_FEW_MORE, 0.0), MOST_ELASTIC)
         deviation = np.sqrt(running / (1.0 - elasticity))
         high = running + P95 * deviation
         return Crowd(
-            np.clip(running + P95 * np.sqrt(AVERAGED) * deviation, 1.0, slots),
-            np.clip(high, 1.0, slots),
+            np.minimum(np.maximum(running + P95 * _ROOT_AVERAGED * deviation, 1.0), slots),
+            np.minimum(np.maximum(high, 1.0), slots),
             np.maximum(0.0, high - slots),
         )
