@@ -21,6 +21,7 @@ ALL, NO_TPOT, NO_TTFT = "all", "tpot", "ttft"  # which target is given up
 NO_LOSS = 0.998  # of the most throughput, where nobody said that it may be less
 QUEUE = 0.7  # of the TTFT target: who waits so long is in danger
 NEAR_BEST = 0.005  # of a logarithm: candidates so near the least excess count as equal
+STEADY_ROOM = 0.012  # of a logarithm
 FAR = 50.0  # stands for an infinite excess
 _E_FAR = exp(FAR)
 
@@ -83,6 +84,11 @@ def _over(p95_s: FloatArray, target95_s: float | None, p99_s: FloatArray, target
     return np.asarray(np.log(np.minimum(ratio, _E_FAR)))
 
 
+def rate_room(a: Asked, room: float) -> float:
+    """The room that throughput needs to be moved to: a share that arrives varies, one that is asked for is only measured."""
+    return room if a.kind == OPEN else min(room, STEADY_ROOM)
+
+
 class Pick(NamedTuple):
     """Where a candidate stands, and what is given up for it."""
 
@@ -96,7 +102,7 @@ def best(o: Outlook, e: Excess, a: Asked, *, room: float = 0.0, among: BoolArray
 
     Where TTFT is given up, what is taken answers most.
     """
-    kept = e.kept(room, room if a.kind == OPEN else 0.0)
+    kept = e.kept(room, rate_room(a, room))
     if among is not None:
         kept = kept & among
     if kept.any():

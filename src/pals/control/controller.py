@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pals.control.choice import ALL, NO_TTFT, Excess, Pick, best, excess, most_waiting, needed_tokens_s
+from pals.control.choice import ALL, NO_TTFT, Excess, Pick, best, excess, most_waiting, needed_tokens_s, rate_room
 from pals.control.correction import Correction
 from pals.control.demand import Demand, late, observe, targets_of
 from pals.control.guard import Guard
@@ -276,7 +276,7 @@ class PalsPolicy:
             return pick, True, ("targets", False)
         if now_s - state.moved_s < max(s.dwell_s, state.dwell_s):
             return here, False, ("hold", False)
-        roomy = e.kept(s.room, s.room if a.kind == OPEN else 0.0)
+        roomy = e.kept(s.room, rate_room(a, s.room))
         among = among & roomy & (o.clock_mhz >= s.slowest * o.clock_mhz[at])
         if not among.any():
             return here, False, ("hold", False)
