@@ -40,6 +40,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     from pals.cli.emulate import add_emulate  # they use this module's parts
+    from pals.cli.experiment import add_experiment
     from pals.cli.plant import add_plant
     from pals.cli.profile_commands import add_profile
     from pals.cli.simulate import add_simulate
@@ -67,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add_emulate(commands)
     add_plant(commands)
     add_simulate(commands)
+    add_experiment(commands)
     commands.add_parser(
         "dashboard",
         help="print the Grafana dashboard for the agent's metrics",
@@ -235,6 +237,10 @@ def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
         from pals.cli.simulate import simulate
 
         return simulate(args)
+    if args.command == "experiment":
+        from pals.cli.experiment import experiment
+
+        return experiment(args)
     if args.command == "demo":
         from pals.cli.extras import require
 

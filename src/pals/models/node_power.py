@@ -9,12 +9,17 @@ FEWEST, MOST = 4, 8  # boards of a node that the line may stand for
 RANGE = 0.2  # of the offset, where the line is not calibrated
 
 
+def share_of_nodes(boards: int) -> float:
+    """How many nodes these boards are, at least the share of one: of 4 boards where they are fewer."""
+    return max(1.0, boards / MOST) if boards >= FEWEST else boards / FEWEST
+
+
 def node_power_w(boards_w: Estimates, boards: int) -> Estimates:
     """Power of the share of nodes that these boards are; fewer than a node's boards carry their part of its offset.
 
     The interval holds the boards' own, and how much of a node's offset they may have to carry.
     """
-    share = max(1.0, boards / MOST) if boards >= FEWEST else boards / FEWEST
+    share = share_of_nodes(boards)
     least = share * (1.0 - RANGE) if boards >= FEWEST else boards / MOST
     most = share * (1.0 + RANGE) if boards >= FEWEST else 1.0
     return Estimates(

@@ -1,0 +1,1 @@
+"""Experiments on the simulated plant: what is run, how it is measured, what was promised, and whether it was reached."""

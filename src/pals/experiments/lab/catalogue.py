@@ -1,0 +1,10 @@
+"""Every experiment by name, in the order in which `all` runs them."""
+
+from __future__ import annotations
+
+from pals.experiments.lab.experiment import Experiment
+from pals.experiments.lab.no_loss import NoLoss
+from pals.experiments.lab.paper_single_node import PaperSingleNode
+from pals.experiments.lab.price import Price
+
+EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (PaperSingleNode(), Price(), NoLoss())}
