@@ -32,9 +32,15 @@ class Excess(NamedTuple):
     rate: FloatArray
     ttft: FloatArray
     tpot: FloatArray
+    queue: FloatArray | None = None  # of those who wait now; None: nobody does
 
     def kept(self, room: float = 0.0, rate_room: float = 0.0) -> BoolArray:
         """Which keep everything, with so much room."""
+        lasting = self.lasting(room, rate_room)
+        return lasting if self.queue is None else np.asarray(lasting & (self.queue <= -room))
+
+    def lasting(self, room: float = 0.0, rate_room: float = 0.0) -> BoolArray:
+        """Which keep everything once nobody waits any more."""
         return np.asarray((self.rate <= -rate_room) & (self.ttft <= -room) & (self.tpot <= -room))
 
 
@@ -68,10 +74,10 @@ def excess(o: Outlook, a: Asked, slo: Slo, needed: float, margins: Margins, wide
     if ttft is None:
         return Excess(rate, nothing, tpot)
     ttft = ttft + wider * margins.ttft * o.ttft_half
-    if a.waiting:
-        danger_s = QUEUE * max(t for t in (slo.ttft_p95_s, slo.ttft_p99_s) if t is not None)
-        ttft = np.maximum(ttft, np.log(np.maximum(o.now_s, 1e-9) / danger_s))
-    return Excess(rate, ttft, tpot)
+    if not a.waiting:
+        return Excess(rate, ttft, tpot)
+    danger_s = QUEUE * max(t for t in (slo.ttft_p95_s, slo.ttft_p99_s) if t is not None)
+    return Excess(rate, ttft, tpot, np.log(np.maximum(o.now_s, 1e-9) / danger_s))
 
 
 def _over(p95_s: FloatArray, target95_s: float | None, p99_s: FloatArray, target99_s: float | None) -> FloatArray | None:
@@ -111,6 +117,8 @@ def best(o: Outlook, e: Excess, a: Asked, *, room: float = 0.0, among: BoolArray
         return best(o, e, a, among=among)
     allowed = np.ones_like(kept) if among is None else among
     rated = allowed & (e.rate <= 0.0) & (e.ttft <= 0.0)
+    if e.queue is not None:
+        rated = rated & (e.queue <= 0.0)
     if rated.any():
         least = np.where(rated, e.tpot, np.inf).min()
         return _at(np.where(rated & (e.tpot <= least + NEAR_BEST), o.cost_j, np.inf), NO_TPOT)

@@ -41,11 +41,13 @@ class PalsSettings:
     objective: str = "node"  # whose joules: the node's, estimated, or the boards' alone
     benefit: float = 0.02  # share of the joules per token that a move must save
     dwell_s: float = 8.0  # after a move, before the next one that only saves
-    longest_dwell_s: float = 120.0  # a saving that had to be taken back doubles the dwell, up to here
+    longest_dwell_s: float = 60.0  # a saving that had to be taken back doubles the dwell, up to here
     calm_s: float = 60.0  # a saving that stood for so long was no mistake
-    room: float = 0.04  # of a logarithm: so far below its targets a point must stay to be moved to for a saving
+    room: float = 0.07  # of a logarithm: so far below its targets a point must stay to be moved to for a saving
     rise: float = 0.12  # the same for a move that targets ask for, where one reaches so far: not step by step
     slowest: float = 0.7  # a move that only saves leaves so much of the clock
+    surge_s: float = 4.0  # a queue is answered at once by more speed, for at least so long; twice as long where it comes again soon
+    longest_surge_s: float = 30.0  # a surge that lasts longer is the load
     settle_s: float = 3.0  # after a move, before its figures teach anything
     bias_window_s: float = 8.0  # one lesson
     bias_memory_s: float = 60.0
@@ -68,6 +70,21 @@ class Window(NamedTuple):
     ticks: int = 0
 
 
+class Surge(NamedTuple):
+    """More speed for those who wait now: where to go back to, and since when."""
+
+    lever: Lever
+    batch: int | None
+    since_s: float
+
+
+class Move(NamedTuple):
+    """Where to, and why: "targets", "queue", "calm", "efficiency"; "hold" where no better point exists."""
+
+    pick: Pick
+    reason: str
+
+
 class State(NamedTuple):
     """What the policy remembers."""
 
@@ -80,7 +97,10 @@ class State(NamedTuple):
     batch: int | None = None  # None: the launch batch
     moved_s: float = -1e9  # last move of any kind
     saved_s: float = -1e9  # last move that only saved
+    surged_s: float = -1e9  # last move for a queue
     dwell_s: float = 0.0
+    surge: Surge | None = None
+    surge_hold_s: float = 0.0
     tested: tuple[bool, bool] = (False, False)  # whether TTFT and TPOT of the point in force are near their targets
     window: Window | None = None
     ceiling_w: float = 0.0
@@ -221,26 +241,26 @@ class PalsPolicy:
         margins = state.margins if s.use_margins else Margins(0.0, 0.0)
         e = excess(o, a, slo, needed, margins, 1.5 if drifted else 1.0)
         among = self._usable(rows, o)
-        here = self._here(state, rows)
-        pick, moved, why = self._decide(state, o, e, a, here, among, now_s)
-        lever, batch = rows.levers[pick.lever], self._batches[pick.batch]
-        state = self._remember(state, o, e, here if not moved else pick, slo, now_s)
-        if moved:
-            reason, saves = why
-            told = told_move(rows, o, here, pick, a, slo, self._batches, binding=state.lever, reason=reason)
-            if pick.given_up != ALL:
-                told = told_sacrifice(told, pick, slo)
-            state = self._after_move(state, lever, int(batch), now_s, saves=saves)._replace(why=("hold", told))
-            state = state._replace(ceiling_w=rows.ceiling_w)
-            bound, state = self._bound(state, o, pick, a, slo, now_s)
-            return replace(self._decision(state, rows.ceiling_w, reason, told), most_waiting=bound), state
+        if state.surge is not None and now_s - state.surge.since_s > s.longest_surge_s:
+            state = state._replace(surge=None)  # it is the load
+        move = self._decide(state, o, e, a, rows, among, now_s)
+        here = self._here(state.lever, state.batch, rows)
+        pick = here if move is None else move.pick
+        state = self._remember(state._replace(ceiling_w=rows.ceiling_w), e, pick)
+        reason = "hold" if move is None else move.reason
+        if reason != "hold":
+            told = told_move(rows, o, here, pick, a, slo, self._batches, state.lever, reason, self._guard.boards)
+            batch = int(self._batches[pick.batch])
+            state = self._after_move(state, rows.levers[pick.lever], None if batch >= self._launch else batch, now_s, reason)
+        elif pick.given_up == ALL and state.why[0] == "hold":
+            told = state.why[1]  # of the last move: why the engine stands here
+        else:
+            told = told_held(o, pick, a, slo)
         if pick.given_up != ALL:
-            state = state._replace(why=("sacrifice", told_sacrifice(told_held(rows, o, pick, a, slo), pick, slo)))
-        elif state.why[0] in ("start", "learning", "outside-profile", "telemetry", "sacrifice"):
-            state = state._replace(why=("hold", told_held(rows, o, pick, a, slo)))
-        state = state._replace(ceiling_w=rows.ceiling_w)
+            reason, told = "sacrifice", told_sacrifice(told, pick, slo)
         bound, state = self._bound(state, o, pick, a, slo, now_s)
-        return replace(self._decision(state, rows.ceiling_w, *state.why), most_waiting=bound), state
+        state = state._replace(why=("hold" if pick.given_up == ALL else reason, told))
+        return replace(self._decision(state, rows.ceiling_w, reason, told), most_waiting=bound), state
 
     def _most_inside(self, a: Asked) -> float:
         return float(self._launch) if a.kind != CLOSED else min(float(self._launch), a.inside)
@@ -257,52 +277,62 @@ class PalsPolicy:
         ok[:, 1:] &= ~(slack[:, 1:] & slack[:, :-1])  # of batches that hold nobody back only the largest
         return ok
 
-    def _here(self, state: State, rows: Rows) -> Pick:
-        """The candidate in force; a lever that is gone (a limit above the ceiling) is the ceiling itself."""
-        position = rows.position(state.lever)
-        batch = float(state.batch or self._launch)
+    def _here(self, lever: Lever, sequences: int | None, rows: Rows) -> Pick:
+        """Where a candidate stands; a lever that is gone (a limit above the ceiling) is the ceiling itself."""
+        position = rows.position(lever)
+        batch = float(sequences or self._launch)
         return Pick(position if position is not None else 0, int(np.argmin(np.abs(self._batches - batch))))
 
     def _decide(
-        self, state: State, o: Outlook, e: Excess, a: Asked, here: Pick, among: np.ndarray, now_s: float
-    ) -> tuple[Pick, bool, tuple[str, bool]]:
-        """The candidate, whether to move there, and as what."""
-        s, at = self.settings, (here.lever, here.batch)
-        must = not e.kept()[at]
-        if must:
+        self, state: State, o: Outlook, e: Excess, a: Asked, rows: Rows, among: np.ndarray, now_s: float
+    ) -> Move | None:
+        """Where to move, and why; None: nowhere."""
+        s, here = self.settings, self._here(state.lever, state.batch, rows)
+        at = (here.lever, here.batch)
+        if not e.kept()[at]:
             pick = best(o, e, a, room=s.rise, among=among)
             if (pick.lever, pick.batch) == at or (pick.given_up != ALL and _as_good(o, e, at, pick, a)):
-                return here._replace(given_up=pick.given_up), False, ("hold", False)
-            return pick, True, ("targets", False)
+                return Move(here._replace(given_up=pick.given_up), "hold")
+            return Move(pick, "queue" if e.lasting()[at] else "targets")
+        if state.surge is not None:
+            return self._end_of_surge(state, state.surge, e, rows, now_s)
         if now_s - state.moved_s < max(s.dwell_s, state.dwell_s):
-            return here, False, ("hold", False)
-        roomy = e.kept(s.room, rate_room(a, s.room))
-        among = among & roomy & (o.clock_mhz >= s.slowest * o.clock_mhz[at])
+            return None
+        among = among & e.kept(s.room, rate_room(a, s.room)) & (o.clock_mhz >= s.slowest * o.clock_mhz[at])
         if not among.any():
-            return here, False, ("hold", False)
+            return None
         pick = best(o, e, a, room=s.room, among=among)
-        if 1.0 - float(o.cost_j[pick.lever, pick.batch]) / float(o.cost_j[at]) < s.benefit:
-            return here, False, ("hold", False)
-        return pick, True, ("efficiency", True)
+        saved = 1.0 - float(o.cost_j[pick.lever, pick.batch]) / float(o.cost_j[at])
+        return Move(pick, "efficiency") if saved >= s.benefit else None
 
-    def _after_move(self, state: State, lever: Lever, batch: int, now_s: float, *, saves: bool) -> State:
-        """Remember the move; a saving taken back soon makes the next one wait longer."""
-        s, dwell_s = self.settings, state.dwell_s
-        if saves:
-            if now_s - state.saved_s > s.calm_s and now_s - state.moved_s > s.calm_s:
-                dwell_s = 0.0
+    def _end_of_surge(self, state: State, surge: Surge, e: Excess, rows: Rows, now_s: float) -> Move | None:
+        """Back to where it began, once that would keep everything again."""
+        base = self._here(surge.lever, surge.batch, rows)
+        over = bool(e.kept(self.settings.rise)[base.lever, base.batch])
+        return Move(base, "calm") if over and now_s - surge.since_s >= state.surge_hold_s else None
+
+    def _after_move(self, state: State, lever: Lever, batch: int | None, now_s: float, reason: str) -> State:
+        """Remember the move; a saving or a calm that was taken back soon makes the next one wait longer."""
+        s, dwell_s, hold_s, surge = self.settings, state.dwell_s, state.surge_hold_s, None
+        if reason == "efficiency":
+            if now_s - max(state.saved_s, state.moved_s) > s.calm_s:
+                dwell_s /= 2.0
             state = state._replace(saved_s=now_s)
-        elif now_s - state.saved_s < s.calm_s:
+        elif reason == "queue":
+            again = now_s - state.surged_s < s.calm_s
+            hold_s = min(s.longest_surge_s, 2.0 * hold_s) if again and state.surge is None else max(s.surge_s, hold_s / 2.0)
+            surge = state.surge or Surge(state.lever, state.batch, now_s)
+            state = state._replace(surged_s=now_s)
+        elif reason == "targets" and now_s - state.saved_s < s.calm_s:
             dwell_s = min(s.longest_dwell_s, max(s.dwell_s, 2.0 * dwell_s))
         return state._replace(
-            lever=lever, batch=None if batch >= self._launch else batch, moved_s=now_s, dwell_s=dwell_s, window=None,
+            lever=lever, batch=batch, moved_s=now_s, dwell_s=dwell_s, window=None, surge=surge, surge_hold_s=hold_s,
         )  # fmt: skip
 
-    def _remember(self, state: State, o: Outlook, e: Excess, here: Pick, slo: Slo, now_s: float) -> State:
+    def _remember(self, state: State, e: Excess, here: Pick) -> State:
         """Whether the point in force puts its targets to the test."""
         at = (here.lever, here.batch)
-        near = -NEAR
-        return state._replace(tested=(bool(e.ttft[at] > near), bool(e.tpot[at] > near)))
+        return state._replace(tested=(bool(e.ttft[at] > -NEAR), bool(e.tpot[at] > -NEAR)))
 
     def _bound(
         self, state: State, o: Outlook, pick: Pick, a: Asked, slo: Slo, now_s: float

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pals.core.quantities import LATENCY_BOUNDS_S, EngineSample, Slo
 
-SLOW_S, FAST_S = 40.0, 6.0  # memory of the arrival rate
+SLOW_S, FAST_S = 80.0, 6.0  # memory of the arrival rate
 SURPRISE = 2.5  # standard deviations of a Poisson count by which the fast rate must exceed the slow one to replace it
 REQUESTS = 200.0  # memory of the lengths
 FEWEST = 8.0  # requests before lengths mean anything

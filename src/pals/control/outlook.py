@@ -31,7 +31,7 @@ from pals.models.forecast import FloatArray
 from pals.models.node_power import OFFSET_W, SLOPE
 
 OPEN, CLOSED, FULL = "open", "closed", "full"
-BUSIEST = 0.93  # share of what an engine answers at most that may arrive for good
+BUSIEST = 0.97  # share of what an engine answers at most that may arrive for good
 REST = 0.8  # of a step, that a request which comes in its middle waits longer at p95
 BEYOND = 1.15  # more than the expected crowd's 95th percentile by so much is a surge
 TAIL = 0.414  # from p50 and p95 to p99 of a logarithm: (2.326 - 1.645) / 1.645

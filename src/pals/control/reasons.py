@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 from pals.control.choice import NO_TPOT, Pick
-from pals.control.lever_table import Lever, Rows
+from pals.control.lever_table import FREE, Lever, Rows
 from pals.control.outlook import CLOSED, FULL, Asked, Outlook
 from pals.core.quantities import Slo
 from pals.models.forecast import FloatArray
 
 
 def told_move(
-    rows: Rows, o: Outlook, here: Pick, to: Pick, a: Asked, slo: Slo, batches: FloatArray, *, binding: Lever, reason: str
+    rows: Rows, o: Outlook, here: Pick, to: Pick, a: Asked, slo: Slo, batches: FloatArray, before: Lever, reason: str, boards: int
 ) -> str:
     """From where to where, what it saves or why it must be, and what latencies become."""
     i, j = (here.lever, here.batch), (to.lever, to.batch)
     parts = []
-    if binding.limit_w is None and o.natural_w[i] < rows.ceiling_w * _boards(o, rows):
-        parts.append(_not_binding(rows, o, i))
+    if reason == "queue":
+        parts.append(f"{a.waiting} requests wait, the oldest {a.oldest_s:.1f} s")
+    boards_w = rows.ceiling_w * boards
+    if before == FREE and rows.levers[to.lever].clock_mhz is not None and o.natural_w[i] < boards_w:
+        parts.append(f"the limit of {boards_w:.0f} W does not bind at {o.natural_w[i]:.0f} W")
     parts.append(_levers(rows, o, here, to))
     if here.batch != to.batch:
         parts.append(f"batch {batches[here.batch]:.0f} → {batches[to.batch]:.0f}")
     saved = 1.0 - float(o.cost_j[j]) / float(o.cost_j[i])
-    what = f"saves {saved:.0%}" if reason == "efficiency" else f"costs {-saved:.0%}" if saved < 0 else "is needed"
+    what = f"saves {saved:.0%}" if saved >= 0 else f"costs {-saved:.0%}"
     figures = _figures(o, i, j, a, slo)
     return "; ".join(p for p in parts if p) + f" {what}" + (f", {figures}" if figures else "")
-
-
-def _boards(o: Outlook, rows: Rows) -> float:
-    return 1.0
-
-
-def _not_binding(rows: Rows, o: Outlook, i: tuple[int, int]) -> str:
-    return f"the limit does not bind: natural draw {o.natural_w[i]:.0f} W"
 
 
 def _levers(rows: Rows, o: Outlook, here: Pick, to: Pick) -> str:
@@ -59,7 +54,7 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.0f}" if seconds < 1e3 else "endless"
 
 
-def told_held(rows: Rows, o: Outlook, at: Pick, a: Asked, slo: Slo) -> str:
+def told_held(o: Outlook, at: Pick, a: Asked, slo: Slo) -> str:
     """Why nothing moves."""
     i = (at.lever, at.batch)
     figures = _figures(o, i, i, a, slo)
