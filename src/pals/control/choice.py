@@ -80,7 +80,9 @@ def excess(o: Outlook, a: Asked, slo: Slo, needed: float, margins: Margins, wide
     return Excess(rate, ttft, tpot, np.log(np.maximum(o.now_s, 1e-9) / danger_s))
 
 
-def _over(p95_s: FloatArray, target95_s: float | None, p99_s: FloatArray, target99_s: float | None) -> FloatArray | None:
+def _over(
+    p95_s: FloatArray, target95_s: float | None, p99_s: FloatArray, target99_s: float | None
+) -> FloatArray | None:
     """The larger logarithm of figure over target, at most `FAR`; None where there is no target."""
     if target95_s is None and target99_s is None:
         return None
@@ -137,5 +139,8 @@ def most_waiting(o: Outlook, at: Pick, a: Asked, slo: Slo) -> int | None:
     targets_s = [t for t in (slo.ttft_p95_s, slo.ttft_p99_s) if t is not None]
     if not targets_s or at.given_up != NO_TTFT:
         return None
-    answers_per_s = float(o.tokens_per_s[at.lever, at.batch] if a.kind == FULL else o.most_per_s[at.lever, at.batch]) / a.output_tokens
+    answers_per_s = (
+        float(o.tokens_per_s[at.lever, at.batch] if a.kind == FULL else o.most_per_s[at.lever, at.batch])
+        / a.output_tokens
+    )
     return max(1, int(QUEUE * min(targets_s) * answers_per_s))

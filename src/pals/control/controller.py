@@ -46,7 +46,9 @@ class PalsSettings:
     room: float = 0.07  # of a logarithm: so far below its targets a point must stay to be moved to for a saving
     rise: float = 0.12  # the same for a move that targets ask for, where one reaches so far: not step by step
     slowest: float = 0.7  # a move that only saves leaves so much of the clock
-    surge_s: float = 4.0  # a queue is answered at once by more speed, for at least so long; twice as long where it comes again soon
+    surge_s: float = (
+        4.0  # a queue is answered at once by more speed, for at least so long; twice as long where it comes again soon
+    )
     longest_surge_s: float = 30.0  # a surge that lasts longer is the load
     settle_s: float = 3.0  # after a move, before its figures teach anything
     bias_window_s: float = 8.0  # one lesson
@@ -105,7 +107,10 @@ class State(NamedTuple):
     window: Window | None = None
     ceiling_w: float = 0.0
     trust: Trust = Trust()
-    why: tuple[str, str] = ("start", "nothing is known of the load yet: the limit found, no clock lock, the launch batch")
+    why: tuple[str, str] = (
+        "start",
+        "nothing is known of the load yet: the limit found, no clock lock, the launch batch",
+    )
     refusing_s: float | None = None  # since when the queue is bounded
     needs_w: float | None = None  # boards' limits that the targets need, W together; None: not known
 
@@ -128,7 +133,11 @@ class PalsPolicy:
             raise ConfigError(f"policy pals cannot use this profile: {e}. Nothing was written") from e
         self._guard, self._launch = guard, guard.launch_sequences
         launch = guard.launch_sequences
-        levels = np.unique(np.round(np.geomspace(max(1, launch // 16), launch, BATCHES))) if s.use_batch else np.array([float(launch)])
+        levels = (
+            np.unique(np.round(np.geomspace(max(1, launch // 16), launch, BATCHES)))
+            if s.use_batch
+            else np.array([float(launch)])
+        )
         self._batches: FloatArray = levels[::-1].astype(float)  # the launch batch first
         node = guard.boards / FEWEST if guard.boards < FEWEST else max(1.0, guard.boards / MOST)
         idle_w = float(values_of(fitted.x).static) * fitted.base.static_w * guard.boards
@@ -159,13 +168,23 @@ class PalsPolicy:
         state = self._learn(state, sample, slo, now_s)
         d = state.demand
         if d.in_flight == 0:
-            return self._decision(state, ceiling_w, "idle", "no request is inside: the point stays"), state._replace(ceiling_w=ceiling_w)
+            return self._decision(state, ceiling_w, "idle", "no request is inside: the point stays"), state._replace(
+                ceiling_w=ceiling_w
+            )
         if not d.known:
-            return self._safe(state, ceiling_w, "learning", f"{int(d.counted.finished)} requests have ended so far: their lengths are not known yet", now_s)
+            return self._safe(
+                state,
+                ceiling_w,
+                "learning",
+                f"{int(d.counted.finished)} requests have ended so far: their lengths are not known yet",
+                now_s,
+            )
         key = key_of(d.prompt_tokens, d.output_tokens, d.cached_tokens, state.key)
         rows = self._tables.rows(key, ceiling_w)
         if rows is None:
-            told = f"{d.prompt_tokens:.0f} tokens in and {d.output_tokens:.0f} out lie outside what the profile measured"
+            told = (
+                f"{d.prompt_tokens:.0f} tokens in and {d.output_tokens:.0f} out lie outside what the profile measured"
+            )
             return self._safe(state._replace(key=key), ceiling_w, "outside-profile", told, now_s)
         state = state._replace(key=key)
         return self._choose(state, rows, slo, now_s, sample, drifted=bool(correction.told.drift))
@@ -178,9 +197,17 @@ class PalsPolicy:
         assert engine is not None
         demand = observe(state.demand, engine, now_s, sample.window_s or PERIOD_S)
         margins = state.margins
-        if before is not None and demand.before is not None and engine.steps >= before.steps and self.settings.use_margins:
+        if (
+            before is not None
+            and demand.before is not None
+            and engine.steps >= before.steps
+            and self.settings.use_margins
+        ):
             targets = targets_of(slo)
-            for q, counts, tested in (("ttft", (before.ttft_counts, engine.ttft_counts), state.tested[0]), ("tpot", (before.tpot_counts, engine.tpot_counts), state.tested[1])):
+            for q, counts, tested in (
+                ("ttft", (before.ttft_counts, engine.ttft_counts), state.tested[0]),
+                ("tpot", (before.tpot_counts, engine.tpot_counts), state.tested[1]),
+            ):
                 value = getattr(margins, q)
                 for t in targets[q]:
                     value = learn(value, late(*counts, t.target_s), t.share, tested=tested)
@@ -196,7 +223,9 @@ class PalsPolicy:
             return state._replace(window=None)
         if w is None:
             return state._replace(window=Window(now_s, engine.output_tokens, engine.busy_s, 0.0))
-        energy_j = None if w.energy_j is None or sample.power_w is None else w.energy_j + sample.power_w * sample.window_s
+        energy_j = (
+            None if w.energy_j is None or sample.power_w is None else w.energy_j + sample.power_w * sample.window_s
+        )
         running = min(engine.running, engine.scheduled if engine.scheduled is not None else engine.running)
         w = w._replace(energy_j=energy_j, running=w.running + running, ticks=w.ticks + 1)
         if now_s - w.since_s < s.bias_window_s - 1e-6:
@@ -211,7 +240,9 @@ class PalsPolicy:
         measured, predicted, drawn_w = (engine.output_tokens - w.tokens) / busy_s, expected[TOKENS], expected[POWER]
         gain = max(1.0 / (state.lessons + 2.0), s.bias_window_s / s.bias_memory_s)
         step = _moved(state.bias.step, predicted / max(measured, 1e-9), gain)
-        power = state.bias.power if w.energy_j is None else _moved(state.bias.power, w.energy_j / span_s / drawn_w, gain)
+        power = (
+            state.bias.power if w.energy_j is None else _moved(state.bias.power, w.energy_j / span_s / drawn_w, gain)
+        )
         return state._replace(bias=Bias(step, power), lessons=state.lessons + 1)
 
     # ---- deciding -------------------------------------------------------------------------------------------------
@@ -237,7 +268,9 @@ class PalsPolicy:
         o = outlook(rows, self._batches, a, state.bias, self._boards)
         inside = self._launch if a.kind == FULL else min(float(self._launch), a.inside)
         found = self._tables.rows(state.key, self._guard.max_limit_w) if state.key else rows
-        needed = needed_tokens_s(a, slo, _most(found or rows, self._most_inside(a), state.bias), _most(rows, inside, state.bias))
+        needed = needed_tokens_s(
+            a, slo, _most(found or rows, self._most_inside(a), state.bias), _most(rows, inside, state.bias)
+        )
         margins = state.margins if s.use_margins else Margins(0.0, 0.0)
         e = excess(o, a, slo, needed, margins, 1.5 if drifted else 1.0)
         among = self._usable(rows, o)
@@ -251,13 +284,16 @@ class PalsPolicy:
         if reason != "hold":
             told = told_move(rows, o, here, pick, a, slo, self._batches, state.lever, reason, self._guard.boards)
             batch = int(self._batches[pick.batch])
-            state = self._after_move(state, rows.levers[pick.lever], None if batch >= self._launch else batch, now_s, reason)
+            state = self._after_move(
+                state, rows.levers[pick.lever], None if batch >= self._launch else batch, now_s, reason
+            )
         elif pick.given_up == ALL and state.why[0] == "hold":
             told = state.why[1]  # of the last move: why the engine stands here
         else:
             told = told_held(o, pick, a, slo)
         if pick.given_up != ALL:
-            reason, told = "sacrifice", told_sacrifice(told, pick, slo)
+            only_queue = pick.given_up == NO_TTFT and bool(e.lasting()[pick.lever, pick.batch])
+            reason, told = "queue" if only_queue else "sacrifice", told_sacrifice(told, pick, only_queue=only_queue)
         bound, state = self._bound(state, o, pick, a, slo, now_s)
         state = state._replace(why=("hold" if pick.given_up == ALL else reason, told))
         return replace(self._decision(state, rows.ceiling_w, reason, told), most_waiting=bound), state
@@ -270,7 +306,13 @@ class PalsPolicy:
         s = self.settings
         ok = np.ones(o.cost_j.shape, dtype=bool)
         if not (s.use_limit and s.use_clock):
-            ok[[i for i, x in enumerate(rows.levers) if (x.limit_w and not s.use_limit) or (x.clock_mhz and not s.use_clock)]] = False
+            ok[
+                [
+                    i
+                    for i, x in enumerate(rows.levers)
+                    if (x.limit_w and not s.use_limit) or (x.clock_mhz and not s.use_clock)
+                ]
+            ] = False
         limits_w = rows.limits_w[:, None] * self._guard.boards
         ok &= limits_w < np.where(limits_w > 0, o.natural_w, np.inf)
         slack = self._batches[None, :] >= np.maximum(o.running, 1.0)
@@ -320,7 +362,9 @@ class PalsPolicy:
             state = state._replace(saved_s=now_s)
         elif reason == "queue":
             again = now_s - state.surged_s < s.calm_s
-            hold_s = min(s.longest_surge_s, 2.0 * hold_s) if again and state.surge is None else max(s.surge_s, hold_s / 2.0)
+            hold_s = (
+                min(s.longest_surge_s, 2.0 * hold_s) if again and state.surge is None else max(s.surge_s, hold_s / 2.0)
+            )
             surge = state.surge or Surge(state.lever, state.batch, now_s)
             state = state._replace(surged_s=now_s)
         elif reason == "targets" and now_s - state.saved_s < s.calm_s:
@@ -386,4 +430,3 @@ def _as_good(o: Outlook, e: Excess, at: tuple[int, int], pick: Pick, a: Asked) -
         figure = o.most_per_s if a.kind == OPEN else o.tokens_per_s
         return bool(figure[at] >= 0.99 * figure[there])
     return bool(e.rate[at] <= 0 and e.ttft[at] <= 0 and e.tpot[at] <= e.tpot[there] + 0.01)
-

@@ -119,14 +119,18 @@ class LeverTables:
         top_w = guard.max_limit_w
         low_w = max(guard.min_limit_w, fitted.hull.limit_w.low if fitted.hull is not None else 0.0)
         if low_w > top_w:
-            raise ValueError(f"the profile's lowest limit, {low_w:.0f} W, lies above {top_w:.0f} W, the most that may be asked")
+            raise ValueError(
+                f"the profile's lowest limit, {low_w:.0f} W, lies above {top_w:.0f} W, the most that may be asked"
+            )
         count = LIMIT_LEVELS if low_w < top_w else 1
         self.limits_w: tuple[float, ...] = tuple(float(round(w)) for w in np.geomspace(low_w, top_w, count))
         self.clocks_mhz = _clock_levels(fitted, guard)
         self.levels: FloatArray = np.unique(np.round(np.geomspace(1, guard.launch_sequences, RUNNING_LEVELS)))
         held = [(w, None) for w in self.limits_w] + [(top_w, mhz) for mhz in self.clocks_mhz]
         self._points = [
-            OperatingPoint(power_limit_w=w, sm_clock_mhz=mhz, active_sequences=int(n)) for w, mhz in held for n in self.levels
+            OperatingPoint(power_limit_w=w, sm_clock_mhz=mhz, active_sequences=int(n))
+            for w, mhz in held
+            for n in self.levels
         ]
         self._held = len(held)
         self._figures = lru_cache(TABLES)(self._make_figures)
@@ -201,5 +205,7 @@ def running_at(tokens_per_s: FloatArray, levels: FloatArray, asked: float) -> Fl
     high = np.minimum(np.maximum(below, 1), len(levels) - 1)
     r0, r1 = tokens_per_s[lever, high - 1], tokens_per_s[lever, high]
     n = levels[high - 1] + (asked - r0) / np.maximum(r1 - r0, 1e-9) * (levels[high] - levels[high - 1])
-    n = np.where(below == 0, levels[0] * asked / np.maximum(tokens_per_s[:, 0], 1e-9), n)  # less than one, part of the time
+    n = np.where(
+        below == 0, levels[0] * asked / np.maximum(tokens_per_s[:, 0], 1e-9), n
+    )  # less than one, part of the time
     return np.where(below == len(levels), np.inf, n)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from pals.control.demand import Late
 
 START = 1.0  # the pessimistic end of a 90 % interval
-LEAST, MOST = -1.0, 5.0
+LEAST, MOST = -1.0, 12.0
 AIM = 0.6  # of the share that may come late: the rest is for what comes in bursts
 GAIN = 0.25  # half intervals, for a request that comes late
 NEAR = 0.35  # a margin narrows only where the prediction is so near its target, relative: elsewhere nobody was put to the test
@@ -29,7 +29,9 @@ def learn(margin: float, seen: Late, share: float, *, tested: bool) -> float:
     """The margin after one period; `share` may come late; `tested`: the point in force was near its target."""
     if seen.counted <= 0:
         return margin
-    step: float = GAIN * (seen.late - AIM * share * seen.counted) * max(1.0, 0.05 / share) ** 0.5  # rare ones weigh more
+    step: float = (
+        GAIN * (seen.late - AIM * share * seen.counted) * max(1.0, 0.05 / share) ** 0.5
+    )  # rare ones weigh more
     if step < 0 and not (tested and margin > LEAST):
         return min(margin, max(START, margin + step)) if margin > START else margin
     return min(MOST, max(LEAST, margin + step))

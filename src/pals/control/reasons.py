@@ -10,7 +10,16 @@ from pals.models.forecast import FloatArray
 
 
 def told_move(
-    rows: Rows, o: Outlook, here: Pick, to: Pick, a: Asked, slo: Slo, batches: FloatArray, before: Lever, reason: str, boards: int
+    rows: Rows,
+    o: Outlook,
+    here: Pick,
+    to: Pick,
+    a: Asked,
+    slo: Slo,
+    batches: FloatArray,
+    before: Lever,
+    reason: str,
+    boards: int,
 ) -> str:
     """From where to where, what it saves or why it must be, and what latencies become."""
     i, j = (here.lever, here.batch), (to.lever, to.batch)
@@ -34,7 +43,9 @@ def _levers(rows: Rows, o: Outlook, here: Pick, to: Pick) -> str:
     if a == b:
         return ""
     before, after = (f"{o.clock_mhz[p.lever, p.batch]:.0f}" for p in (here, to))
-    how = f"limit {b.limit_w:.0f} W" if b.limit_w is not None else "clock lock" if b.clock_mhz is not None else "no lock"
+    how = (
+        f"limit {b.limit_w:.0f} W" if b.limit_w is not None else "clock lock" if b.clock_mhz is not None else "no lock"
+    )
     return f"{how}: clock {before} → {after} MHz"
 
 
@@ -58,10 +69,14 @@ def told_held(o: Outlook, at: Pick, a: Asked, slo: Slo) -> str:
     """Why nothing moves."""
     i = (at.lever, at.batch)
     figures = _figures(o, i, i, a, slo)
-    return f"{o.power_w[i]:.0f} W for {o.tokens_per_s[i]:.0f} tokens/s; nothing else saves enough" + (f"; {figures}" if figures else "")
+    return f"{o.power_w[i]:.0f} W for {o.tokens_per_s[i]:.0f} tokens/s; nothing else saves enough" + (
+        f"; {figures}" if figures else ""
+    )
 
 
-def told_sacrifice(told: str, pick: Pick, slo: Slo) -> str:
+def told_sacrifice(told: str, pick: Pick, *, only_queue: bool) -> str:
     """The same, with what cannot be kept."""
+    if only_queue:
+        return f"not all who wait now will be in time: {told}"
     lost = "TPOT" if pick.given_up == NO_TPOT else "TTFT or throughput"
     return f"{lost} cannot be kept under this budget and load: {told}"
