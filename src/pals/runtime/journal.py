@@ -45,7 +45,7 @@ class JournalHeader:
     """What a replay needs beside the records: the policy with its settings and profile, the boards as found."""
 
     policy: str
-    policy_settings: dict[str, float | None]
+    policy_settings: dict[str, float | str | None]
     profile_json: str | None
     boards: tuple[BoardInfo, ...]
     engine: EngineInfo
