@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -296,3 +297,6 @@ def test_a_token_is_read_without_the_line_end(tmp_path: Path) -> None:
     assert read_token(path) == TOKEN
     with pytest.raises(ConfigError, match="cannot be read"):
         read_token(tmp_path / "none")
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    with pytest.raises(ConfigError, match="must hold one token"):
+        read_token(tmp_path / "pipe")

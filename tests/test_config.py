@@ -81,7 +81,7 @@ def test_a_mismatch_is_accepted_for_one_engine_or_all_and_by_the_command_line(tm
         ('[slo]\nthroughput_target = "90%"\nthroughput_tokens_s = 9\n', "say the same in two ways"),
         (
             '[control]\npolicy = "pals-paper"\n[slo]\nthroughput_target = "90%"\n',
-            "tokens per second and does not know what 0.9",
+            "tokens per second and does not know what 90%",
         ),
         ('[budget]\ndefault = "much"\n', r"\[budget\] default 'much': expected a power above 0"),
         ('[budget]\npower_w = "1kw"\n', "budget '1kw': expected watts like 1200 or 2.4kW"),

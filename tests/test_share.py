@@ -106,8 +106,9 @@ def _marginal(c: Claim, share_w: float, *, below: bool) -> float:
 def test_the_hull_lies_above_every_point_and_its_slopes_fall(points: list[tuple[float, float]]) -> None:
     hull = concave_hull(points)
 
+    at_w, worth = [x for x, _ in hull], [y for _, y in hull]
     for x, y in points:
-        assert np.interp(x, *zip(*hull, strict=True)) >= y - 1e-6 * (1 + abs(y))
+        assert np.interp(x, at_w, worth) >= y - 1e-6 * (1 + abs(y))
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(hull)]
     assert all(b <= a for a, b in pairwise(slopes))
 

@@ -232,8 +232,8 @@ def check_complete(config: Config, told: str = "") -> None:
         return
     if slo.throughput_share is not None:
         raise ConfigError(
-            f"policy {policy} steers{told} by tokens per second and does not know what {slo.throughput_share:.4g} of the most "
-            "throughput is: give --throughput-target in tokens/s, like 1500, or use --policy pals. Nothing was started"
+            f"policy {policy} steers{told} by tokens per second and does not know what {100 * slo.throughput_share:g}% of "
+            "the most throughput is: give --throughput-target in tokens/s, like 1500, or use --policy pals. Nothing was started"
         )
     raise ConfigError(
         f"policy {policy} steers{told} by a throughput target: give --throughput-target in tokens/s, like 1500 (or [slo] "

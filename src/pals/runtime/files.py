@@ -62,7 +62,7 @@ def read_token(path: Path) -> str:
     """
     advice = f"make one with (umask 077; openssl rand -hex 32 > {path}). Nothing was started"
     try:
-        with path.open("rb") as f:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as f:  # a pipe must not block
             facts = os.fstat(f.fileno())
             text = f.read(1024).decode("ascii").strip() if stat.S_ISREG(facts.st_mode) else ""
     except OSError as e:
