@@ -9,6 +9,7 @@ import pytest
 
 from pals.cli.agent import config_of
 from pals.cli.main import parser
+from pals.cli.simulate_report import targets_text
 from pals.core.errors import ConfigError
 from pals.core.quantities import Slo
 from pals.runtime.agent import policy_settings
@@ -84,7 +85,7 @@ def test_a_mismatch_is_accepted_for_one_engine_or_all_and_by_the_command_line(tm
             "tokens per second and does not know what 90%",
         ),
         ('[budget]\ndefault = "much"\n', r"\[budget\] default 'much': expected a power above 0"),
-        ('[budget]\npower_w = "1kw"\n', "budget '1kw': expected watts like 1200 or 2.4kW"),
+        ('[budget]\npower_w = "1kw"\n', "budget '1kw': expected watts, steps like .* 1200W or 1.2kW"),
         ("[budget]\nport = 9501\n", "needs a token: give --budget-token FILE"),
         ('[budget]\nport = 9477\ntoken = "t"\n', "metrics_port and .*budget.* port are both 9477"),
         ('[budget]\nport = 70000\ntoken = "t"\n', "0..65535"),
@@ -169,6 +170,13 @@ def test_options_with_units_and_their_older_names_say_the_same() -> None:
 def test_a_bad_option_is_named(given: tuple[str, ...], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         options(*given)
+
+
+def test_targets_are_told_as_they_were_given() -> None:
+    slo = Slo(throughput_share=0.9, ttft_p99_s=3.0, tpot_p95_s=0.05)
+
+    assert targets_text(slo) == "90 % of the most tokens/s, TTFT p99 3 s, TPOT p95 50 ms"
+    assert targets_text(Slo()) == "none"
 
 
 @pytest.mark.parametrize("policy", POLICIES)

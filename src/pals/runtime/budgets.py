@@ -76,8 +76,8 @@ def parse_budget(text: str, *, default_w: float | None = None) -> BudgetSchedule
             steps = [_step(*part.split(":")) for part in text.split(",")]
     except (ValueError, TypeError) as e:
         raise ConfigError(
-            f"budget {text!r}: expected watts like 1200 or 2.4kW, steps like '0:none,30:1000,60:1.6kW' (seconds:watts), or a file "
-            "named *.csv with the columns time_s,power_w and perhaps expires_s; nothing was changed"
+            f"budget {text!r}: expected watts, steps like '0:none,30:1000,60:1.6kW' (seconds:watts), or a file named *.csv with "
+            "the columns time_s,power_w and perhaps expires_s; watts are written 1200, 1200W or 1.2kW. Nothing was changed"
         ) from e
     _check(text, steps)
     times, watts, expires = zip(*steps, strict=True)
