@@ -16,6 +16,7 @@ from pals.runtime.agent import AgentSetup, Board, Watcher
 from pals.runtime.channel import GAUGES, EngineChannel, find_engines
 from pals.runtime.config import load_config
 from pals.runtime.group import EngineGroup, group_ranks
+from pals.runtime.live_budget import LiveBudget
 from pals.runtime.loop import GridClock
 from pals.runtime.node import control_engines
 from pals.runtime.tick import TickRecord
@@ -59,6 +60,7 @@ class AgentWorld:
     records: dict[str, list[TickRecord]] = field(default_factory=dict)
     sums_w: list[tuple[float, float]] = field(default_factory=list)
     events: dict[float, Callable[[], object]] = field(default_factory=dict)  # by time: what happens on the node
+    budgets: LiveBudget | None = None  # of the newest run, so that an event may put one
     unopenable: set[int] = field(default_factory=set)  # boards that are lost when an engine that uses them comes
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -97,6 +99,7 @@ class AgentWorld:
         path = self.folder / "pals.toml"
         given = {"output": {"metrics_port": 0}, **sections}
         config = load_config(path if path.exists() else None, given)
+        self.budgets = LiveBudget(config.budget, now_s=self.clock.now_s, say=self.said.append)
         setup = AgentSetup(
             find=self.find,
             open_boards=self.open_boards,
@@ -106,8 +109,14 @@ class AgentWorld:
             folder=self.folder,
             watch=self.watch,
             say=self.said.append,
+            budgets=self.budgets,
         )
         return control_engines(setup, GridClock(now_s=self.clock.now_s, wait=self.wait))
+
+    def put(self, power_w: float, *, ttl_s: float) -> str | None:
+        """Somebody puts a budget; why not, where it is refused."""
+        assert self.budgets is not None
+        return self.budgets.put(power_w, ttl_s=ttl_s, by="somebody")
 
     def find(self) -> list[EngineGroup]:
         """The engines that live now."""

@@ -261,3 +261,44 @@ def test_a_lost_board_keeps_its_watts_and_the_budget_holds(node: AgentWorld) -> 
     late = [w - 5 * 400.0 for at_s, w in node.sums_w if at_s > 103.0]  # five boards belong to no engine
     assert late
     assert max(late) <= 700.0 * 0.98 + 1e-6
+
+
+def test_a_budget_put_while_the_agent_runs_is_shared_obeyed_and_expires(node: AgentWorld) -> None:
+    node.add("a/one", boards=(0, 1), pid=node.spawn().pid)
+    node.add("b/two", boards=(2, 3), pid=node.spawn().pid)
+    refused: list[str | None] = []
+    node.events = {
+        102.0: lambda: node.put(1000.0, ttl_s=4.0),
+        104.0: lambda: refused.append(node.put(400.0, ttl_s=4.0)),
+    }
+
+    assert node.run(budget={"power_w": "1600"}) == 0
+
+    shares_w = {r.sample.time_s - 100.0: r.budget.power_w for r in node.records["a/one"]}
+    assert {w for t, w in shares_w.items() if 3 <= t < 6} == {500.0}
+    assert {w for t, w in shares_w.items() if t >= 7} == {800.0}
+    after_w = [w - 4 * 400.0 for at_s, w in node.sums_w if 103.0 <= at_s < 106.0]  # four boards belong to no engine
+    assert after_w
+    assert max(after_w) <= 0.98 * 1000.0
+    assert "410 W is the lowest budget that can be promised" in str(refused[0])
+    assert [s for s in node.said if "budget of" in s] == [
+        s for s in node.said if "put by somebody for 4 s" in s or "has expired; now in force: 1600 W (schedule)" in s
+    ]
+    assert len([s for s in node.said if "has expired" in s]) == 1
+
+
+def test_nothing_is_promised_before_the_engines_are_there_nor_after(node: AgentWorld) -> None:
+    node.add("a/one", boards=(0, 1), pid=node.spawn().pid)
+
+    node.run()
+
+    assert "no engine is steered" in str(node.put(1000.0, ttl_s=4.0))
+
+
+def test_the_default_holds_before_the_first_step(node: AgentWorld) -> None:
+    node.add("a/one", boards=(0, 1), pid=node.spawn().pid)
+
+    node.run(budget={"power_w": "5:600", "default": "500W"})
+
+    assert {r.budget.power_w for r in node.records["a/one"] if r.sample.time_s < 105.0} == {500.0}
+    assert node.records["a/one"][-1].budget.power_w == 600.0

@@ -138,13 +138,13 @@ def _speed(d: Decision) -> float:
 
 
 def test_requests_that_come_late_make_the_engine_faster() -> None:
-    slo = Slo(tpot_p95_s=0.07)
-    world = World()
+    slo = Slo(tpot_p95_s=0.065)
+    world = World(prompt=2500, inside=30)
     before, state = run(world, 300.0, slo=slo)
     late = [0] * BUCKETS
     speeds = []
     for _ in range(40):  # half of them above the target
-        late[22] += 3
+        late[20] += 3
         late[10] += 3
         world.engine = replace(world.engine, tpot_counts=tuple(late))
         said, state = run(world, 0.5, slo=slo, state=state)

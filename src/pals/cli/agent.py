@@ -16,19 +16,24 @@ from typing import Any
 
 from pals.cli.main import say
 from pals.cli.run_folder import bank_of, boards_told, emulated_bank, put_back, sweep
+from pals.core import units
 from pals.core.errors import ConfigError, EngineGoneError, PalsError
 from pals.core.quantities import SAME_LIMIT_W, BoardInfo, BoardWrite, EngineInfo
 from pals.hardware.nvml import Nvml, open_boards
 from pals.hardware.nvml_board import NvmlBoard
 from pals.runtime.agent import FOUND_RECORD, AgentSetup, Board, Watcher
 from pals.runtime.channel import find_engines, run_dir
-from pals.runtime.config import Config, load_config
-from pals.runtime.files import check_folder, state_dir
+from pals.runtime.config import BudgetEndpointConfig, Config, load_config
+from pals.runtime.files import check_folder, read_token, state_dir
 from pals.runtime.found import forget_found, left_by_dead_agent, read_found
 from pals.runtime.group import EngineGroup, group_ranks
+from pals.runtime.live_budget import LiveBudget
 from pals.runtime.loop import wall_clock
 from pals.runtime.node import control_engines
+from pals.runtime.targets import throughput
 from pals.runtime.tick import TickRecord
+from pals.views.budget_endpoint import PATH as BUDGET_PATH
+from pals.views.budget_endpoint import serve_budget
 from pals.views.dcgm import DcgmCollector, serve_dcgm
 from pals.views.metrics import AgentMetrics, serve_metrics
 
@@ -38,6 +43,7 @@ def agent(args: argparse.Namespace) -> int:
     config = config_of(args)
     folder = run_dir(os.environ)
     check_folder(folder)
+    token_of(config)
     engines_of(folder, args.engine)  # none, or not this one: say so before anything is opened
     stop = threading.Event()
     with stopping(stop):
@@ -57,16 +63,31 @@ def config_of(args: argparse.Namespace) -> Config:
             "sm_clock_mhz": args.sm_clock_mhz,
             "active_sequences": args.active_sequences,
             "lowering": args.lowering,
+            "objective": args.objective,
         },
-        "slo": {
-            "throughput_tokens_s": args.target_tokens_s,
-            "ttft_p95_s": args.ttft_p95_s,
-            "tpot_p95_s": args.tpot_p95_s,
+        "slo": slo_of(args),
+        "budget": {
+            "power_w": args.budget,
+            "default": args.budget_default,
+            "port": args.budget_port,
+            "host": args.budget_host,
+            "token": args.budget_token,
         },
-        "budget": {"power_w": args.budget_w},
         "output": {"journal": args.journal, "metrics_port": args.metrics_port, "dcgm_port": args.dcgm_port},
     }
     return load_config(Path(args.config) if args.config else None, overrides)
+
+
+def slo_of(args: argparse.Namespace) -> dict[str, float | None]:
+    """The targets of the options, as `[slo]` calls them."""
+    targets: dict[str, float | None] = {}
+    for name in ("ttft_p95", "tpot_p95", "ttft_p99", "tpot_p99"):
+        given = getattr(args, f"slo_{name}")
+        option = f"--slo-{name.replace('_', '-')}"
+        targets[f"{name}_s"] = None if given is None else units.seconds(given, option)
+    if args.throughput_target is not None:
+        targets |= throughput(args.throughput_target, "--throughput-target")
+    return targets
 
 
 def living(folder: Path, pid: int | None = None) -> list[EngineGroup]:
@@ -231,12 +252,14 @@ def steer(config: Config, folder: Path, find: Callable[[], Sequence[EngineGroup]
         warn_of_left_limits(folder)
     sweep(folder)
     warn_of_strangers(config, engines)
-    metrics = AgentMetrics()
-    ports = {"metrics": config.output.metrics_port, "boards as dcgm-exporter shows them": config.output.dcgm_port}
+    metrics, clock = AgentMetrics(), wall_clock(stop)
+    budgets = LiveBudget(config.budget, now_s=clock.now_s, say=say)
+    addresses = addresses_of(config)
     with (
         open_boards(emulated=bank, indices=()) as nvml,
         serving_metrics(metrics, config.output.metrics_port),
         dcgm_endpoint(config.output.dcgm_port, emulated=emulated) as dcgm,
+        budget_endpoint(config.endpoint, budgets, token_of(config)),
     ):
 
         def boards(group: EngineGroup) -> Sequence[Board]:
@@ -247,10 +270,8 @@ def steer(config: Config, folder: Path, find: Callable[[], Sequence[EngineGroup]
             return open_boards_of(group.info, nvml)
 
         def watch(name: str, infos: Sequence[BoardInfo]) -> Watcher:
-            while ports:  # told with the first engine: nothing refuses any more
-                what, port = ports.popitem()
-                if port:
-                    say(f"{what} at http://127.0.0.1:{port}/metrics")
+            while addresses:  # told with the first engine: nothing refuses any more
+                say(addresses.pop())
             return Views(metrics.engine(name, [b.index for b in infos]), dcgm.engine(infos))
 
         setup = AgentSetup(
@@ -263,8 +284,31 @@ def steer(config: Config, folder: Path, find: Callable[[], Sequence[EngineGroup]
             watch=watch,
             say=say,
             journals=state_dir(os.environ),
+            budgets=budgets,
         )
-        return control_engines(setup, wall_clock(stop))
+        return control_engines(setup, clock)
+
+
+def addresses_of(config: Config) -> list[str]:
+    """What this agent serves, and where, in a line each."""
+    output, endpoint = config.output, config.endpoint
+    host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+    lines = [
+        (endpoint.port, f"budgets may be put at http://{host}:{endpoint.port}{BUDGET_PATH}"),
+        (output.metrics_port, f"metrics at http://127.0.0.1:{output.metrics_port}/metrics"),
+        (output.dcgm_port, f"boards as dcgm-exporter shows them at http://127.0.0.1:{output.dcgm_port}/metrics"),
+    ]
+    return [line for port, line in lines if port]
+
+
+def token_of(config: Config) -> str | None:
+    """The token of the budget endpoint; None where that is off.
+
+    Raises:
+        ConfigError: its file is missing, open to others, or holds none.
+    """
+    endpoint = config.endpoint
+    return read_token(Path(endpoint.token)) if endpoint.port and endpoint.token else None
 
 
 def will_write(config: Config, *, emulated: bool) -> bool:
@@ -321,6 +365,19 @@ def dcgm_endpoint(port: int, *, emulated: bool) -> Iterator[DcgmCollector]:
     close = serve_dcgm(collector, port)
     try:
         yield collector
+    finally:
+        close()
+
+
+@contextmanager
+def budget_endpoint(endpoint: BudgetEndpointConfig, budgets: LiveBudget, token: str | None) -> Iterator[None]:
+    """Let budgets be put as long as the context, where there is a token."""
+    if token is None:
+        yield
+        return
+    close = serve_budget(budgets, host=endpoint.host, port=endpoint.port, token=token)
+    try:
+        yield
     finally:
         close()
 

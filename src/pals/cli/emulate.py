@@ -129,7 +129,11 @@ def runs_of(args: argparse.Namespace, folder: Path) -> list[tuple[str, Config]]:
     """
     from pals.cli.agent import config_of
 
-    for name, value in (("--metrics-port", args.metrics_port), ("--journal", args.journal)):
+    for name, value in (
+        ("--metrics-port", args.metrics_port),
+        ("--budget-port", args.budget_port),
+        ("--journal", args.journal),
+    ):
         if value:
             raise ConfigError(
                 f"{name} has no meaning in virtual time: no port is opened, journals go to --out. Nothing was started"

@@ -21,7 +21,7 @@ from pals import __version__
 from pals.core.errors import EngineGoneError, NotPutBackError, PalsError
 from pals.core.quantities import LOWERINGS
 from pals.runtime.agent import EXIT_ENGINE_GONE, EXIT_NOT_PUT_BACK
-from pals.runtime.config import MODES, POLICIES
+from pals.runtime.config import MODES, OBJECTIVES, POLICIES
 
 
 class Parser(argparse.ArgumentParser):
@@ -130,6 +130,7 @@ def add_agent_options(p: argparse.ArgumentParser) -> None:
         metavar="PORT",
         help="also show the boards as dcgm-exporter does, on 127.0.0.1 (its own port is 9400; default 0: off)",
     )
+    add_budget_endpoint_options(p)
 
 
 def add_control_options(p: argparse.ArgumentParser, *, several_policies: bool = False) -> None:
@@ -160,22 +161,46 @@ def add_control_options(p: argparse.ArgumentParser, *, several_policies: bool = 
     )
     p.add_argument("--active-sequences", type=int, metavar="N", help="static: active-sequence limit (default: launch)")
     p.add_argument("--lowering", help=f"how to get under a lowered batch: {', '.join(LOWERINGS)} (default drain)")
+    p.add_argument("--objective", help=f"pals: whose joules count, one of {', '.join(OBJECTIVES)} (default node)")
+    add_target_options(p)
     p.add_argument(
-        "--target-tokens-s",
-        "--slo-tokens-s",
-        type=float,
-        metavar="X",
-        help="throughput target, output tokens per second",
-    )
-    p.add_argument("--ttft-p95-s", "--slo-ttft-p95-s", type=float, metavar="S", help="TTFT target")
-    p.add_argument("--tpot-p95-s", "--slo-tpot-p95-s", type=float, metavar="S", help="TPOT target")
-    p.add_argument(
-        "--budget-w",
         "--budget",
+        "--budget-w",
         metavar="W|STEPS|FILE.csv",
-        help="budget of all engines together: 1200, steps 0:none,30:1000,60:1600, or a file with the columns time_s,power_w",
+        help="budget of all engines together: 1200 or 2.4kW, steps 0:none,30:1kW,60:1600, or a file with the columns "
+        "time_s,power_w and perhaps expires_s (docs/budgets.md)",
+    )
+    p.add_argument(
+        "--budget-default", metavar="W|none", help="what holds before any budget and after one expired (default none)"
     )
     p.add_argument("--period-s", type=float, metavar="S", help="control period (default 0.5)")
+
+
+def add_target_options(p: argparse.ArgumentParser) -> None:
+    """Latency and throughput that are to be kept; p95 and p99 of one latency may both be given."""
+    for name, what in (("ttft", "time to first token"), ("tpot", "time per output token")):
+        older = (f"--slo-{name}-p95-s", f"--{name}-p95-s")
+        p.add_argument(f"--slo-{name}-p95", *older, metavar="TIME", help=f"p95 of the {what}, e.g. 1s or 50ms")
+        p.add_argument(f"--slo-{name}-p99", metavar="TIME", help="the same for p99")
+    p.add_argument(
+        "--throughput-target",
+        "--target-tokens-s",
+        "--slo-tokens-s",
+        metavar="X%|X",
+        help="output tokens per second, or a share of what the engine answers at most where the boards were found, e.g. 90%%",
+    )
+
+
+def add_budget_endpoint_options(p: argparse.ArgumentParser) -> None:
+    """Where a budget may be put while the agent runs."""
+    p.add_argument(
+        "--budget-port",
+        type=int,
+        metavar="PORT",
+        help="let budgets be put over HTTP while the agent runs (docs/budgets.md; default 0: off)",
+    )
+    p.add_argument("--budget-host", metavar="ADDRESS", help="its address (default 127.0.0.1)")
+    p.add_argument("--budget-token", metavar="FILE", help="its bearer token, in a file that only you may read")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pals.cli.agent import config_of, living, steer, stopping, wait_for_channel, will_write
+from pals.cli.agent import config_of, living, steer, stopping, token_of, wait_for_channel, will_write
 from pals.cli.extras import require
 from pals.cli.main import say
 from pals.cli.preflight import check_before_launch
@@ -65,7 +65,10 @@ def serve(args: argparse.Namespace, rest: list[str]) -> int:
     rest = [a for a in rest if a != "--"]
     endpoint, drain_s = endpoint_of(rest), drain_of(args, rest)
     output = config.output
-    check_ports(endpoint, [] if args.no_agent else [(output.metrics_port, "metrics"), (output.dcgm_port, "dcgm")])
+    own = [(output.metrics_port, "metrics"), (output.dcgm_port, "dcgm"), (config.endpoint.port, "budget")]
+    check_ports(endpoint, [] if args.no_agent else own, hosts={"budget": config.endpoint.host})
+    if not args.no_agent:
+        token_of(config)
     require("vllm", "pynvml")
     folder = own_folder(run_dir(os.environ)).absolute()
     if not args.no_agent and will_write(config, emulated=bool(args.emulate)):

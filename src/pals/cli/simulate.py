@@ -279,14 +279,23 @@ def config_for(args: argparse.Namespace, sim: Simulation, policy: str) -> Config
     from pals.cli.agent import config_of
     from pals.experiments.scenarios import slo_for
 
-    quiet = {"journal": None, "metrics_port": 0, "dcgm_port": 0}
+    quiet = {
+        "journal": None,
+        "metrics_port": 0,
+        "dcgm_port": 0,
+        "budget_port": 0,
+        "budget_host": None,
+        "budget_token": None,
+    }
     given = config_of(argparse.Namespace(**{**vars(args), **quiet, "policy": "static"})).of(sim.engine).slo
     usual = slo_for(sim.asked_tokens_per_s)
-    targets = {
-        "target_tokens_s": given.throughput_tokens_s or usual.throughput_tokens_s,
-        "ttft_p95_s": given.ttft_p95_s or usual.ttft_p95_s,
-        "tpot_p95_s": given.tpot_p95_s or usual.tpot_p95_s,
-    }
+    targets: dict[str, float | None] = {}
+    if given.throughput_tokens_s is None and given.throughput_share is None:
+        targets["throughput_target"] = usual.throughput_tokens_s
+    if given.ttft_p95_s is None and given.ttft_p99_s is None:
+        targets["slo_ttft_p95"] = usual.ttft_p95_s
+    if given.tpot_p95_s is None and given.tpot_p99_s is None:
+        targets["slo_tpot_p95"] = usual.tpot_p95_s
     return config_of(argparse.Namespace(**{**vars(args), **quiet, **targets, "policy": policy})).of(sim.engine)
 
 

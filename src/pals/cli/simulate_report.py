@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from pals.cli.emulate import reproducing
 from pals.cli.main import say
+from pals.core.quantities import Slo
 
 if TYPE_CHECKING:
     from pals.experiments.simulated_policies import Report
@@ -41,9 +42,20 @@ def describe(sim: Simulation, tasks: Sequence[PolicyTask]) -> None:
     if events := sim.faults.events:
         say(f"faults: {', '.join(f'{e.kind} at {e.time_s:g} s' for e in events)}")
     say(f"load: {sim.workload.described()}{longer}")
-    say(
-        f"targets: {slo.throughput_tokens_s:g} tokens/s, TTFT p95 {slo.ttft_p95_s:g} s, TPOT p95 {1e3 * (slo.tpot_p95_s or 0):g} ms"
-    )
+    say(f"targets: {targets_text(slo)}")
+
+
+def targets_text(slo: Slo) -> str:
+    """The targets that were given, in a few words."""
+    told = [
+        (slo.throughput_tokens_s, "{:g} tokens/s", 1.0),
+        (slo.throughput_share, "{:g} % of the most tokens/s", 100.0),
+        (slo.ttft_p95_s, "TTFT p95 {:g} s", 1.0),
+        (slo.ttft_p99_s, "TTFT p99 {:g} s", 1.0),
+        (slo.tpot_p95_s, "TPOT p95 {:g} ms", 1e3),
+        (slo.tpot_p99_s, "TPOT p99 {:g} ms", 1e3),
+    ]
+    return ", ".join(text.format(factor * value) for value, text, factor in told if value is not None) or "none"
 
 
 @contextmanager

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 
 from pals.core.errors import ConfigError
 from pals.runtime.agent import indices_text
 
 PARALLEL = (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
+NO_HOSTS: Mapping[str, str] = MappingProxyType({})
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # where a server on all addresses is asked
 
 
@@ -140,8 +142,11 @@ def check_port(host: str, port: int, what: str, flag: str) -> None:
             ) from e
 
 
-def check_ports(api: Endpoint, own: Sequence[tuple[int, str]]) -> None:
-    """Raise `ConfigError` where the API's port or one of PALS's `own` (0: off) is taken, or two are the same."""
+def check_ports(api: Endpoint, own: Sequence[tuple[int, str]], hosts: Mapping[str, str] = NO_HOSTS) -> None:
+    """Raise `ConfigError` where the API's port or one of PALS's `own` (0: off) is taken, or two are the same.
+
+    PALS's listen on 127.0.0.1, or where `hosts` says.
+    """
     check_port(api.host, api.port, "API port", "--port")
     for port, what in own:
         if port == api.port:
@@ -149,4 +154,4 @@ def check_ports(api: Endpoint, own: Sequence[tuple[int, str]]) -> None:
                 f"{what} port {port} is the API's too; choose another with --{what}-port (0: off). Nothing was started"
             )
         if port:
-            check_port("127.0.0.1", port, f"{what} port", f"--{what}-port")
+            check_port(hosts.get(what, "127.0.0.1"), port, f"{what} port", f"--{what}-port")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from pals.control.correction import WINDOW_S, Correction, Observation, Told, update
 from pals.control.forecast_table import ForecastTable, PointForecaster
 from pals.core.load import Mix
-from pals.core.protocols import AnyController
+from pals.core.protocols import AnyController, WorthOfWatts
 from pals.core.quantities import Budget, Decision, EngineSample, OperatingPoint, Slo, TelemetrySample
 
 SETTLE_S = 3.0  # after a point moved, before a window may begin
@@ -106,6 +106,7 @@ class Watched:
         self.policy, self._experts = policy, experts
         self._table = ForecastTable(forecaster, top_w=top_w)
         self._corrected = policy if isinstance(policy, CorrectedPolicy) else None
+        self._valuing = policy if isinstance(policy, WorthOfWatts) else None
 
     def initial(self) -> ControllerState:
         """Nothing learnt yet."""
@@ -114,6 +115,14 @@ class Watched:
     def tell(self, state: ControllerState) -> Told:
         """What a record keeps of the correction."""
         return state.correction.told
+
+    def worth(self, state: ControllerState) -> tuple[tuple[float, float], ...]:
+        """What watts are worth to the policy; empty where it does not say."""
+        return self._valuing.worth(state.inner) if self._valuing is not None else ()
+
+    def needed_w(self, state: ControllerState) -> float | None:
+        """The share the policy's targets need; None where it does not say."""
+        return self._valuing.needed_w(state.inner) if self._valuing is not None else None
 
     def step(
         self, state: ControllerState, sample: TelemetrySample, budget: Budget, slo: Slo, now_s: float

@@ -14,7 +14,7 @@ _PLAIN: dict[Any, str] = {float: "a number", int: "a whole number", bool: "true 
 
 
 def decode(kind: Any, data: Any, *, may_lack: Collection[str] = (), at: str = "") -> Any:
-    """`data` as a value of the type `kind`: a dataclass, tuple[X, ...], dict[str, X], X | None, a plain type or Any.
+    """`data` as a value of the type `kind`: a dataclass, tuple[X, ...], dict[str, X], X | None, X | str, a plain type or Any.
 
     Args:
         kind: the type.
@@ -31,7 +31,8 @@ def decode(kind: Any, data: Any, *, may_lack: Collection[str] = (), at: str = ""
         return _plain(kind, data, at)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        inner = next(a for a in arguments if a is not type(None))
+        choices = [a for a in arguments if a is not type(None)]
+        inner = str if str in choices and isinstance(data, str) else choices[0]
         return None if data is None else decode(inner, data, may_lack=may_lack, at=at)
     if origin is tuple:
         values = _of_type(list, "a list", data, at)

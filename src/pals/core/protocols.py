@@ -157,3 +157,19 @@ class WatchesProfile(Protocol):
     def tell(self, state: Any) -> ProfileNews:
         """What `state` knows of the profile."""
         ...
+
+
+@runtime_checkable
+class WorthOfWatts(Protocol):
+    """A controller that knows what its engine's share of a budget is worth, so that several engines may divide one well."""
+
+    def worth(self, state: Any) -> tuple[tuple[float, float], ...]:
+        """(share in W of all its boards, predicted worth there), such as tokens/s; empty: not known now.
+
+        Between engines only the worth of one more watt is compared, so all of a node must mean the same by it.
+        """
+        ...
+
+    def needed_w(self, state: Any) -> float | None:
+        """The smallest share, W, at which its targets are predicted to hold; None: not known, or there is none."""
+        ...

@@ -17,12 +17,13 @@ from pals.control.policies import ACCEPTED_WIDENING, build_policy
 from pals.control.share import Claim, Holding
 from pals.core.errors import ConfigError
 from pals.core.fingerprint import check_fingerprint
-from pals.core.protocols import PowerActuator, PowerMeter
+from pals.core.protocols import PowerActuator, PowerMeter, WorthOfWatts
 from pals.core.quantities import BoardInfo, Budget, Slo, fingerprint_of
 from pals.models.profile import Profile
 from pals.runtime.config import Config, ControlConfig
 from pals.runtime.group import EngineGroup
 from pals.runtime.journal import Journal, JournalHeader
+from pals.runtime.live_budget import LiveBudget
 from pals.runtime.loop import boards_as_found
 from pals.runtime.outlets import Outlet, StatusFile, close_quietly, journal_outlet
 from pals.runtime.tick import Rig, TickRecord, TickState, tick
@@ -31,6 +32,7 @@ FOUND_RECORD = "limits-found.json"
 STATUS_FILES = "agent-status-*.json"  # one per engine
 EXIT_ENGINE_GONE = 3
 EXIT_NOT_PUT_BACK = 4
+WORTH_EVERY_S = 1.0  # how often a policy is asked what watts are worth to it
 IDLE_AFTER_S = 5.0  # without a request for so long, an engine lends its share of the budget
 
 
@@ -63,6 +65,7 @@ class AgentSetup:
     watch: Callable[[str, Sequence[BoardInfo]], Watcher]  # by the engine's name and its boards
     say: Callable[[str], None]
     journals: Path | None = None  # where those go that nobody named; None: `folder`
+    budgets: LiveBudget | None = None  # None: the schedule of `config` alone
     virtual_command: str | None = None  # in virtual time: the command, without what differs between equal runs
 
 
@@ -117,6 +120,10 @@ class Session:
         self._granted_w: float | None = None
         self._limits_w = [m.info.found_limit_w for m in rig.meters]
         self._busy_at_s: float | None = None
+        self._valuing = rig.controller if isinstance(rig.controller, WorthOfWatts) else None
+        self._worth: tuple[tuple[float, float], ...] = ()
+        self._needed_w: float | None = None
+        self._valued_at_s: float | None = None
 
     def tick(self, budget: Budget, now_s: float) -> None:
         """One control period with this share of the budget.
@@ -136,8 +143,24 @@ class Session:
         """What the engine may draw now, and what it could use."""
         guard = self.rig.guard
         idle = self._busy_at_s is not None and now_s - self._busy_at_s >= IDLE_AFTER_S
-        claim = Claim(boards=guard.boards, least_w=guard.least_budget_w, most_w=guard.most_budget_w, idle=idle)
+        self._ask_worth(now_s)
+        claim = Claim(
+            boards=guard.boards,
+            least_w=guard.least_budget_w,
+            most_w=guard.most_budget_w,
+            idle=idle,
+            worth=self._worth,
+            needed_w=self._needed_w,
+        )
         return Holding(claim=claim, granted_w=self._granted_w, limits_w=guard.share_of(self._limits_w))
+
+    def _ask_worth(self, now_s: float) -> None:
+        """Ask the policy what watts are worth to it, where it knows; at most once in a while, since it predicts."""
+        if self._valuing is None or (self._valued_at_s is not None and now_s - self._valued_at_s < WORTH_EVERY_S):
+            return
+        self._valued_at_s = now_s
+        self._worth = self._valuing.worth(self._state.controller)
+        self._needed_w = self._valuing.needed_w(self._state.controller)
 
     def close(self) -> None:
         """Put the boards back as found, let the engine return to its launch limit, close what was opened.
@@ -214,7 +237,7 @@ def _assemble(setup: AgentSetup, config: Config, group: EngineGroup) -> tuple[Ri
 def policy_settings(control: ControlConfig) -> dict[str, Any]:
     """What the policy of this configuration is made with."""
     if control.policy == "pals":
-        return {}
+        return {"objective": control.objective}
     if control.policy != "static":
         return asdict(PaperSettings())
     return {

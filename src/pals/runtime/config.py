@@ -7,15 +7,19 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from pals.core.errors import ConfigError
 from pals.core.quantities import LOWERINGS, EngineInfo, Slo
-from pals.runtime.budgets import BudgetSchedule, parse_budget
+from pals.runtime.budgets import BudgetSchedule, parse_budget, parse_default
+from pals.runtime.targets import EITHER, over, read_targets
 
 POLICIES = ("static", "pals", "pals-paper", "cap-only", "batch-only", "clock-only")
+WITHOUT_TARGET = ("static", "pals")  # they need no throughput target
 MODES = ("auto", "advise")
+OBJECTIVES = ("node", "gpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,7 @@ class ControlConfig:
     active_sequences: int | None = None  # static only; None: the launch limit
     sm_clock_mhz: int | None = None  # static only; None: no clock lock
     lowering: str = "drain"  # how the engine gets under a lowered active-sequence limit
+    objective: str = "node"  # pals only: whose joules count, the whole node's or the boards' alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +48,22 @@ class OutputConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetEndpointConfig:
+    """Where budgets may be put while the agent runs."""
+
+    port: int = 0  # 0: nowhere
+    host: str = "127.0.0.1"
+    token: str | None = None  # the file that holds it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything an agent needs to know."""
 
     control: ControlConfig = field(default_factory=ControlConfig)
     slo: Slo = field(default_factory=Slo)
     budget: BudgetSchedule = field(default_factory=BudgetSchedule)
+    endpoint: BudgetEndpointConfig = field(default_factory=BudgetEndpointConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     engines: Mapping[str, Config] = field(default_factory=dict)  # by served name or model, where they differ from this
 
@@ -100,13 +115,27 @@ def _build_config(
     tables: Mapping[str, Mapping[str, Any]], overrides: Mapping[str, Mapping[str, Any]] | None, source: str
 ) -> Config:
     merged = {
-        name: {**values, **{k: v for k, v in (overrides or {}).get(name, {}).items() if v is not None}}
+        name: over(_read(name, values, source), _read(name, (overrides or {}).get(name, {}), "command line"))
         for name, values in tables.items()
     }
-    check_keys(merged["budget"], ["power_w"], f"{source}: [budget]")
     parts = {name: _build(kind, merged[name], f"{source}: [{name}]") for name, kind in _SECTIONS.items()}
-    budget = parse_budget(str(merged["budget"]["power_w"])) if "power_w" in merged["budget"] else BudgetSchedule()
-    return _validated(replace(Config(budget=budget), **parts))
+    budget, endpoint = _budget(merged["budget"], f"{source}: [budget]")
+    return _validated(replace(Config(budget=budget, endpoint=endpoint), **parts))
+
+
+def _read(name: str, values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    return read_targets(values, f"{source}: [{name}]") if name == "slo" else values
+
+
+def _budget(values: Mapping[str, Any], where: str) -> tuple[BudgetSchedule, BudgetEndpointConfig]:
+    of_endpoint = [f.name for f in fields(BudgetEndpointConfig)]
+    check_keys(values, ["power_w", "default", *of_endpoint], where)
+    default_w = parse_default(values["default"], f"{where} default") if "default" in values else None
+    schedule = BudgetSchedule(default_w=default_w)
+    if "power_w" in values:
+        schedule = parse_budget(str(values["power_w"]), default_w=default_w)
+    endpoint = _build(BudgetEndpointConfig, {k: v for k, v in values.items() if k in of_endpoint}, where)
+    return schedule, endpoint
 
 
 def _for_engine(general: Mapping[str, Mapping[str, Any]], values: Any, where: str) -> Mapping[str, Mapping[str, Any]]:
@@ -114,10 +143,11 @@ def _for_engine(general: Mapping[str, Mapping[str, Any]], values: Any, where: st
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be a table of keys, not {values!r}")
     own = {name: [f.name for f in fields(_SECTIONS[name]) if f.name != "period_s"] for name in ("control", "slo")}
+    own["slo"].append(EITHER)
     check_keys(values, [k for keys in own.values() for k in keys], where)
+    mine = {name: {k: v for k, v in values.items() if k in keys} for name, keys in own.items()}
     return {
-        name: {**table, **{k: v for k, v in values.items() if k in own.get(name, ())}}
-        for name, table in general.items()
+        name: over(_read(name, table, where), _read(name, mine.get(name, {}), where)) for name, table in general.items()
     }
 
 
@@ -160,19 +190,33 @@ def _validated(config: Config) -> Config:
         check_keys({c.mode: None}, list(MODES), "[control]", "mode")
     if c.lowering not in LOWERINGS:
         check_keys({c.lowering: None}, list(LOWERINGS), "[control]", "lowering")
+    if c.objective not in OBJECTIVES:
+        check_keys({c.objective: None}, list(OBJECTIVES), "[control]", "objective")
+    ports = {
+        "[output] metrics_port": out.metrics_port,
+        "[output] dcgm_port": out.dcgm_port,
+        "[budget] port": config.endpoint.port,
+    }
     rules = [
         (0.05 <= c.period_s <= 60, f"[control] period_s = {c.period_s} must lie in 0.05..60"),
-        (0 <= out.metrics_port <= 65535, f"[output] metrics_port = {out.metrics_port} must lie in 0..65535 (0: off)"),
-        (0 <= out.dcgm_port <= 65535, f"[output] dcgm_port = {out.dcgm_port} must lie in 0..65535 (0: off)"),
+        *((0 <= port <= 65535, f"{name} = {port} must lie in 0..65535 (0: off)") for name, port in ports.items()),
+        *(
+            (p == 0 or p != q, f"{a} and {b} are both {p}; they must differ")
+            for (a, p), (b, q) in combinations(ports.items(), 2)
+        ),
         (
-            out.dcgm_port == 0 or out.dcgm_port != out.metrics_port,
-            f"[output] metrics_port and dcgm_port are both {out.dcgm_port}; they must differ",
+            config.endpoint.port == 0 or bool(config.endpoint.token),
+            "a budget port needs a token: give --budget-token FILE (or [budget] token)",
         ),
         (c.active_sequences is None or c.active_sequences >= 1, "[control] active_sequences must be at least 1"),
         *(
             (value is None or value > 0, f"[slo] {f.name} = {value} must be positive")
             for f in fields(slo)
             for value in [getattr(slo, f.name)]
+        ),
+        (
+            slo.throughput_share is None or slo.throughput_share <= 1,
+            f"[slo] throughput_share = {slo.throughput_share} must lie in 0..1, or be a text like '90%'",
         ),
     ]
     for holds, message in rules:
@@ -183,7 +227,15 @@ def _validated(config: Config) -> Config:
 
 def check_complete(config: Config, told: str = "") -> None:
     """Raise `ConfigError` where the policy lacks what it steers by."""
-    if config.control.policy not in ("static", "pals") and config.slo.throughput_tokens_s is None:
+    policy, slo = config.control.policy, config.slo
+    if policy in WITHOUT_TARGET or slo.throughput_tokens_s is not None:
+        return
+    if slo.throughput_share is not None:
         raise ConfigError(
-            f"policy {config.control.policy} steers{told} by a throughput target: give --target-tokens-s (or [slo] throughput_tokens_s)"
+            f"policy {policy} steers{told} by tokens per second and does not know what {100 * slo.throughput_share:g}% of "
+            "the most throughput is: give --throughput-target in tokens/s, like 1500, or use --policy pals. Nothing was started"
         )
+    raise ConfigError(
+        f"policy {policy} steers{told} by a throughput target: give --throughput-target in tokens/s, like 1500 (or [slo] "
+        "throughput_tokens_s). Nothing was started"
+    )

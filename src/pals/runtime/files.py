@@ -54,6 +54,31 @@ def check_folder(folder: Path) -> None:
         )
 
 
+def read_token(path: Path) -> str:
+    """The token in `path`, which its owner alone may read.
+
+    Raises:
+        ConfigError: no file, open to others, or no token of 16 to 512 printable characters in it.
+    """
+    advice = f"make one with (umask 077; openssl rand -hex 32 > {path}). Nothing was started"
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as f:  # a pipe must not block
+            facts = os.fstat(f.fileno())
+            text = f.read(1024).decode("ascii").strip() if stat.S_ISREG(facts.st_mode) else ""
+    except OSError as e:
+        raise ConfigError(f"the token file {path} cannot be read ({e.strerror}); {advice}") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"the token file {path} holds no plain ASCII text; {advice}") from e
+    if facts.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(
+            f"the token file {path} is open to other users (mode {stat.S_IMODE(facts.st_mode):o}): chmod 600 {path}, and "
+            "make another token if somebody may have read it. Nothing was started"
+        )
+    if not 16 <= len(text) <= 512 or not all("!" <= c <= "~" for c in text):
+        raise ConfigError(f"the token file {path} must hold one token of 16 to 512 characters without spaces; {advice}")
+    return text
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write `path` anew, atomically, readable for this user alone; no link is followed, nor any file of others written."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}.new")

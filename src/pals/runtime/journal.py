@@ -38,6 +38,7 @@ ADDED_LATER = frozenset(
         ),
     }
 )
+TEXT_SETTINGS = frozenset({"objective"})  # of a policy; all its others are numbers
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +46,7 @@ class JournalHeader:
     """What a replay needs beside the records: the policy with its settings and profile, the boards as found."""
 
     policy: str
-    policy_settings: dict[str, float | None]
+    policy_settings: dict[str, float | str | None]
     profile_json: str | None
     boards: tuple[BoardInfo, ...]
     engine: EngineInfo
@@ -133,6 +134,9 @@ def _parse(line: str) -> Any:
 
 def _check_header(header: JournalHeader) -> None:
     """What every replay rests on; raises `ValueError`."""
+    for key, value in header.policy_settings.items():
+        if isinstance(value, str) and key not in TEXT_SETTINGS:
+            raise ValueError(f"policy_settings.{key} is {value!r}, not a number")
     if not header.boards:
         raise ValueError("boards is empty")
     for i, board in enumerate(header.boards):

@@ -12,6 +12,7 @@ from pals.core.errors import ConfigError, EngineGoneError, NotPutBackError, Pals
 from pals.core.quantities import Budget
 from pals.runtime.agent import EXIT_ENGINE_GONE, AgentSetup, Session, open_session, slug
 from pals.runtime.group import EngineGroup, refuse_shared_boards, unique_name
+from pals.runtime.live_budget import LiveBudget
 from pals.runtime.loop import GridClock, on_grid
 
 LOOK_EVERY_S = 2.0  # for engines that have come
@@ -50,6 +51,7 @@ class Node:
     def __init__(self, setup: AgentSetup, clock: GridClock) -> None:
         self.sessions: list[Session] = []
         self._setup, self._clock = setup, clock
+        self._budgets = setup.budgets or LiveBudget(setup.config.budget, now_s=clock.now_s, say=setup.say)
         self._refused: set[frozenset[int]] = set()
         self._seen: set[frozenset[int]] = set()
         self._journals: set[Path] = set()
@@ -61,13 +63,22 @@ class Node:
         """Open the engines found; whatever happens inside, every engine's boards are put back at the end."""
         with ExitStack() as exits:
             exits.callback(self._close_all)
+            exits.callback(self._promise_nothing)  # before the boards are put back
             groups = list(self._setup.find())
             refuse_shared_boards(groups)
             for group in groups:
                 self._open_at_start(group, groups)
             if not self.sessions:
                 raise ConfigError("no running engine to steer. Nothing was written")
+            self._promise()
             yield
+
+    def _promise(self) -> None:
+        """Say which budget the engines steered now can keep."""
+        self._budgets.least_w = sum(s.rig.guard.least_budget_w for s in self.sessions)
+
+    def _promise_nothing(self) -> None:
+        self._budgets.least_w = None
 
     def _open_at_start(self, group: EngineGroup, groups: Sequence[EngineGroup]) -> None:
         """A board that cannot be opened keeps its own engine from being steered, and no other."""
@@ -91,7 +102,8 @@ class Node:
         if elapsed_s - self._looked_at_s >= LOOK_EVERY_S:
             self._looked_at_s = elapsed_s
             self._look()
-        budget = self._setup.config.budget.at(elapsed_s)
+        self._promise()
+        budget = self._budgets.at(elapsed_s)
         for session, target_w in self._lowering_first(budget):
             self._tick(session, budget, target_w)
 
