@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import cache
 
@@ -76,7 +77,7 @@ def run(
 
 
 def moves(said: list[Decision]) -> int:
-    return sum(a.point != b.point for a, b in zip(said, said[1:], strict=False))
+    return sum(a.point != b.point for a, b in itertools.pairwise(said))
 
 
 def test_nothing_is_moved_before_the_lengths_are_known() -> None:
@@ -90,7 +91,7 @@ def test_with_easy_targets_the_clock_comes_down_slowly_and_then_rests() -> None:
     said, _ = run(World(), 600.0)
     savings = [i for i, d in enumerate(said) if d.reason == "efficiency"]
     assert savings
-    assert all(b - a >= PalsSettings().dwell_s / PERIOD_S for a, b in zip(savings, savings[1:], strict=False))
+    assert all(b - a >= PalsSettings().dwell_s / PERIOD_S for a, b in itertools.pairwise(savings))
     assert "saves" in said[savings[0]].detail
     assert moves(said[-600:]) == 0  # the last five minutes
 
@@ -138,15 +139,15 @@ def _speed(d: Decision) -> float:
 
 
 def test_requests_that_come_late_make_the_engine_faster() -> None:
-    slo = Slo(tpot_p95_s=0.065)
-    world = World(prompt=2500, inside=30)
+    slo = Slo(ttft_p95_s=0.5)
+    world = World(prompt=2500)
     before, state = run(world, 300.0, slo=slo)
-    late = [0] * BUCKETS
-    speeds = []
+    assert _speed(before[-1]) < 1410.0
+    late, speeds = [0] * BUCKETS, []
     for _ in range(40):  # half of them above the target
-        late[20] += 3
+        late[30] += 3
         late[10] += 3
-        world.engine = replace(world.engine, tpot_counts=tuple(late))
+        world.engine = replace(world.engine, ttft_counts=tuple(late))
         said, state = run(world, 0.5, slo=slo, state=state)
         speeds.append(_speed(said[-1]))
     assert max(speeds) > _speed(before[-1])
@@ -243,3 +244,18 @@ def test_a_lever_that_may_not_be_used_is_not() -> None:
 def test_an_unknown_objective_is_refused() -> None:
     with pytest.raises(ConfigError, match="objective"):
         policy(objective="rack")
+
+
+def test_the_share_that_targets_need_keeps_them_and_less_does_not() -> None:
+    slo = Slo(ttft_p95_s=0.9)
+    world = World(per_tick=2, inside=30, prompt=2000)
+    p = policy()
+    _, state = run(world, 60.0, slo=slo, budget=Budget(power_w=1600.0))
+    needed_w, points = p.needed_w(state), p.worth(state)
+    assert needed_w is not None
+    assert [w for w, _ in points] == sorted(w for w, _ in points)
+    assert [t for _, t in points] == sorted(t for _, t in points)
+    kept, _ = run(world, 20.0, slo=slo, budget=Budget(power_w=1.1 * needed_w), state=state)
+    assert kept[-1].reason != "sacrifice"
+    lost, _ = run(world, 20.0, slo=slo, budget=Budget(power_w=max(420.0, 0.6 * needed_w)), state=state)
+    assert lost[-1].reason == "sacrifice"

@@ -22,6 +22,7 @@ from pals.control.margins import NEAR, Margins, learn
 from pals.control.outlook import CLOSED, FULL, OPEN, Asked, Bias, Boards, Outlook, outlook
 from pals.control.reasons import told_held, told_move, told_sacrifice
 from pals.control.trust import Trust, judge
+from pals.control.worth import EVERY_S, Worth, worth_of
 from pals.core.errors import ConfigError
 from pals.core.quantities import Budget, Decision, OperatingPoint, Slo, TelemetrySample
 from pals.models.fitted import Fitted
@@ -112,7 +113,7 @@ class State(NamedTuple):
         "nothing is known of the load yet: the limit found, no clock lock, the launch batch",
     )
     refusing_s: float | None = None  # since when the queue is bounded
-    needs_w: float | None = None  # boards' limits that the targets need, W together; None: not known
+    worth: Worth = Worth()
 
 
 class PalsPolicy:
@@ -187,7 +188,19 @@ class PalsPolicy:
             )
             return self._safe(state._replace(key=key), ceiling_w, "outside-profile", told, now_s)
         state = state._replace(key=key)
-        return self._choose(state, rows, slo, now_s, sample, drifted=bool(correction.told.drift))
+        wider = 1.5 if correction.told.drift else 1.0
+        asked = self._asked(d, rows, state.bias, sample.window_s or PERIOD_S, tail=_has_tail(slo))
+        if budget.power_w is not None and now_s - state.worth.at_s >= EVERY_S:
+            state = self._weigh(state, asked, slo, wider, now_s)
+        return self._choose(state, rows, asked, slo, now_s, wider)
+
+    def worth(self, state: State) -> tuple[tuple[float, float], ...]:
+        """What its share of a budget is worth to the engine, see `WorthOfWatts`; known only while there is a budget."""
+        return state.worth.points
+
+    def needed_w(self, state: State) -> float | None:
+        """The share that its targets need, see `WorthOfWatts`."""
+        return state.worth.needed_w
 
     # ---- learning -------------------------------------------------------------------------------------------------
 
@@ -258,21 +271,30 @@ class PalsPolicy:
             kind, asked, d.output_tokens, d.prompt_tokens, float(d.in_flight), d.running, d.waiting if queue else 0, d.oldest_s if queue else 0.0, tail,
         )  # fmt: skip
 
+    def _weigh(self, state: State, a: Asked, slo: Slo, wider: float, now_s: float) -> State:
+        """What watts are worth, were there no budget."""
+        rows = self._tables.rows(state.key, self._guard.max_limit_w) if state.key is not None else None
+        if rows is None:
+            return state._replace(worth=Worth(now_s))
+        o = outlook(rows, self._batches[:1], a, state.bias, self._boards)
+        return state._replace(
+            worth=worth_of(state.worth, rows, o, self._excess(state, rows, o, a, slo, wider), self._guard, now_s)
+        )
+
+    def _excess(self, state: State, rows: Rows, o: Outlook, a: Asked, slo: Slo, wider: float) -> Excess:
+        """What every candidate misses."""
+        found = self._tables.rows(state.key, self._guard.max_limit_w) if state.key is not None else None
+        inside = min(float(self._launch), a.inside) if a.kind == CLOSED else float(self._launch)
+        needed = needed_tokens_s(a, slo, _most(found or rows, inside, state.bias), _most(rows, inside, state.bias))
+        return excess(o, a, slo, needed, state.margins if self.settings.use_margins else Margins(0.0, 0.0), wider)
+
     def _choose(
-        self, state: State, rows: Rows, slo: Slo, now_s: float, sample: TelemetrySample, *, drifted: bool
+        self, state: State, rows: Rows, a: Asked, slo: Slo, now_s: float, wider: float
     ) -> tuple[Decision, State]:
         """Hold the point in force, or move."""
-        s, d = self.settings, state.demand
-        tail = slo.ttft_p99_s is not None or slo.tpot_p99_s is not None
-        a = self._asked(d, rows, state.bias, sample.window_s or PERIOD_S, tail=tail)
+        s = self.settings
         o = outlook(rows, self._batches, a, state.bias, self._boards)
-        inside = self._launch if a.kind == FULL else min(float(self._launch), a.inside)
-        found = self._tables.rows(state.key, self._guard.max_limit_w) if state.key else rows
-        needed = needed_tokens_s(
-            a, slo, _most(found or rows, self._most_inside(a), state.bias), _most(rows, inside, state.bias)
-        )
-        margins = state.margins if s.use_margins else Margins(0.0, 0.0)
-        e = excess(o, a, slo, needed, margins, 1.5 if drifted else 1.0)
+        e = self._excess(state, rows, o, a, slo, wider)
         among = self._usable(rows, o)
         if state.surge is not None and now_s - state.surge.since_s > s.longest_surge_s:
             state = state._replace(surge=None)  # it is the load
@@ -297,9 +319,6 @@ class PalsPolicy:
         bound, state = self._bound(state, o, pick, a, slo, now_s)
         state = state._replace(why=("hold" if pick.given_up == ALL else reason, told))
         return replace(self._decision(state, rows.ceiling_w, reason, told), most_waiting=bound), state
-
-    def _most_inside(self, a: Asked) -> float:
-        return float(self._launch) if a.kind != CLOSED else min(float(self._launch), a.inside)
 
     def _usable(self, rows: Rows, o: Outlook) -> np.ndarray:
         """Levers that may be used and that bind: one that does not is left as found."""
@@ -410,6 +429,11 @@ class PalsPolicy:
 
 
 _NOTHING_LEARNT = Correction()
+
+
+def _has_tail(slo: Slo) -> bool:
+    """Whether a 99th percentile has a target."""
+    return slo.ttft_p99_s is not None or slo.tpot_p99_s is not None
 
 
 def _most(rows: Rows, inside: float, bias: Bias) -> float:
