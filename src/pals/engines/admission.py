@@ -14,7 +14,6 @@ from pals.core.admission import queue_full
 from pals.core.quantities import EngineSample
 from pals.runtime.channel import AgentChannel, open_channels, run_dir
 from pals.runtime.group import EngineGroup, parent_of
-from pals.runtime.refusals import RefusalCounter
 
 ON_THE_WAY_S = 2.0  # a request let in is taken to have reached the engine, or to have failed, after this long
 SILENT_S = 5.0  # telemetry older than this is of an engine without work: its queue was emptied by aborts, unseen
@@ -37,6 +36,14 @@ class QueueNow(Protocol):
         ...
 
 
+class Count(Protocol):
+    """Where refusals are counted; `RefusalCounter`."""
+
+    def add(self) -> None:
+        """One more request was refused."""
+        ...
+
+
 class Verdict(NamedTuple):
     """On one request."""
 
@@ -50,7 +57,7 @@ LET_IN = Verdict()
 class Admission:
     """Judges the requests of one API server, and counts those it refuses."""
 
-    def __init__(self, queue: QueueNow, counter: RefusalCounter, now_s: Callable[[], float]) -> None:
+    def __init__(self, queue: QueueNow, counter: Count, now_s: Callable[[], float]) -> None:
         self._queue, self._counter, self._now_s = queue, counter, now_s
         self._on_the_way: dict[int, float] = {}  # tickets, oldest first, with the times they were given out
         self._tickets = 0
