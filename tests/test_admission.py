@@ -95,9 +95,9 @@ def test_refusals_of_several_api_servers_add_up_and_make_the_capability(tmp_path
     )  # fmt: skip
     assert second.returncode == 0
     agent.apply(1, lease_s=3.0, most_waiting=0)
-    asked = [first.ask() for _ in range(70)]  # before its first step all 64 places are free
+    asked = [first.ask() for _ in range(38)]  # before its first step all 64 places are free, half of them for each server
 
-    assert [v.retry_after_s is None for v in asked] == [True] * 64 + [False] * 6
+    assert [v.retry_after_s is None for v in asked] == [True] * 32 + [False] * 6
     assert agent.read().refused_requests == 5 + 6
     assert agent.info.capabilities["refuse"]
     assert EngineGroup([agent]).read().refused_requests == 11
@@ -127,6 +127,7 @@ class Queue:
     most: int | None = 2
     sample: EngineSample = field(default_factory=lambda: engine_sample(100.0))
     refused: int = 0
+    api_servers: int = 1
 
     def most_waiting(self, now_s: float) -> int | None:
         return self.most
@@ -160,6 +161,18 @@ def test_those_let_in_count_until_the_engine_tells_of_them() -> None:
     clock.now += 2.5  # and one that got lost
     queue.now(time_s=clock.now)
     assert [admission.ask().ticket for _ in range(3)] == [6, 7, None]
+
+
+def test_of_two_api_servers_each_takes_the_other_to_let_in_as_many() -> None:
+    queue, clock = Queue(most=8, api_servers=2), Clock()
+    queue.now(running=64)
+    both = [judge(queue, clock) for _ in range(2)]
+
+    assert [sum(a.ask().ticket is not None for _ in range(9)) for a in both] == [4, 4]
+    queue.now(waiting=5, arrived_requests=5)
+    assert [sum(a.ask().ticket is not None for _ in range(9)) for a in both] == [0, 0]  # 5 wait, 3 are on the way
+    queue.now(waiting=0, arrived_requests=8)
+    assert [sum(a.ask().ticket is not None for _ in range(9)) for a in both] == [4, 4]
 
 
 def test_a_free_place_is_no_queue_unless_it_cannot_be_had() -> None:

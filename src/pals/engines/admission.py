@@ -1,6 +1,7 @@
 """Whether a request may come in: as many wait as may, counting those let in that the engine has not told of yet.
 
-Where there is no channel, no agent or no fresh bound, everybody may.
+Where there is no channel, no agent or no fresh bound, everybody may. Of several API servers each knows only whom it let in
+itself, and takes the others to have let in as many.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ MOST_RETRY_S = 60
 
 class QueueNow(Protocol):
     """What is known of an engine's queue; `EngineGroup`."""
+
+    @property
+    def api_servers(self) -> int:
+        """How many let requests in."""
+        ...
 
     def most_waiting(self, now_s: float) -> int | None:
         """Requests that may wait; None: any number."""
@@ -62,6 +68,7 @@ class Admission:
         self._on_the_way: dict[int, float] = {}  # tickets, oldest first, with the times they were given out
         self._tickets = 0
         self._arrived = 0
+        self._told = 0.0  # part of an arrival told of that is this server's
         self._pace = _Pace()
 
     def ask(self) -> Verdict:
@@ -70,12 +77,12 @@ class Admission:
         most_waiting = self._queue.most_waiting(now_s)
         if most_waiting is None:
             return LET_IN
-        engine = self._queue.last()
-        self._settle(engine, now_s)
+        engine, servers = self._queue.last(), self._queue.api_servers
+        self._settle(engine.arrived_requests, servers, now_s)
         self._pace.observe(now_s, engine.finished_requests)
         silent = now_s - engine.time_s > SILENT_S
         running, queued = (0, 0) if silent else (engine.running, engine.waiting)
-        waiting = queued + len(self._on_the_way)
+        waiting = queued + servers * len(self._on_the_way)
         left_waiting = queued > 0 and engine.oldest_waiting_s > LEFT_STEPS * engine.last_step_s
         if queue_full(most_waiting, waiting, engine.active_limit - running, left_waiting):
             self._counter.add()
@@ -88,14 +95,17 @@ class Admission:
         """The request with this ticket was answered, failed, or its client is gone."""
         self._on_the_way.pop(ticket, None)
 
-    def _settle(self, engine: EngineSample, now_s: float) -> None:
-        """Forget as many of those on the way, the oldest, as have arrived since the last look."""
-        arrived, self._arrived = engine.arrived_requests - self._arrived, engine.arrived_requests
+    def _settle(self, arrived: int, servers: int, now_s: float) -> None:
+        """Forget as many of those on the way, the oldest, as have arrived since the last look, this server's share of them."""
+        self._told += (arrived - self._arrived) / servers
+        self._arrived = arrived
         for ticket, since_s in list(self._on_the_way.items()):
-            if arrived <= 0 and now_s - since_s < ON_THE_WAY_S:
+            if self._told < 1 and now_s - since_s < ON_THE_WAY_S:
                 break
             del self._on_the_way[ticket]
-            arrived -= 1
+            self._told = max(0.0, self._told - 1)
+        if not self._on_the_way:
+            self._told = 0.0
 
 
 class _Pace:

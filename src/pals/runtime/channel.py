@@ -167,7 +167,7 @@ class AgentChannel:
     @property
     def info(self) -> EngineInfo:
         """What the engine said of itself at start; "refuse" is among its capabilities once an API server has come that can."""
-        if not self._info.capabilities.get("refuse", False) and self.refusals.offered:
+        if not self._info.capabilities.get("refuse", False) and self.refusals.servers:
             self._info = replace(self._info, capabilities={**self._info.capabilities, "refuse": True})
         return self._info
 

@@ -80,6 +80,11 @@ class EngineGroup:
         """What the ranks published last, whether or not they live."""
         return self._merged([r.last() for r in self.ranks])
 
+    @property
+    def api_servers(self) -> int:
+        """API servers that have come and can refuse requests."""
+        return self.ranks[0].refusals.servers
+
     def most_waiting(self, now_s: float) -> int | None:
         """Requests that may wait at all ranks together; None where a rank was told of no bound, or it has expired."""
         setpoints = [r.setpoint(now_s) for r in self.ranks]

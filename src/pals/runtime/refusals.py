@@ -21,20 +21,24 @@ class Refusals:
         self._slots = [Block(mapped, offset + i * _STRIDE, _SLOT) for i in range(SLOTS)]
 
     @property
-    def offered(self) -> bool:
-        """Whether an API server has come that can refuse requests."""
-        return self._slots[0].read() is not None
+    def servers(self) -> int:
+        """API servers that have come and can refuse requests."""
+        return len(self._counts())
 
     @property
     def total(self) -> int:
         """Requests refused so far, by all of them."""
-        total = 0.0
+        return int(sum(self._counts()))
+
+    def _counts(self) -> list[float]:
+        """What each has refused."""
+        counts = list[float]()
         for slot in self._slots:
             values = slot.read()
             if values is None:
                 break
-            total += values[1]
-        return int(total)
+            counts.append(values[1])
+        return counts
 
     def claim(self, path: Path) -> RefusalCounter:
         """A slot of its own for this process; `path` is the channel, locked meanwhile.
