@@ -55,8 +55,8 @@ def test_the_bound_arrives_with_the_setpoint_and_expires_with_it(tmp_path: Path)
     (engine,), (agent,), clock = channels(tmp_path)
     agent.apply(8, lease_s=3.0, most_waiting=0)
     assert engine.setpoint(clock.now) == Setpoint(8, "drain", 0)
-    assert EngineGroup([agent]).most_waiting(clock.now) == 0
-    assert EngineGroup([agent]).most_waiting(clock.now + 3.0) is None
+    assert EngineGroup([agent]).setpoint(clock.now) == Setpoint(8, "drain", 0)
+    assert EngineGroup([agent]).setpoint(clock.now + 3.0) is None
 
     agent.apply(8, lease_s=3.0)
     assert engine.setpoint(clock.now) == Setpoint(8, "drain", None)
@@ -94,8 +94,8 @@ def test_refusals_of_several_api_servers_add_up_and_make_the_capability(tmp_path
         check=True,
     )  # fmt: skip
     assert second.returncode == 0
-    agent.apply(1, lease_s=3.0, most_waiting=0)
-    asked = [first.ask() for _ in range(38)]  # before its first step all 64 places are free, half of them for each server
+    agent.apply(64, lease_s=3.0, most_waiting=0)
+    asked = [first.ask() for _ in range(38)]  # all 64 places are free, half of them for each server
 
     assert [v.retry_after_s is None for v in asked] == [True] * 32 + [False] * 6
     assert agent.read().refused_requests == 5 + 6
@@ -111,12 +111,12 @@ def test_ranks_share_the_bound_and_count_a_refusal_once(tmp_path: Path) -> None:
     for engine in engines:
         tell(engine, time_s=clock.now, running=32, waiting=3, active_limit=32)
 
-    assert group.most_waiting(clock.now) == 10
+    assert group.setpoint(clock.now) == Setpoint(96, "drain", 10)
     assert [admission.ask().retry_after_s for _ in range(3)] == [None, 1, 1]
     assert group.read().refused_requests == 2
     assert group.info.capabilities["refuse"]
     agents[1].release()
-    assert group.most_waiting(clock.now) is None
+    assert group.setpoint(clock.now) is None
     assert admission.ask() == LET_IN
 
 
@@ -129,8 +129,8 @@ class Queue:
     refused: int = 0
     api_servers: int = 1
 
-    def most_waiting(self, now_s: float) -> int | None:
-        return self.most
+    def setpoint(self, now_s: float) -> Setpoint | None:
+        return Setpoint(64, "drain", self.most)
 
     def last(self) -> EngineSample:
         return self.sample

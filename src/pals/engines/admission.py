@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from pals.core.admission import queue_full
 from pals.core.quantities import EngineSample
-from pals.runtime.channel import AgentChannel, open_channels, run_dir
+from pals.runtime.channel import AgentChannel, Setpoint, open_channels, run_dir
 from pals.runtime.group import EngineGroup, parent_of
 
 ON_THE_WAY_S = 2.0  # a request let in is taken to have reached the engine, or to have failed, after this long
@@ -33,8 +33,8 @@ class QueueNow(Protocol):
         """How many let requests in."""
         ...
 
-    def most_waiting(self, now_s: float) -> int | None:
-        """Requests that may wait; None: any number."""
+    def setpoint(self, now_s: float) -> Setpoint | None:
+        """What the agent wants, the bound on the queue with it; None: nothing, or no more."""
         ...
 
     def last(self) -> EngineSample:
@@ -74,8 +74,8 @@ class Admission:
     def ask(self) -> Verdict:
         """Judge a request that has come now."""
         now_s = self._now_s()
-        most_waiting = self._queue.most_waiting(now_s)
-        if most_waiting is None:
+        wanted = self._queue.setpoint(now_s)
+        if wanted is None or wanted.most_waiting is None:
             return LET_IN
         engine, servers = self._queue.last(), self._queue.api_servers
         self._settle(engine.arrived_requests, servers, now_s)
@@ -84,7 +84,7 @@ class Admission:
         running, queued = (0, 0) if silent else (engine.running, engine.waiting)
         waiting = queued + servers * len(self._on_the_way)
         left_waiting = queued > 0 and engine.oldest_waiting_s > LEFT_STEPS * engine.last_step_s
-        if queue_full(most_waiting, waiting, engine.active_limit - running, left_waiting):
+        if queue_full(wanted.most_waiting, waiting, wanted.active_sequences - running, left_waiting):
             self._counter.add()
             return Verdict(retry_after_s=self._pace.seconds_for(waiting))
         self._tickets += 1

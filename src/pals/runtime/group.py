@@ -14,7 +14,7 @@ from typing import Any
 
 from pals.core.errors import ConfigError
 from pals.core.quantities import LOWERINGS, EngineInfo, EngineSample
-from pals.runtime.channel import AgentChannel
+from pals.runtime.channel import AgentChannel, Setpoint
 
 _ADDED = (
     "steps running waiting arrived_requests arrived_prompt_tokens prefill_tokens decode_tokens output_tokens "
@@ -85,11 +85,17 @@ class EngineGroup:
         """API servers that have come and can refuse requests."""
         return self.ranks[0].refusals.servers
 
-    def most_waiting(self, now_s: float) -> int | None:
-        """Requests that may wait at all ranks together; None where a rank was told of no bound, or it has expired."""
-        setpoints = [r.setpoint(now_s) for r in self.ranks]
-        parts = [s.most_waiting for s in setpoints if s is not None and s.most_waiting is not None]
-        return sum(parts) if len(parts) == len(self.ranks) else None
+    def setpoint(self, now_s: float) -> Setpoint | None:
+        """What was last asked of all ranks together; None where a rank was asked nothing, or it has expired."""
+        parts = [s for s in (r.setpoint(now_s) for r in self.ranks) if s is not None]
+        if len(parts) < len(self.ranks):
+            return None
+        waiting = [s.most_waiting for s in parts if s.most_waiting is not None]
+        return Setpoint(
+            sum(s.active_sequences for s in parts),
+            parts[0].lowering,
+            sum(waiting) if len(waiting) == len(parts) else None,
+        )
 
     @staticmethod
     def _merged(samples: Sequence[EngineSample]) -> EngineSample:
