@@ -37,7 +37,7 @@ REQUEST_COLUMNS = {
     "ttft_s": "float64",
     "tpot_s": "float64",
     "preemptions": "int32",
-    "refused": "bool",
+    "refused": "bool_",
 }
 TICK_COLUMNS = {
     "policy": "string",
