@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 
 from pals.core.errors import PalsError
 from pals.core.quantities import LOWERINGS
-from pals.engines.openai_client import RequestSpec, replay
+from pals.engines.openai_client import RequestResult, RequestSpec, replay
 from pals.engines.vllm_launcher import tail
 from pals.experiments.demo import free_port, healthy
 from pals.runtime.channel import AgentChannel, find_engines
@@ -206,6 +206,31 @@ def expires(server: Server) -> str:
     return f"back at {LAUNCH}"
 
 
+def refuses(server: Server) -> str:
+    """Of a burst those beyond the bound get 503, the others all their tokens, and the engine counts what was refused."""
+    engine = server.engine()
+    before = engine.read().refused_requests
+    specs = [RequestSpec(at_s=0.0, prompt_tokens=40, output_tokens=60) for _ in range(80)]
+
+    async def load() -> list[RequestResult]:
+        task = asyncio.create_task(replay(specs, base_url=server.url, model=MODEL, seed=5))
+        while not task.done():
+            engine.apply(LOWERED, lease_s=2.0, most_waiting=LOWERED)
+            await asyncio.sleep(0.05)
+        return await task
+
+    engine.apply(LOWERED, lease_s=2.0, most_waiting=LOWERED)
+    results = asyncio.run(load())
+    engine.release()
+    kept = [r for r in results if not r.refused]
+    exact([r.spec for r in kept], kept)
+    refused = len(results) - len(kept)
+    counted = engine.read().refused_requests - before
+    if len(kept) < 2 * LOWERED or not refused or counted != refused:
+        raise FeatureError(f"{refused} of {len(results)} got 503, {counted} were counted as refused")
+    return "yes"
+
+
 def stops(server: Server) -> str:
     """SIGTERM: exit code 0 and nothing left behind."""
     server.process.send_signal(signal.SIGTERM)
@@ -241,6 +266,7 @@ FEATURES: tuple[tuple[str, Callable[[Server], str]], ...] = (
     ("capabilities", capabilities),
     *((f"{LAUNCH} → {LOWERED} → {LAUNCH} live, {way}", partial(moves, way)) for way in LOWERINGS),
     ("setpoint expiry", expires),
+    ("admission control", refuses),
     ("clean stop", stops),
     ("virtual run", virtual),
 )

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -23,7 +24,7 @@ from typing import Any
 import pytest
 
 from pals.core.quantities import EngineSample
-from pals.engines.openai_client import RequestSpec, replay
+from pals.engines.openai_client import RequestResult, RequestSpec, replay
 from pals.runtime.channel import find_engines
 from pals.runtime.journal import read_journal
 from pals.runtime.processes import process_alive
@@ -335,6 +336,44 @@ def test_active_sequences_move_64_8_64_under_live_load_and_nothing_is_lost(
         assert max(low[4:]) <= 8
     preempted = engine.read().preemptions - before.preemptions
     assert (preempted > 0) == (lowering == "preempt")
+
+
+def test_requests_beyond_those_that_may_wait_get_503_and_the_others_all_their_tokens(bare: Server) -> None:
+    engine = find_engines(bare.folder)[0]
+    before = engine.read()
+    assert engine.info.capabilities["refuse"]
+
+    async def load() -> list[RequestResult]:
+        specs = [RequestSpec(at_s=0.002 * i, prompt_tokens=30, output_tokens=60) for i in range(120)]
+        task = asyncio.create_task(replay(specs, base_url=bare.url, model=MODEL, seed=4))
+        while not task.done():
+            engine.apply(8, lease_s=2.0, most_waiting=12)
+            assert engine.read().waiting <= 12
+            await asyncio.sleep(0.005)
+        return await task
+
+    engine.apply(8, lease_s=2.0, most_waiting=12)
+    results = asyncio.run(load())
+    refused = [r for r in results if r.refused]
+
+    assert len(results) - len(refused) >= 8 + 12
+    assert all(r.error is None and r.output_tokens == 60 for r in results if not r.refused)
+    assert engine.read().refused_requests - before.refused_requests == len(refused) > 50
+    assert engine.read().arrived_requests - before.arrived_requests == len(results) - len(refused)
+
+    engine.apply(1, lease_s=2.0, most_waiting=0)
+    tasks = [threading.Thread(target=ask, args=(bare,), kwargs={"max_tokens": 200, "ignore_eos": True})]
+    tasks[0].start()
+    while engine.read().running == 0:
+        time.sleep(0.005)
+    with pytest.raises(urllib.error.HTTPError) as told:
+        ask(bare, max_tokens=2)
+    assert (told.value.code, told.value.headers["Retry-After"]) == (503, "1")
+    assert json.load(told.value)["error"]["code"] == 503
+    assert get(f"{bare.url}/health") == ""
+    engine.release()
+    assert ask(bare, max_tokens=2)["choices"]
+    tasks[0].join()
 
 
 def test_a_json_schema_is_obeyed_in_time_slices_and_after_preemption(bare: Server) -> None:

@@ -115,10 +115,13 @@ class Rank:
     def __init__(self, launch: int) -> None:
         self.info = engine_info(launch=launch)
         self.part = 0
+        self.waiting: int | None = None
 
-    def apply(self, active_sequences: int, *, lease_s: float, lowering: str = "drain") -> None:
+    def apply(
+        self, active_sequences: int, *, lease_s: float, lowering: str = "drain", most_waiting: int | None = None
+    ) -> None:
         assert 1 <= active_sequences <= self.info.launch_sequences
-        self.part = active_sequences
+        self.part, self.waiting = active_sequences, most_waiting
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=16), st.data())
@@ -126,9 +129,17 @@ def test_parts_of_active_sequences_add_up(launches: list[int], data: st.DataObje
     ranks = [Rank(n) for n in launches]
     wanted = data.draw(st.integers(1, sum(launches)))
 
-    EngineGroup(ranks).apply(wanted, lease_s=1.0)  # type: ignore[arg-type]
+    may_wait = data.draw(st.none() | st.integers(0, 1000))
+
+    EngineGroup(ranks).apply(wanted, lease_s=1.0, most_waiting=may_wait)  # type: ignore[arg-type]
 
     assert sum(r.part for r in ranks) == max(wanted, len(ranks))
+    if may_wait is None:
+        assert {r.waiting for r in ranks} == {None}
+    else:
+        parts = [r.waiting or 0 for r in ranks]
+        assert sum(parts) == may_wait
+        assert max(parts) - min(parts) <= 1
 
 
 def test_engines_that_are_no_ranks_stay_apart_whatever_their_parent(tmp_path: Path) -> None:

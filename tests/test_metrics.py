@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,22 @@ def test_values_follow_the_records() -> None:
     assert value(metrics, "pals_decisions_total", reason="guard-budget") == 20.0
     assert (value(metrics, "pals_violations_total", slo="throughput") or 0) > 15
     assert value(metrics, "pals_energy_joules_total") == pytest.approx(588.0 * 9.5)
+
+
+def test_a_bound_on_the_queue_and_what_it_refuses_are_shown_while_there_is_one() -> None:
+    clock = Clock(until_s=102.0)
+    records = go(rig(clock, [Board(clock)], Engine(clock)), clock)
+    metrics = AgentMetrics()
+    engine = metrics.engine("model", [4])
+    for record, refused, most in zip(records, (10, 10, 15), (None, 20, 20), strict=False):
+        assert record.sample.engine is not None
+        sample = replace(record.sample, engine=replace(record.sample.engine, refused_requests=refused))
+        engine.observe(replace(record, sample=sample, guarded=replace(record.guarded, most_waiting=most)))
+
+    assert value(metrics, "pals_most_waiting_requests") == 20.0
+    assert value(metrics, "pals_refused_requests_total") == 5.0
+    engine.observe(records[3])
+    assert value(metrics, "pals_most_waiting_requests") is None
 
 
 def test_an_engine_that_is_gone_leaves_its_counters_and_no_gauge() -> None:

@@ -58,6 +58,24 @@ def test_two_engines_their_boards_and_their_shares(node: AgentWorld, capsys: pyt
     assert "2-3 (tp2 ep)" in told[0]
 
 
+def test_a_bound_on_the_queue_is_shown(node: AgentWorld, capsys: pytest.CaptureFixture[str]) -> None:
+    node.add("a/first", boards=(0, 1), pid=node.spawn().pid)
+    told: list[str] = []
+
+    def bounded() -> None:
+        steered = json.loads(json.dumps(steered_now(node.folder)))
+        assert "waiting" not in seen(node, capsys).split("asked:")[1].splitlines()[0]
+        steered[0]["record"]["guarded"]["most_waiting"] = 12
+        steered[0]["record"]["sample"]["engine"]["refused_requests"] = 7
+        print_status(node.folder, engines_now(node.folder), [], steered, emulated=True, limited=0)
+        told.append(capsys.readouterr().out)
+
+    node.events = {102.0: bounded}
+    node.run(budget={"power_w": "1000"})
+
+    assert "at most 12 waiting (7 refused so far)" in " ".join(told[0].split())
+
+
 def test_without_an_agent_and_after_a_killed_one(node: AgentWorld, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no engine with PALS runs" in seen(node, capsys)
     dead = node.spawn()

@@ -181,6 +181,23 @@ def test_a_lost_board_is_noted_and_the_engine_serves_on(olmoe: Path, tmp_path: P
     assert records[-1].enforced_limits_w == (200.0, 200.0)
 
 
+def test_requests_beyond_the_bound_are_refused_in_virtual_time_too(olmoe: Path) -> None:
+    results: list[RequestResult] = []
+    with node(olmoe) as live:
+        live.channel.apply(4, lease_s=60.0, most_waiting=3)
+        for spec in LOAD[:20]:
+            live.engine.send(spec, [100] * spec.prompt_tokens, results.append)
+        live.engine.serve(until_s=50.0, done=lambda: len(results) == 20)
+        seen = live.channel.read()
+        live.channel.release()
+        live.engine.send(LOAD[0], [100] * 8, results.append)
+        live.engine.serve(until_s=60.0, done=lambda: len(results) == 21)
+
+    assert [r.refused for r in results] == [True] * 13 + [False] * 8
+    assert [r.error for r in results[13:]] == [None] * 8
+    assert (seen.arrived_requests, seen.refused_requests) == (7, 13)
+
+
 def test_a_setpoint_expires_in_virtual_time_and_nothing_is_lost(olmoe: Path) -> None:
     results: list[RequestResult] = []
     with node(olmoe) as live:

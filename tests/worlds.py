@@ -204,6 +204,7 @@ class Engine:
     limit: int = 64
     lease_until_s: float = 0.0
     lowering: str = "drain"
+    most_waiting: int | None = None
     _tokens: float = 0.0
     _since_s: float = 100.0
 
@@ -222,8 +223,10 @@ class Engine:
         self._since_s = self.clock.now
         return engine_sample(self.clock.now, tokens=int(self._tokens), running=self.in_force, waiting=3)
 
-    def apply(self, active_sequences: int, *, lease_s: float, lowering: str = "drain") -> None:
-        self.lowering = lowering
+    def apply(
+        self, active_sequences: int, *, lease_s: float, lowering: str = "drain", most_waiting: int | None = None
+    ) -> None:
+        self.lowering, self.most_waiting = lowering, most_waiting
         self.limit, self.lease_until_s = active_sequences, self.clock.now + lease_s
 
     def release(self) -> None:

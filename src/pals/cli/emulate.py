@@ -180,7 +180,7 @@ def conclude(args: argparse.Namespace, folder: Path, results: Sequence[VirtualRe
     total_s, wall_s = sum(r.virtual_s for r in results), sum(r.wall_s for r in results)
     console.print(f"{total_s:.0f} s of virtual time in {wall_s:.1f} s: {total_s / wall_s:.1f}x real time")
     console.print(f"journals, for `pals replay`: {folder}", soft_wrap=True)
-    unanswered = sum(o.failed + o.wrong_length for o in outcomes)
+    unanswered = sum(o.failed - o.refused + o.wrong_length for o in outcomes)
     if unanswered:
         say(f"{unanswered} requests were not answered with exactly the tokens asked for")
     return 1 if unanswered else 0

@@ -109,8 +109,12 @@ class Guard:
         if sequences is not None and not 1 <= sequences <= self.launch_sequences:
             detail = f"{sequences} active sequences wanted, 1..{self.launch_sequences} possible"
             reason, sequences = "guard-sequences", max(1, min(self.launch_sequences, sequences))
+        most_waiting = wanted.most_waiting
+        if most_waiting is not None and most_waiting < 0:
+            reason, detail = "guard-waiting", f"{most_waiting} waiting requests wanted, 0 is the least"
+            most_waiting = 0
         point = OperatingPoint(power_limit_w=limit_w, sm_clock_mhz=clock_mhz, active_sequences=sequences)
-        return replace(wanted, point=point, reason=reason, detail=detail)
+        return replace(wanted, point=point, reason=reason, detail=detail, most_waiting=most_waiting)
 
     def supported_clock_mhz(self, wanted_mhz: int | None) -> int | None:
         """The highest supported SM clock not above `wanted_mhz`, or the lowest of all; None: no lock."""

@@ -90,14 +90,19 @@ class EngineMeter(Protocol):
 
 
 class EngineActuator(Protocol):
-    """Sets the engine's active-sequence limit."""
+    """Sets the engine's active-sequence limit, and how many requests may wait."""
 
-    def apply(self, active_sequences: int, *, lease_s: float, lowering: str = "drain") -> None:
-        """Ask for a limit that the engine forgets after `lease_s` seconds, reached as `lowering` (of LOWERINGS) says."""
+    def apply(
+        self, active_sequences: int, *, lease_s: float, lowering: str = "drain", most_waiting: int | None = None
+    ) -> None:
+        """Ask for a limit that the engine forgets after `lease_s` seconds, reached as `lowering` (of LOWERINGS) says.
+
+        Requests that come while `most_waiting` wait are refused; forgotten with the limit; None: any number may wait.
+        """
         ...
 
     def release(self) -> None:
-        """Let the engine return to its launch limit now."""
+        """Let the engine return to its launch limit now, and refuse nobody."""
         ...
 
 

@@ -56,6 +56,11 @@ class RequestResult(Checked):
     error: str | None = None
 
     @property
+    def refused(self) -> bool:
+        """Whether the server answered 503: it takes no more now."""
+        return self.error is not None and self.error.startswith("HTTP 503")
+
+    @property
     def ttft_s(self) -> float | None:
         """Time to first token."""
         return None if self.first_token_s is None else self.first_token_s - self.sent_s

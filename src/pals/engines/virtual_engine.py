@@ -15,6 +15,7 @@ import numpy as np
 
 from pals.core.errors import ConfigError, EngineGoneError
 from pals.core.load import Latencies, Mix
+from pals.engines.admission import LET_IN, Admission, admission_of
 from pals.engines.emulated_world import EmulatedWorld
 from pals.engines.load_book import LoadBook, Order
 from pals.engines.openai_client import RequestResult, RequestSpec, prompt
@@ -65,9 +66,10 @@ class VirtualEngine:
         self._arrived: dict[str, tuple[_Open, list[int]]] = {}
         self._open: dict[str, _Open] = {}
         self._sent = 0
+        self._admission: Admission | None = None  # no channel, no bound
 
     def channel(self, folder: Path) -> EngineGroup:
-        """The agent's end of the plugin's channel in `folder`.
+        """The agent's end of the plugin's channel in `folder`; its bound on the queue is kept from now on.
 
         Raises:
             EngineGoneError: the plugin was not loaded.
@@ -78,7 +80,9 @@ class VirtualEngine:
                 f"vLLM runs without the PALS plugin: no channel appeared in {folder}. Is VLLM_PLUGINS set without 'pals', "
                 "or PALS_PLUGIN=0? Nothing was run"
             )
-        return EngineGroup(mine[-1:])  # the newest: an earlier engine of this process may have died in its start
+        group = EngineGroup(mine[-1:])  # the newest: an earlier engine of this process may have died in its start
+        self._admission = admission_of(group, self.clock.now_s)
+        return group
 
     @property
     def context_tokens(self) -> int:
@@ -150,6 +154,10 @@ class VirtualEngine:
 
         arrived, self._arrived = self._arrived, {}
         for name, (request, ids) in arrived.items():
+            verdict = LET_IN if self._admission is None else self._admission.ask()
+            if verdict.retry_after_s is not None:
+                request.finished(_with(request.result, error="HTTP 503: as many requests wait as may"))
+                continue
             params = SamplingParams(
                 max_tokens=request.result.spec.output_tokens, ignore_eos=True, detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
@@ -157,6 +165,8 @@ class VirtualEngine:
             try:
                 self._llm.add_request(name, {"prompt_token_ids": ids}, params)
             except (ValueError, VLLMError) as e:
+                if self._admission is not None and verdict.ticket is not None:
+                    self._admission.ended(verdict.ticket)
                 request.finished(_with(request.result, error=f"{type(e).__name__}: {e}"))
                 continue
             self._open[name] = request

@@ -14,13 +14,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 from pals.core.errors import EngineGoneError
 
 PR_SET_PDEATHSIG = 1
 LOG_BYTES = 64 * 2**20
+MIDDLEWARE = "pals.engines.admission_middleware.AdmissionMiddleware"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -55,6 +56,8 @@ def launch_vllm(
     ):
         if flag not in given and not (flag == "--api-server-count" and given & {"-asc", "--headless"}):
             command += [flag, value]
+    if takes_middleware(given, extra_args, environ):
+        command += ["--middleware", MIDDLEWARE]
     log_path.parent.mkdir(parents=True, exist_ok=True)
     log_path.open("wb").close()
     with log_path.open("ab") as log:  # appends, so that the log can be emptied beneath it
@@ -67,6 +70,12 @@ def launch_vllm(
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
+
+
+def takes_middleware(given: Set[str], extra_args: Sequence[str], environ: Mapping[str, str]) -> bool:
+    """Whether vLLM's Python API server runs here, and was not told of PALS's middleware already."""
+    rust = environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
+    return not rust and "--headless" not in given and not any(MIDDLEWARE in a for a in extra_args)
 
 
 def wait_ready(

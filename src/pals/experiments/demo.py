@@ -119,7 +119,7 @@ def conclude(
     (folder / "outcomes.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
     console.print(outcome_table(outcomes, title=f"Emulated: real vLLM, {name} on {scenario.title}, simulated boards"))
     console.print(validation_note(), soft_wrap=True)
-    unanswered = sum(o.failed + o.wrong_length for o in outcomes)
+    unanswered = sum(o.failed - o.refused + o.wrong_length for o in outcomes)
     if unanswered:
         console.print(f"[bold red]{unanswered} requests were not answered with exactly the tokens asked for[/bold red]")
     console.print(f"journals and figures of this run: {folder}\nfigure: {figure}", soft_wrap=True)

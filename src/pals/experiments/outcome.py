@@ -41,6 +41,7 @@ class Outcome(Checked):
     tpot_missed: float
     throughput_missed: float  # share of control periods below the target while requests waited
     over_budget_s: float
+    refused: int = 0  # of the failed: answered 503, because too many waited
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,7 @@ class Answers:
     last_token_s: FloatArray  # NaN: not answered
     output_tokens: TokenArray  # received
     asked_tokens: TokenArray
+    refused: int = 0  # answered 503, because too many waited
 
     @property
     def answered(self) -> NDArray[np.bool_]:
@@ -83,6 +85,7 @@ class Answers:
             last_token_s=np.array([seconds(r.last_token_s, r) for r in results]),
             output_tokens=np.array([r.output_tokens for r in results], np.int64),
             asked_tokens=np.array([r.spec.output_tokens for r in results], np.int64),
+            refused=sum(r.refused for r in results),
         )
 
 
@@ -172,6 +175,7 @@ def outcome_of(name: str, answers: Answers, tally: PeriodTally, slo: Slo, *, mea
         tpot_missed=float(np.mean(tpot > slo.tpot_p95_s)) if slo.tpot_p95_s is not None and len(tpot) else 0.0,
         throughput_missed=tally.throughput_missed,
         over_budget_s=tally.over_budget_s,
+        refused=answers.refused,
     )
 
 

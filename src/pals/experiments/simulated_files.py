@@ -37,6 +37,7 @@ REQUEST_COLUMNS = {
     "ttft_s": "float64",
     "tpot_s": "float64",
     "preemptions": "int32",
+    "refused": "bool_",
 }
 TICK_COLUMNS = {
     "policy": "string",

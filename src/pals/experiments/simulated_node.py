@@ -55,6 +55,7 @@ class SteeredReplica(Protocol):
     def set_limit_w(self, watts: float, board: int | None = None) -> None: ...
     def set_clock_lock(self, mhz: int | None, board: int | None = None) -> None: ...
     def set_active_sequences(self, n: int | None, lowering: str = "drain") -> None: ...
+    def set_most_waiting(self, n: int | None) -> None: ...
 
 
 class SimulatedGroup:
@@ -194,6 +195,7 @@ class SimulatedEngine:
     def __init__(self, replica: SteeredReplica, info: EngineInfo) -> None:
         self._replica, self._info = replica, info
         self._set: tuple[int | None, str] = (None, "drain")
+        self._most_waiting: int | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -204,13 +206,22 @@ class SimulatedEngine:
         """Its counters at this instant."""
         return self._replica.counters()
 
-    def apply(self, active_sequences: int, *, lease_s: float, lowering: str = "drain") -> None:
-        """Set the limit; the lease never ends, as the agent of a simulation cannot die before its engine."""
+    def apply(
+        self, active_sequences: int, *, lease_s: float, lowering: str = "drain", most_waiting: int | None = None
+    ) -> None:
+        """Set limit and bound; the lease never ends, as the agent of a simulation cannot die before its engine."""
         self._set_to(active_sequences, lowering)
+        self._bound(most_waiting)
 
     def release(self) -> None:
-        """Back to the launch limit."""
+        """Back to the launch limit; nobody is refused."""
         self._set_to(None, "drain")
+        self._bound(None)
+
+    def _bound(self, most_waiting: int | None) -> None:
+        if most_waiting != self._most_waiting:
+            self._replica.set_most_waiting(most_waiting)
+            self._most_waiting = most_waiting
 
     def _set_to(self, sequences: int | None, lowering: str) -> None:
         if (sequences, lowering) != self._set:
@@ -239,7 +250,7 @@ def engine_info(
         parallelism=f"tp{boards} pp1 dp1 ep0",
         boards=tuple(range(boards)),
         launch_sequences=launch_sequences,
-        capabilities={"time-slice": True, "preempt": True},
+        capabilities={"time-slice": True, "preempt": True, "refuse": True},
         build="",
         flags=flags_text(flags),
         config_digest=shape_digest(shape) if shape is not None else None,

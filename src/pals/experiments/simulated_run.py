@@ -320,8 +320,9 @@ def header_of(
 
 
 def answers_of(replica: Replica, workload: Workload) -> tuple[Answers, dict[str, Any]]:
-    """What came of the requests that arrived so far, and what only a simulator knows of them."""
-    times, n = replica.results(), int(replica.counters().arrived_requests)
+    """What came of the requests that came so far, the refused among them, and what only a simulator knows of them."""
+    times, engine = replica.results(), replica.counters()
+    n = engine.arrived_requests + engine.refused_requests
     done = ~np.isnan(times.last_token_s[:n])
     asked = workload.output_tokens[:n]
     answers = Answers(
@@ -330,8 +331,14 @@ def answers_of(replica: Replica, workload: Workload) -> tuple[Answers, dict[str,
         last_token_s=times.last_token_s[:n],
         output_tokens=np.where(done, asked, 0),
         asked_tokens=asked,
+        refused=engine.refused_requests,
     )
-    return answers, {"scheduled_s": times.scheduled_s[:n], "preemptions": times.preemptions[:n]}
+    only_here = {
+        "scheduled_s": times.scheduled_s[:n],
+        "preemptions": times.preemptions[:n],
+        "refused": times.refused[:n],
+    }
+    return answers, only_here
 
 
 def capacity_per_s(sim: Simulation, lengths: LengthSource, rng: np.random.Generator) -> float:

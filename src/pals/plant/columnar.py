@@ -61,7 +61,7 @@ class ParquetWriter:
     """
 
     def __init__(self, path: Path, kinds: Mapping[str, str], metadata: Mapping[str, str]) -> None:
-        """`kinds`: by column, one of "float64", "float32", "int64", "int32", "string"; null stands for unknown."""
+        """`kinds`: by column, one of "float64", "float32", "int64", "int32", "bool_", "string"; null stands for unknown."""
         self._pa = pa = _pyarrow()
         types = {"string": pa.dictionary(pa.int16(), pa.string())}
         self._schema = pa.schema(

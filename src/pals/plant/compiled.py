@@ -13,6 +13,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+from pals.core import admission
 from pals.core.errors import ConfigError
 from pals.plant import (
     governor,
@@ -27,7 +28,7 @@ from pals.plant import (
 
 Advance = Callable[..., bool]
 run = replica_run.advance  # numba resolves it by this name
-_MODULES = (silicon, governor, llm_step, replica_batch, replica_plan, replica_power, replica_run)
+_MODULES = (admission, silicon, governor, llm_step, replica_batch, replica_plan, replica_power, replica_run)
 
 
 @cache

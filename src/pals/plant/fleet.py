@@ -163,9 +163,10 @@ def gathered(
         first_token_s=np.full(len(chosen), np.nan),
         last_token_s=np.full(len(chosen), np.nan),
         preemptions=np.zeros(len(chosen), np.int32),
+        refused=np.zeros(len(chosen), np.bool_),
     )
     for part, (found, _, _) in zip(parts, done, strict=True):
-        for name in ("scheduled_s", "first_token_s", "last_token_s", "preemptions"):
+        for name in ("scheduled_s", "first_token_s", "last_token_s", "preemptions", "refused"):
             getattr(times, name)[part] = getattr(found, name)
     power_w = np.array([w for _, w, _ in done])
     return FleetResult(

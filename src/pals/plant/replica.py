@@ -37,6 +37,7 @@ class RequestTimes:
     first_token_s: FloatArray
     last_token_s: FloatArray
     preemptions: NDArray[np.int32]
+    refused: NDArray[np.bool_]  # never runs: too many waited when it came
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +114,8 @@ class Replica:
 
     @property
     def finished(self) -> bool:
-        """Whether every submitted request has its last token."""
-        return int(self._state["finished"]) == int(self._state["submitted"])
+        """Whether every submitted request has its last token, or was refused."""
+        return int(self._state["finished"]) + int(self._state["refused"]) == int(self._state["submitted"])
 
     def submit(self, workload: Workload) -> None:
         """Add requests; they must arrive no earlier than those submitted before, and not in the past.
@@ -182,7 +183,7 @@ class Replica:
             )
 
     def run(self, *, chunk_s: float = 60.0) -> None:
-        """Advance until every request has its last token."""
+        """Advance until every request has its last token, or was refused."""
         while not self.finished:
             self.advance(self.now_s + chunk_s)
 
@@ -228,6 +229,20 @@ class Replica:
         self._state["limit"] = launch if n is None else max(1, min(launch, n))
         self._state["lowering"] = LOWERINGS.index(lowering)
 
+    def set_most_waiting(self, n: int | None) -> None:
+        """Refuse requests that arrive from now on while `n` wait; None lets any number wait.
+
+        A request that finds a free place does not wait. Refused ones do not come again. In a closed loop nobody is
+        refused: it sends only when an answer has come, and its users would do nothing but ask again.
+
+        Raises:
+            ValueError: fewer than none; nothing was changed.
+        """
+        if n is not None and n < 0:
+            raise ValueError(f"{n} requests cannot wait; give 0 or more, or None. The bound in force stays")
+        replica_run.accept(self._memory)  # who came before now came under the bound before
+        self._state["bounded"], self._state["most_waiting"] = int(n is not None), n or 0
+
     def swap_model(self, model: StepModel) -> None:
         """From the next step on, steps take what `model` says: another engine build, another routing of experts."""
         if len(model.tables.memory_s) <= self._max_num_batched_tokens:
@@ -263,8 +278,8 @@ class Replica:
             time_s=s["last_update_s"],
             steps=s["completed"],
             running=s["running"],
-            waiting=s["stacked"] + s["arrived"] - s["admitted"],
-            arrived_requests=s["arrived"],
+            waiting=s["stacked"] + s["arrived"] - s["admitted"] - s["gaps"],
+            arrived_requests=s["arrived"] - s["refused"],
             arrived_prompt_tokens=s["arrived_prompt_tokens"],
             prefill_tokens=s["prefill_tokens"],
             decode_tokens=s["decode_tokens"],
@@ -282,6 +297,7 @@ class Replica:
             tpot_counts=tuple(m.tpot_counts.tolist()),
             scheduled=s["scheduled"],
             lowering=LOWERINGS[s["lowering"]],
+            refused_requests=s["refused"],
         )
 
     @property
@@ -312,6 +328,7 @@ class Replica:
             first_token_s=r["first_s"].copy(),
             last_token_s=r["last_s"].copy(),
             preemptions=r["preemptions"].copy(),
+            refused=r["refused"] == 1,
         )
 
 

@@ -33,6 +33,7 @@ def plan_step(m: Memory) -> bool:
     continue_prefill(m)
     if preempted == 0 and s["slicing"] == 0:
         admit(m)
+    s["left_waiting"] = 1 if s["stacked"] > 0 or s["admitted"] < s["arrived"] else 0
     r["decode_sequences"] = s["decoding"]
     r["context_tokens"] += s["context"]
     r["yields"] += s["decoding"]
@@ -204,7 +205,7 @@ def admit(m: Memory) -> None:
         if resumed:
             s["stacked"] -= 1
         else:
-            s["admitted"] += 1
+            pass_over_refused(m)
             i = take_slot(m, request)
             m.requests[request]["scheduled_s"] = s["now_s"]
         chunk = min(known - cached, budget)
@@ -214,6 +215,15 @@ def admit(m: Memory) -> None:
         s["queue_taken"] += blocks_of(m, cached + chunk)
         append_running(m, i)
         compute_prefill(m, i, chunk)
+
+
+def pass_over_refused(m: Memory) -> None:
+    """The first of the queue leaves it, and with it the refused behind it: the first is never one of these."""
+    s = m.state[0]
+    s["admitted"] += 1
+    while s["gaps"] > 0 and m.requests[s["admitted"]]["refused"] == 1:
+        s["admitted"] += 1
+        s["gaps"] -= 1
 
 
 def cached_tokens(m: Memory, i: int, request: int, known: int) -> int:

@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from pals.core.admission import queue_full
 from pals.plant.governor import TICK_S, Firmware
 from pals.plant.llm_step import StepTables, step_cost
 from pals.plant.replica_batch import blocks_of, drop_slot, forget_last, leave_batch, remove_running
@@ -60,13 +61,35 @@ def next_arrival(m: Memory, until_s: float) -> float:
 
 
 def accept(m: Memory) -> None:
-    """Put what has arrived by now into the queue."""
+    """Put what has arrived by now into the queue, or refuse it."""
     s = m.state[0]
     while s["arrived"] < s["submitted"] and m.requests[s["arrived"]]["arrival_s"] <= s["now_s"]:
+        if s["bounded"] == 1 and s["in_flight"] == 0 and full(m):
+            refuse(m)
+            continue
         if math.isnan(s["busy_since_s"]):
             s["busy_since_s"] = m.requests[s["arrived"]]["arrival_s"]
         s["arrived_prompt_tokens"] += m.requests[s["arrived"]]["prompt"]
         s["arrived"] += 1
+
+
+def full(m: Memory) -> bool:
+    """Whether the next request would wait beyond those that may."""
+    s = m.state[0]
+    waiting = s["stacked"] + s["arrived"] - s["admitted"] - s["gaps"]
+    return queue_full(s["most_waiting"], waiting, s["limit"] - s["running"], s["left_waiting"] == 1)
+
+
+def refuse(m: Memory) -> None:
+    """The request that arrives now never runs; the queue passes over it."""
+    s = m.state[0]
+    m.requests[s["arrived"]]["refused"] = 1
+    s["refused"] += 1
+    if s["admitted"] == s["arrived"]:
+        s["admitted"] += 1
+    else:
+        s["gaps"] += 1
+    s["arrived"] += 1
 
 
 def plan_ahead(m: Memory, t: StepTables, g: Firmware) -> None:
@@ -198,6 +221,6 @@ def end_request(m: Memory, i: int) -> None:
 def release(m: Memory) -> None:
     """In a closed loop, let requests that have no time of arrival arrive now, up to so many in flight."""
     s = m.state[0]
-    while s["released"] < s["submitted"] and s["released"] - s["finished"] < s["in_flight"]:
+    while s["released"] < s["submitted"] and s["released"] - s["finished"] - s["refused"] < s["in_flight"]:
         m.requests[s["released"]]["arrival_s"] = s["now_s"]
         s["released"] += 1

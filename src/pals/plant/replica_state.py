@@ -33,13 +33,13 @@ STATE = np.dtype(
             "submitted", "decoding", "context", "queue_put", "queue_taken", "kv_blocks", "block", "batched", "launch",
             "limit", "lowering", "slicing", "turn", "partial", "head", "tail", "free_slot", "prefix_caching", "fixed_pace", "refresh",
             "arrived_prompt_tokens", "prefill_tokens", "decode_tokens", "output_tokens", "finished", "preemptions",
-            "scheduled", "in_flight", "released",
+            "scheduled", "in_flight", "released", "bounded", "most_waiting", "left_waiting", "refused", "gaps",
         )
     ]
 )  # fmt: skip
 REQUEST = np.dtype(
     [(name, "f8") for name in ("arrival_s", "scheduled_s", "first_s", "last_s")]
-    + [(name, "i4") for name in ("prompt", "output", "prefix", "preemptions")]
+    + [(name, "i4") for name in ("prompt", "output", "prefix", "preemptions", "refused")]
 )
 SLOT = np.dtype(
     [

@@ -1,9 +1,10 @@
 """The shared-memory channel between an engine and the agent: one small file, one writer per block, no lock.
 
 Block 1 (engine writes once): JSON of `EngineInfo`. Block 2 (engine writes each step): telemetry.
-Block 3 (agent writes): the setpoint with its expiry. Each changing block carries a sequence number that is odd
-while it is being written; a reader that sees it odd or changed reads again. Times are CLOCK_MONOTONIC seconds,
-which all processes of one machine share, or those of a virtual clock that both ends were given.
+Block 3 (agent writes): the setpoint with its expiry. Then one small block for each API server: whom it refused. Each
+changing block carries a sequence number that is odd while it is being written; a reader that sees it odd or changed reads
+again. Times are CLOCK_MONOTONIC seconds, which all processes of one machine share, or those of a virtual clock that
+all ends were given.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import MISSING, asdict, fields
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,10 @@ from pals.core.architecture import ModelShape
 from pals.core.errors import EngineGoneError
 from pals.core.plain import decode
 from pals.core.quantities import LATENCY_BOUNDS_S, LOWERINGS, EngineInfo, EngineSample
+from pals.runtime.blocks import SEQ, Block
 from pals.runtime.files import own_folder, replace_file
 from pals.runtime.processes import process_alive
+from pals.runtime.refusals import Refusals
 
 MAGIC = b"PALSCH02"
 SUFFIX = ".channel"
@@ -65,8 +68,10 @@ _TELEMETRY = struct.Struct(f"<{len(_GAUGES) + 2 * _BUCKETS}d")
 _GAUGE_PART = struct.Struct(f"<{len(_GAUGES)}d")
 _COUNT_PART = struct.Struct(f"<{_BUCKETS}d")
 _SETPOINT_OFFSET = 8192
-_SETPOINT = struct.Struct("<4d")  # active sequences, expires at, written at, index in LOWERINGS
-_SEQ = struct.Struct("<Q")
+#: Active sequences, expires at, written at, index in LOWERINGS, most waiting, and until when that holds (0.0: any number
+#: may wait). The bound has its own expiry because an agent of before there was one leaves those two doubles as they are.
+_SETPOINT = struct.Struct("<6d")
+_REFUSALS_OFFSET = 8704
 SIZE = 12288
 
 
@@ -77,45 +82,12 @@ def run_dir(environ: dict[str, str] | os._Environ[str]) -> Path:
     return Path("/run/pals") if os.geteuid() == 0 else Path(f"/tmp/pals-{os.geteuid()}")
 
 
-class _Block:
-    """A sequence-numbered block of doubles in the mapped file."""
-
-    def __init__(self, mapped: mmap.mmap, offset: int, layout: struct.Struct) -> None:
-        self._mapped, self._offset, self._layout = mapped, offset, layout
-        self._seq: int = _SEQ.unpack_from(mapped, offset)[0]
-        self._seq += self._seq & 1  # a writer that died in the middle
-
-    def write(self, values: list[float] | tuple[float, ...]) -> None:
-        _SEQ.pack_into(self._mapped, self._offset, self._seq + 1)
-        self._layout.pack_into(self._mapped, self._offset + 8, *values)
-        self._seq += 2
-        _SEQ.pack_into(self._mapped, self._offset, self._seq)
-
-    def write_parts(self, parts: Sequence[tuple[int, struct.Struct, Collection[float]]]) -> None:
-        """Write only some of the block: (offset in bytes, layout, values) each; the rest keeps its values."""
-        _SEQ.pack_into(self._mapped, self._offset, self._seq + 1)
-        for at, layout, values in parts:
-            layout.pack_into(self._mapped, self._offset + 8 + at, *values)
-        self._seq += 2
-        _SEQ.pack_into(self._mapped, self._offset, self._seq)
-
-    def read(self) -> tuple[float, ...] | None:
-        """Return the values, or None when nothing was written yet or a writer never finished."""
-        for _ in range(1000):
-            before = _SEQ.unpack_from(self._mapped, self._offset)[0]
-            if before == 0:
-                return None
-            values = self._layout.unpack_from(self._mapped, self._offset + 8)
-            if before % 2 == 0 and before == _SEQ.unpack_from(self._mapped, self._offset)[0]:
-                return values
-        return None
-
-
 class Setpoint(NamedTuple):
     """What the agent wants of the engine."""
 
     active_sequences: int
     lowering: str  # one of LOWERINGS
+    most_waiting: int | None = None  # requests that may wait; None: any number
 
 
 class EngineChannel:
@@ -126,10 +98,10 @@ class EngineChannel:
         text = json.dumps(asdict(info)).encode()
         if len(text) > _INFO_SIZE:
             raise ValueError(f"engine description of {len(text)} bytes exceeds {_INFO_SIZE}")
-        replace_file(self.path, (MAGIC + _SEQ.pack(len(text)) + text).ljust(SIZE, b"\0"))
+        replace_file(self.path, (MAGIC + SEQ.pack(len(text)) + text).ljust(SIZE, b"\0"))
         self._mapped, _ = _map(self.path)
-        self._telemetry = _Block(self._mapped, _TELEMETRY_OFFSET, _TELEMETRY)
-        self._setpoint = _Block(self._mapped, _SETPOINT_OFFSET, _SETPOINT)
+        self._telemetry = Block(self._mapped, _TELEMETRY_OFFSET, _TELEMETRY)
+        self._setpoint = Block(self._mapped, _SETPOINT_OFFSET, _SETPOINT)
 
     def publish(
         self, gauges: Collection[float], ttft_counts: list[int] | None = None, tpot_counts: list[int] | None = None
@@ -162,12 +134,12 @@ def _map(path: Path) -> tuple[mmap.mmap, int]:
         os.close(handle)
 
 
-def _fresh(setpoint: _Block, now_s: float) -> Setpoint | None:
+def _fresh(setpoint: Block, now_s: float) -> Setpoint | None:
     """What a setpoint block holds, or None when that is nothing or has expired."""
     values = setpoint.read()
     if values is None or now_s >= values[1]:
         return None
-    return Setpoint(int(values[0]), LOWERINGS[int(values[3])])
+    return Setpoint(int(values[0]), LOWERINGS[int(values[3])], int(values[4]) if now_s < values[5] else None)
 
 
 #: Order of the gauges in `EngineChannel.publish`.
@@ -182,18 +154,21 @@ class AgentChannel:
         self._mapped, self._file_id = _map(path)
         if self._mapped[: len(MAGIC)] != MAGIC:
             raise ValueError(f"{path} is not a PALS channel (or of another version)")
-        size = _SEQ.unpack_from(self._mapped, len(MAGIC))[0]
+        size = SEQ.unpack_from(self._mapped, len(MAGIC))[0]
         try:
             told = json.loads(self._mapped[_INFO_OFFSET : _INFO_OFFSET + min(size, _INFO_SIZE)])
             self._info: EngineInfo = decode(EngineInfo, told, may_lack=_INFO_MAY_LACK)
         except ValueError as e:
             raise ValueError(f"{path} is a channel of another PALS version ({e})") from e
-        self._telemetry = _Block(self._mapped, _TELEMETRY_OFFSET, _TELEMETRY)
-        self._setpoint = _Block(self._mapped, _SETPOINT_OFFSET, _SETPOINT)
+        self._telemetry = Block(self._mapped, _TELEMETRY_OFFSET, _TELEMETRY)
+        self._setpoint = Block(self._mapped, _SETPOINT_OFFSET, _SETPOINT)
+        self.refusals = Refusals(self._mapped, _REFUSALS_OFFSET)
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine said of itself at start."""
+        """What the engine said of itself at start; "refuse" is among its capabilities once an API server has come that can."""
+        if not self._info.capabilities.get("refuse", False) and self.refusals.servers:
+            self._info = replace(self._info, capabilities={**self._info.capabilities, "refuse": True})
         return self._info
 
     def alive(self) -> bool:
@@ -227,7 +202,9 @@ class AgentChannel:
         if gauges["running"] + gauges["waiting"] == 0 and self.setpoint(self._clock()) is None:
             gauges |= {"active_limit": gauges["launch_limit"], "lowering": LOWERINGS[0]}
         counts = tuple(int(v) for v in values[len(_GAUGES) :])
-        return EngineSample(**gauges, ttft_counts=counts[:_BUCKETS], tpot_counts=counts[_BUCKETS:])
+        return EngineSample(
+            **gauges, ttft_counts=counts[:_BUCKETS], tpot_counts=counts[_BUCKETS:], refused_requests=self.refusals.total
+        )
 
     def _there(self) -> bool:
         """Whether the file mapped here still has its name."""
@@ -242,12 +219,19 @@ class AgentChannel:
             values[_GAUGES.index(name)] = float(self._info.launch_sequences)
         return tuple(values)
 
-    def apply(self, active_sequences: int, *, lease_s: float, lowering: str = "drain") -> None:
-        """Ask the engine for a limit that it forgets after `lease_s` seconds, and how to reach it from above.
+    def apply(
+        self, active_sequences: int, *, lease_s: float, lowering: str = "drain", most_waiting: int | None = None
+    ) -> None:
+        """Ask the engine for a limit, how to reach it from above, and how many may wait; forgotten after `lease_s` seconds.
 
         Raises:
-            ValueError: the limit is below 1 or above the launch limit, or `lowering` is unknown; nothing was changed.
+            ValueError: the limit is below 1 or above the launch limit, `lowering` is unknown, or fewer than none may wait;
+                nothing was changed.
         """
+        if most_waiting is not None and most_waiting < 0:
+            raise ValueError(
+                f"{most_waiting} requests cannot wait; give 0 or more, or None. The last setpoint stays in force"
+            )
         if lowering not in LOWERINGS:
             raise ValueError(
                 f"lowering {lowering!r} is none of {', '.join(LOWERINGS)}; the last setpoint stays in force"
@@ -258,7 +242,9 @@ class AgentChannel:
                 "(the engine's launch limit); the last setpoint stays in force"
             )
         now_s = self._clock()
-        self._setpoint.write((float(active_sequences), now_s + lease_s, now_s, float(LOWERINGS.index(lowering))))
+        until_s, way = now_s + lease_s, float(LOWERINGS.index(lowering))
+        bound = (0.0, 0.0) if most_waiting is None else (float(most_waiting), until_s)
+        self._setpoint.write((float(active_sequences), until_s, now_s, way, *bound))
 
     def setpoint(self, now_s: float) -> Setpoint | None:
         """What was last asked for, by this agent or another, or None when that is nothing or has expired."""
@@ -266,7 +252,7 @@ class AgentChannel:
 
     def release(self) -> None:
         """Let the engine return to its launch limit at its next step."""
-        self._setpoint.write((float(self._info.launch_sequences), 0.0, self._clock(), 0.0))
+        self._setpoint.write((float(self._info.launch_sequences), 0.0, self._clock(), 0.0, 0.0, 0.0))
 
 
 def open_channels(folder: Path, clock: Callable[[], float] = time.monotonic) -> list[AgentChannel]:

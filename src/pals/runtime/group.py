@@ -14,11 +14,11 @@ from typing import Any
 
 from pals.core.errors import ConfigError
 from pals.core.quantities import LOWERINGS, EngineInfo, EngineSample
-from pals.runtime.channel import AgentChannel
+from pals.runtime.channel import AgentChannel, Setpoint
 
 _ADDED = (
     "steps running waiting arrived_requests arrived_prompt_tokens prefill_tokens decode_tokens output_tokens "
-    "finished_requests aborted_requests preemptions active_limit launch_limit"
+    "finished_requests aborted_requests preemptions active_limit launch_limit refused_requests"
 )
 _LARGEST = "kv_usage busy_s last_step_s oldest_waiting_s"
 _OPTIONAL = "scheduled"  # summed where every rank tells it
@@ -74,7 +74,32 @@ class EngineGroup:
         Raises:
             EngineGoneError: a rank has ended.
         """
-        samples = [r.read() for r in self.ranks]
+        return self._merged([r.read() for r in self.ranks])
+
+    def last(self) -> EngineSample:
+        """What the ranks published last, whether or not they live."""
+        return self._merged([r.last() for r in self.ranks])
+
+    @property
+    def api_servers(self) -> int:
+        """API servers that have come and can refuse requests."""
+        return self.ranks[0].refusals.servers
+
+    def setpoint(self, now_s: float) -> Setpoint | None:
+        """What was last asked of all ranks together; None where a rank was asked nothing, or it has expired."""
+        parts = [s for s in (r.setpoint(now_s) for r in self.ranks) if s is not None]
+        if len(parts) < len(self.ranks):
+            return None
+        waiting = [s.most_waiting for s in parts if s.most_waiting is not None]
+        return Setpoint(
+            sum(s.active_sequences for s in parts),
+            parts[0].lowering,
+            sum(waiting) if len(waiting) == len(parts) else None,
+        )
+
+    @staticmethod
+    def _merged(samples: Sequence[EngineSample]) -> EngineSample:
+        """Counters of all ranks together."""
         if len(samples) == 1:
             return samples[0]
         merged: dict[str, Any] = {name: sum(getattr(s, name) for s in samples) for name in _ADDED.split()}
@@ -91,28 +116,35 @@ class EngineGroup:
         )  # the group is as slow as its slowest
         return EngineSample(**merged)
 
-    def apply(self, active_sequences: int, *, lease_s: float, lowering: str = "drain") -> None:
+    def apply(
+        self, active_sequences: int, *, lease_s: float, lowering: str = "drain", most_waiting: int | None = None
+    ) -> None:
         """Ask every rank for its part; the parts add up to `active_sequences`, but each rank gets at least one.
 
-        They are reached as `lowering` says.
+        They are reached as `lowering` says. The parts of `most_waiting` add up too.
 
         Raises:
-            ValueError: above the group's launch limit; nothing was changed.
+            ValueError: above the group's launch limit, or fewer than none may wait; nothing was changed.
         """
+        if most_waiting is not None and most_waiting < 0:
+            raise ValueError(
+                f"{most_waiting} requests cannot wait; give 0 or more, or None. The last setpoint stays in force"
+            )
         if not 1 <= active_sequences <= self.info.launch_sequences:
             raise ValueError(
                 f"active-sequence limit {active_sequences} lies outside 1..{self.info.launch_sequences} "
                 "(the launch limits of all ranks); the last setpoint stays in force"
             )
-        left = active_sequences
+        left, waiting = active_sequences, most_waiting
         smallest_first = sorted(self.ranks, key=lambda r: r.info.launch_sequences)
         for n, rank in enumerate(smallest_first):
             part = max(1, min(rank.info.launch_sequences, left // (len(self.ranks) - n)))
-            rank.apply(part, lease_s=lease_s, lowering=lowering)
-            left -= part
+            queue = None if waiting is None else waiting // (len(self.ranks) - n)
+            rank.apply(part, lease_s=lease_s, lowering=lowering, most_waiting=queue)
+            left, waiting = left - part, None if waiting is None or queue is None else waiting - queue
 
     def release(self) -> None:
-        """Let every rank return to its launch limit."""
+        """Let every rank return to its launch limit, and refuse nobody."""
         for rank in self.ranks:
             rank.release()
 

@@ -124,7 +124,7 @@ def tick(rig: Rig, state: TickState, budget: Budget, slo: Slo, now_s: float) -> 
     decision, controller = rig.controller.step(state.controller, sample, budget, slo, now_s)
     news = rig.watch.tell(controller) if rig.watch is not None else None
     guarded = rig.guard.check(decision, budget)
-    enforced = _apply(rig, guarded.point, budget, sample, now_s, notes)
+    enforced = _apply(rig, guarded, budget, sample, now_s, notes)
     if news is not None:
         notes += news.notes
     window = remember(state.window, sample, VIOLATION_PERIODS)
@@ -212,9 +212,10 @@ def mean_power_w(before: Sequence[PowerSample], after: Sequence[PowerSample]) ->
 
 
 def _apply(
-    rig: Rig, wanted: OperatingPoint, budget: Budget, sample: TelemetrySample, now_s: float, notes: list[str]
+    rig: Rig, guarded: Decision, budget: Budget, sample: TelemetrySample, now_s: float, notes: list[str]
 ) -> tuple[OperatingPoint, ...]:
     """Write boards, then engine; return what each board of the sample then has in force."""
+    wanted = guarded.point
     boards = dict(zip(sample.positions, sample.boards, strict=True))
     in_force = {
         i: OperatingPoint(power_limit_w=b.enforced_limit_w, sm_clock_mhz=rig.locks.in_force_mhz(i))
@@ -232,8 +233,22 @@ def _apply(
     rig.limits_w |= {i: p.power_limit_w for i, p in in_force.items()}
     if rig.setter is not None:
         sequences = wanted.active_sequences or rig.guard.launch_sequences
-        rig.setter.apply(sequences, lease_s=LEASE_PERIODS * rig.period_s, lowering=rig.lowering)
+        rig.setter.apply(
+            sequences, lease_s=LEASE_PERIODS * rig.period_s, lowering=rig.lowering, most_waiting=guarded.most_waiting
+        )
+        if guarded.most_waiting is not None:
+            notes += _cannot_refuse(rig)
     return tuple(in_force.values())
+
+
+def _cannot_refuse(rig: Rig) -> list[str]:
+    """A note, made once, where nobody refuses requests for this engine."""
+    if rig.engine.info.capabilities.get("refuse", False):
+        return []
+    return rig.once(
+        "admission control is not available: no API server of this engine refuses requests, and the queue grows as it may. "
+        "Start vLLM with `pals serve`, or with --middleware pals.engines.admission_middleware.AdmissionMiddleware"
+    )
 
 
 def _apply_together(

@@ -55,6 +55,16 @@ METRICS: tuple[Metric, ...] = (
     Metric("pals_scheduled_sequences", Gauge, "Sequences in the newest step; fewer than run while they take turns"),
     Metric("pals_preemptions_total", Counter, "Requests sent back to the queue since the agent started"),
     Metric("pals_waiting_requests", Gauge, "Requests waiting for admission"),
+    Metric(
+        "pals_most_waiting_requests",
+        Gauge,
+        "Requests that may wait; those beyond are refused; absent while any number may",
+    ),
+    Metric(
+        "pals_refused_requests_total",
+        Counter,
+        "Requests refused (503) because too many waited, since the agent started",
+    ),
     Metric("pals_oldest_waiting_seconds", Gauge, "Age of the oldest waiting request"),
     Metric("pals_kv_cache_usage_ratio", Gauge, "Share of the KV cache in use"),
     Metric("pals_output_tokens_total", Counter, "Output tokens since the agent took the engine up"),
@@ -159,6 +169,7 @@ class EngineMetrics:
         self._gauge("pals_running_sequences", engine.running)
         self._gauge("pals_scheduled_sequences", engine.scheduled)
         self._gauge("pals_waiting_requests", engine.waiting)
+        self._gauge("pals_most_waiting_requests", record.guarded.most_waiting)
         self._gauge("pals_oldest_waiting_seconds", engine.oldest_waiting_s)
         self._gauge("pals_kv_cache_usage_ratio", engine.kv_usage)
         before = self._before.sample.engine if self._before is not None else None
@@ -166,6 +177,7 @@ class EngineMetrics:
         if before is None or window_s <= 0:
             return
         self._count("pals_preemptions_total", max(0, engine.preemptions - before.preemptions))
+        self._count("pals_refused_requests_total", max(0, engine.refused_requests - before.refused_requests))
         tokens = max(0, engine.output_tokens - before.output_tokens)
         self._count("pals_output_tokens_total", tokens)
         self._gauge("pals_tokens_per_second", tokens / window_s)

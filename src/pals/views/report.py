@@ -44,6 +44,8 @@ class OutcomeRow(Protocol):
     def requests(self) -> int: ...
     @property
     def failed(self) -> int: ...
+    @property
+    def refused(self) -> int: ...
 
 
 def outcome_table(outcomes: Sequence[OutcomeRow], *, title: str) -> Table:
@@ -70,4 +72,6 @@ def outcome_table(outcomes: Sequence[OutcomeRow], *, title: str) -> Table:
     table.add_row("missed: throughput, of periods", *(f"{o.throughput_missed:.1%}" for o in outcomes))
     table.add_row("over budget, s", *(f"{o.over_budget_s:.1f}" for o in outcomes))
     table.add_row("requests answered", *(f"{o.requests - o.failed} of {o.requests}" for o in outcomes))
+    if any(o.refused for o in outcomes):
+        table.add_row("requests refused (503)", *(str(o.refused) for o in outcomes))
     return table

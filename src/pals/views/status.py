@@ -83,7 +83,8 @@ def _print_decision(console: Console, each: dict[str, Any]) -> None:
     console.print(
         f": policy {header['policy']}, mode {record['mode']}, tick {record['index']}\n"
         f"  asked: {point['power_limit_w']:.0f} W per board, {clock_text(record)}, "
-        f"{point['active_sequences'] or 'launch'} active sequences, reached by {header.get('lowering', 'drain')}\n"
+        f"{point['active_sequences'] or 'launch'} active sequences, reached by {header.get('lowering', 'drain')}"
+        f"{_queue_bound(record)}\n"
         f"  why: {record['guarded']['reason']}{f' ({detail})' if detail else ''}\n"
         f"  power: {'unknown' if power_w is None else f'{power_w:.0f} W'}"
         f"{'' if share_w is None else f' of {share_w:.0f} W granted'}",
@@ -102,6 +103,12 @@ def _learnt(correction: dict[str, float], drift: dict[str, float]) -> str:
         f"{names.get(q, q)} {factor - 1:+.1%}{' (drift)' if q in drift else ''}" for q, factor in correction.items()
     ]
     return f"measured against predicted: {', '.join(told)}"
+
+
+def _queue_bound(record: dict[str, Any]) -> str:
+    """ ", at most 20 waiting (7 refused so far)" where the queue is bounded."""
+    most, engine = record["guarded"].get("most_waiting"), record["sample"]["engine"] or {}
+    return "" if most is None else f", at most {most} waiting ({engine.get('refused_requests', 0)} refused so far)"
 
 
 def clock_text(record: dict[str, Any]) -> str:
