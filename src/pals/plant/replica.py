@@ -149,9 +149,10 @@ class Replica:
     def _requests(self, first: int, end: int) -> NDArray[Any]:
         """Records of requests `first` to `end`, with those that had ended before this was cloned."""
         known = sum(map(len, self._ended))
-        if first >= known:
-            return self._memory.requests[first:end]
-        return np.concatenate([*self._ended, self._memory.requests[known:]])[first:end]
+        every: NDArray[Any] = self._memory.requests
+        if first < known:
+            every = np.concatenate([*self._ended, every[known:]])
+        return every[first:end]
 
     def submit(self, workload: Workload) -> None:
         """Add requests; they must arrive no earlier than those submitted before, and not in the past.
