@@ -108,7 +108,7 @@ def test_a_budget_lowers_the_fixed_limit_while_it_lasts_and_is_kept() -> None:
     assert whole.gpu_energy_j / whole.span_s <= 150.0
     assert whole.gpu_energy_j < held.gpu_energy_j < free.gpu_energy_j
     assert whole.over_budget_s <= 2.0  # idle boards wake at their top clock
-    assert held.over_budget_s <= 1.5  # the step down itself
+    assert held.over_budget_s <= 2.0  # the step down itself, while its first half-second is in the mean
     assert free.over_budget_s == 0.0
 
 

@@ -14,7 +14,8 @@ from pals.core.errors import ConfigError
 from pals.core.quantities import LOWERINGS, EngineInfo, Slo
 from pals.runtime.budgets import BudgetSchedule, parse_budget
 
-POLICIES = ("static", "pals-paper", "cap-only", "batch-only", "clock-only")
+POLICIES = ("static", "pals-paper", "cap-only", "batch-only", "clock-only", "vendor-preset", "bandit", "slo-clock")
+UNTARGETED = ("static", "vendor-preset", "bandit", "slo-clock")  # steer by no throughput target
 MODES = ("auto", "advise")
 
 
@@ -183,7 +184,12 @@ def _validated(config: Config) -> Config:
 
 def check_complete(config: Config, told: str = "") -> None:
     """Raise `ConfigError` where the policy lacks what it steers by."""
-    if config.control.policy != "static" and config.slo.throughput_tokens_s is None:
+    policy, slo = config.control.policy, config.slo
+    if policy not in UNTARGETED and slo.throughput_tokens_s is None:
         raise ConfigError(
-            f"policy {config.control.policy} steers{told} by a throughput target: give --target-tokens-s (or [slo] throughput_tokens_s)"
+            f"policy {policy} steers{told} by a throughput target: give --target-tokens-s (or [slo] throughput_tokens_s)"
+        )
+    if policy == "slo-clock" and not (slo.ttft_p95_s or slo.tpot_p95_s or slo.ttft_p99_s or slo.tpot_p99_s):
+        raise ConfigError(
+            f"policy slo-clock steers{told} by latency targets: give --ttft-p95-s or --tpot-p95-s (or [slo] ttft_p95_s, …)"
         )
