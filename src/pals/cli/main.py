@@ -142,7 +142,11 @@ def add_control_options(p: argparse.ArgumentParser, *, several_policies: bool = 
         help=f"one of {', '.join(POLICIES)} (default static)" + ("; may be given several times" * several_policies),
     )
     p.add_argument("--mode", help=f"one of {', '.join(MODES)} (default: auto on emulated boards, advise on real ones)")
-    p.add_argument("--profile", metavar="FILE", help="profile for every policy but static, from `pals profile`")
+    p.add_argument(
+        "--profile",
+        metavar="FILE",
+        help="profile for the policies that need one (docs/policies.md), from `pals profile`",
+    )
     p.add_argument(
         "--accept-mismatch",
         action="store_true",

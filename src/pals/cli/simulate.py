@@ -235,6 +235,7 @@ def tasks_of(args: argparse.Namespace, sim: Simulation) -> list[PolicyTask]:
     Raises:
         ConfigError: one that is unknown, asked for twice, or lacks a profile.
     """
+    from pals.control.policies import UNPROFILED
     from pals.experiments.simulated_run import PolicyTask
 
     names = [name.strip() for given in args.policy or ["static"] for name in given.split(",")]
@@ -243,7 +244,7 @@ def tasks_of(args: argparse.Namespace, sim: Simulation) -> list[PolicyTask]:
     folder, tasks = Path(args.out), []
     for i, name in enumerate(names):
         config = config_for(args, sim, name)
-        profile, path = (None, None) if name == "static" else profile_of(args, sim, name)
+        profile, path = (None, None) if name in UNPROFILED else profile_of(args, sim, name)
         tasks.append(
             PolicyTask(
                 name=name,

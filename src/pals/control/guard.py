@@ -24,6 +24,8 @@ class Guard:
     boards: int
     launch_sequences: int
     sm_clocks_mhz: tuple[int, ...] = ()  # a lock may name these, rising; empty: none is allowed
+    board: str = ""  # the boards' name; of several kinds, the first
+    default_limit_w: float | None = None  # the lowest of the boards'; None: not known
     margin: float = 0.02  # a mean may exceed a limit near natural draw by up to 3 %, measured; the clamp is soft
 
     @staticmethod
@@ -45,6 +47,8 @@ class Guard:
             boards=len(boards),
             launch_sequences=launch_sequences,
             sm_clocks_mhz=tuple(sorted(set.intersection(*(set(b.lockable_clocks_mhz) for b in boards)))),
+            board=boards[0].name,
+            default_limit_w=min(b.default_limit_w for b in boards),
         )
 
     @property

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
+from pals.control.bandit import BanditPolicy, BanditSettings
 from pals.control.controller import PalsPolicy, PalsSettings
 from pals.control.guard import Guard
 from pals.control.levers import LEVERS, points_of, trim_of
 from pals.control.pals_paper import PaperPolicy, PaperSettings
+from pals.control.slo_clock import SloClockPolicy, SloClockSettings
 from pals.control.static import StaticPolicy
+from pals.control.vendor_preset import vendor_preset
 from pals.control.watched import Watched
 from pals.core.errors import ConfigError
 from pals.core.protocols import AnyController
@@ -20,6 +23,9 @@ from pals.models.profile import Profile
 PALS = "pals"
 #: Factor on the intervals of a profile that was measured on something else and accepted: as large again as the profile's own.
 ACCEPTED_WIDENING = 2.0
+#: Policies that no profile tells anything.
+UNPROFILED = frozenset({"static", "vendor-preset", "bandit"})
+KNOWN = ("static", PALS, *LEVERS, "vendor-preset", "bandit", "slo-clock")
 
 
 def build_policy(
@@ -35,18 +41,30 @@ def build_policy(
         profile = profile.widened(ACCEPTED_WIDENING)
     if name == "static":
         policy = _static(settings, guard)
-    elif name not in (PALS, *LEVERS):
-        raise ConfigError(f"unknown policy {name!r}; known: static, {PALS}, {', '.join(LEVERS)}")
+    elif name == "vendor-preset":
+        policy = vendor_preset(guard)
+    elif name == "bandit":
+        policy = BanditPolicy(guard, BanditSettings(**settings))
+    elif name not in KNOWN:
+        raise ConfigError(f"unknown policy {name!r}; known: {', '.join(KNOWN)}")
     elif profile is None:
         raise ConfigError(f"policy {name} needs a profile: make one with `pals profile`, then give --profile FILE")
     elif name == PALS:
         policy = PalsPolicy(profile.model(), guard, replace(PalsSettings(), **settings))
+    elif name == "slo-clock":
+        policy = SloClockPolicy(profile.model(), guard, SloClockSettings(**settings))
     else:
         model, known = profile.model(), replace(PaperSettings(), **settings)
         policy = PaperPolicy(
             model, points=points_of(name, model, guard), trim=trim_of(name, guard, known), settings=known
         )
     return policy if profile is None else watched(policy, profile, guard)
+
+
+def default_settings(name: str) -> dict[str, Any]:
+    """The constants that `name` is made with where nobody gives others, for the journal; those of `static` are asked for."""
+    made: dict[str, Any] = {"bandit": BanditSettings(), "slo-clock": SloClockSettings()}
+    return asdict(made.get(name, PaperSettings())) if name not in ("static", "vendor-preset") else {}
 
 
 def watched(policy: AnyController, profile: Profile, guard: Guard) -> Watched:

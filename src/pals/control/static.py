@@ -12,6 +12,8 @@ class StaticPolicy:
     """Always wants `point`."""
 
     point: OperatingPoint
+    reason: str = "static"
+    detail: str = "default limit and launch batch"
 
     def initial(self) -> None:
         """Nothing to remember."""
@@ -20,4 +22,4 @@ class StaticPolicy:
         self, state: None, sample: TelemetrySample, budget: Budget, slo: Slo, now_s: float
     ) -> tuple[Decision, None]:
         """The same decision each period."""
-        return Decision(point=self.point, reason="static", detail="default limit and launch batch"), None
+        return Decision(point=self.point, reason=self.reason, detail=self.detail), None

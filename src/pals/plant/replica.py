@@ -7,6 +7,7 @@ Figures that come from here are simulated.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
 
@@ -19,7 +20,7 @@ from pals.plant import replica_run
 from pals.plant.governor import Firmware
 from pals.plant.llm_step import StepModel, StepTables
 from pals.plant.replica_boards import BoardView, ReplicaBoards
-from pals.plant.replica_state import PIPELINE, REQUEST, new_memory
+from pals.plant.replica_state import PIPELINE, REQUEST, Memory, new_memory
 from pals.plant.silicon import Silicon
 from pals.plant.specs import BoardSpec
 from pals.plant.workload import Workload
@@ -27,6 +28,7 @@ from pals.plant.workload import Workload
 FloatArray = NDArray[np.float64]
 Constants = TypeVar("Constants", StepTables, Silicon, Firmware)
 UTILIZATION = 0.92  # vLLM's default share of board memory
+LOOK_AHEAD = 256  # requests looked at together for the first that has not ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,8 @@ class Replica:
         self._max_num_batched_tokens = max_num_batched_tokens
         self.kv_blocks = kv_blocks or kv_blocks_of(model, gpu_memory_utilization, block_size)
         self._memory = new_memory(boards=boards, block_size=block_size, max_num_seqs=max_num_seqs)
+        self._ended: tuple[NDArray[Any], ...] = ()  # requests that had ended when this was cloned: blank in the memory
+        self._live = 0  # requests before this one have ended
         self._state = self._memory.state[0]
         s = self._state
         s["depth"] = PIPELINE if async_scheduling else 1
@@ -116,6 +120,40 @@ class Replica:
     def finished(self) -> bool:
         """Whether every submitted request has its last token, or was refused."""
         return int(self._state["finished"]) + int(self._state["refused"]) == int(self._state["submitted"])
+
+    def clone(self) -> Replica:
+        """Another one in the same state, which goes on by itself and, steered alike, exactly alike.
+
+        Requests whose predecessors and themselves have all ended never change any more: both share them, and only the live
+        part behind them is copied. So a clone costs the same after a day as after a minute.
+        """
+        twin, m = copy(self), self._memory
+        known, live = sum(map(len, self._ended)), self._first_live()
+        requests = np.empty_like(m.requests)
+        requests[live:] = m.requests[live:]
+        shared = (m.requests, m.bounds_s)
+        own = (a if any(a is s for s in shared) else a.copy() for a in m)
+        twin._memory = Memory._make(own)._replace(requests=requests)
+        twin._ended = (*self._ended, m.requests[known:live])
+        twin._state = twin._memory.state[0]
+        twin._boards = self._boards.clone(twin._memory)
+        return twin
+
+    def _first_live(self) -> int:
+        """The first request that has not ended; the newest, where all have, because the next to be submitted follows it."""
+        ends_s, newest = self._memory.requests["last_s"], len(self._memory.requests) - 1
+        while self._live < newest and not np.isnan(ends_s[self._live]):
+            unended = np.isnan(ends_s[self._live : min(self._live + LOOK_AHEAD, newest)])
+            self._live += int(unended.argmax()) if unended.any() else len(unended)
+        return self._live
+
+    def _requests(self, first: int, end: int) -> NDArray[Any]:
+        """Records of requests `first` to `end`, with those that had ended before this was cloned."""
+        known = sum(map(len, self._ended))
+        every: NDArray[Any] = self._memory.requests
+        if first < known:
+            every = np.concatenate([*self._ended, every[known:]])
+        return every[first:end]
 
     def submit(self, workload: Workload) -> None:
         """Add requests; they must arrive no earlier than those submitted before, and not in the past.
@@ -312,7 +350,7 @@ class Replica:
 
     def sent(self, first: int = 0) -> SentRequests:
         """Requests sent so far, from number `first` on; a closed loop knows their arrivals only afterwards."""
-        r = self._memory.requests[first : self.sent_count]
+        r = self._requests(first, self.sent_count)
         return SentRequests(
             arrival_s=r["arrival_s"].copy(),
             first_token_s=r["first_s"].copy(),
@@ -322,7 +360,7 @@ class Replica:
 
     def results(self) -> RequestTimes:
         """The times of every request submitted so far."""
-        r = self._memory.requests
+        r = self._requests(0, len(self._memory.requests))
         return RequestTimes(
             scheduled_s=r["scheduled_s"].copy(),
             first_token_s=r["first_s"].copy(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -75,6 +76,14 @@ class ReplicaBoards:
         b["floor_mhz"], b["ambient_c"] = spec.min_sm_clock_mhz, spec.firmware.ambient_c
         m.ring[:] = b["power_w"][:, None]
         m.state["refresh"] = max(1, round(spec.energy_refresh_s / TICK_S))
+
+    def clone(self, memory: Memory) -> ReplicaBoards:
+        """The same boards with `memory`, a copy of theirs: same faults, same writes to come, same dips to be drawn."""
+        twin = copy(self)
+        twin._m = memory
+        twin._writes, twin._extra_s, twin._drawn = list(self._writes), list(self._extra_s), list(self._drawn)
+        twin._flags, twin._stuck = [dict(f) for f in self._flags], dict(self._stuck)
+        return twin
 
     def ceiling_mhz(self, wanted_mhz: int) -> np.ndarray:
         """The clock that boards locked to `wanted_mhz` run at, MHz, shape (boards,)."""

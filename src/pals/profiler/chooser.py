@@ -95,7 +95,9 @@ class Chooser:
         self._model = self.fit(rows, self.space.mixes, self.facts)
         self._fitted = len(rows)
         points, loads = self.space.points, self.space.loads
-        with np.errstate(invalid="ignore"):  # far from what was measured a first fit may say nonsense: it counts for nothing
+        with np.errstate(
+            invalid="ignore"
+        ):  # far from what was measured a first fit may say nonsense: it counts for nothing
             self._sensitivities = np.nan_to_num(self._model.sensitivities(points, loads))
         self._precision = self._model.precision
         sd = np.nan_to_num(self._model.relative_sd(points, loads))[self.space.possible(rows)]

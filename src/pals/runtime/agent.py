@@ -6,14 +6,13 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from pals.control.guard import Guard
-from pals.control.pals_paper import PaperSettings
-from pals.control.policies import ACCEPTED_WIDENING, build_policy
+from pals.control.policies import ACCEPTED_WIDENING, build_policy, default_settings
 from pals.control.share import Claim, Holding
 from pals.core.errors import ConfigError
 from pals.core.fingerprint import check_fingerprint
@@ -239,7 +238,7 @@ def policy_settings(control: ControlConfig) -> dict[str, Any]:
     if control.policy == "pals":
         return {"objective": control.objective}
     if control.policy != "static":
-        return asdict(PaperSettings())
+        return default_settings(control.policy)
     return {
         "power_limit_w": control.power_limit_w,
         "sm_clock_mhz": control.sm_clock_mhz,

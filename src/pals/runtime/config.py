@@ -16,8 +16,18 @@ from pals.core.quantities import LOWERINGS, EngineInfo, Slo
 from pals.runtime.budgets import BudgetSchedule, parse_budget, parse_default
 from pals.runtime.targets import EITHER, over, read_targets
 
-POLICIES = ("static", "pals", "pals-paper", "cap-only", "batch-only", "clock-only")
-WITHOUT_TARGET = ("static", "pals")  # they need no throughput target
+POLICIES = (
+    "static",
+    "pals",
+    "pals-paper",
+    "cap-only",
+    "batch-only",
+    "clock-only",
+    "vendor-preset",
+    "bandit",
+    "slo-clock",
+)
+WITHOUT_TARGET = ("static", "pals", "vendor-preset", "bandit", "slo-clock")  # they need no throughput target
 MODES = ("auto", "advise")
 OBJECTIVES = ("node", "gpu")
 
@@ -228,6 +238,12 @@ def _validated(config: Config) -> Config:
 def check_complete(config: Config, told: str = "") -> None:
     """Raise `ConfigError` where the policy lacks what it steers by."""
     policy, slo = config.control.policy, config.slo
+    latencies = (slo.ttft_p95_s, slo.tpot_p95_s, slo.ttft_p99_s, slo.tpot_p99_s)
+    if policy == "slo-clock" and not any(latencies):
+        raise ConfigError(
+            f"policy slo-clock steers{told} by latency targets: give --slo-ttft-p95 or --slo-tpot-p95 (or [slo] ttft_p95_s, …). "
+            "Nothing was started"
+        )
     if policy in WITHOUT_TARGET or slo.throughput_tokens_s is not None:
         return
     if slo.throughput_share is not None:
