@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pals.control.guard import Guard
+from pals.control.interleaved import Interleaved, Interleaving
 from pals.control.levers import LEVERS, points_of, trim_of
 from pals.control.pals_paper import PaperPolicy, PaperSettings
 from pals.control.static import StaticPolicy
@@ -21,28 +22,39 @@ ACCEPTED_WIDENING = 2.0
 
 
 def build_policy(
-    name: str, settings: Mapping[str, Any], profile: Profile | None, guard: Guard, *, accepted: Sequence[str] = ()
+    name: str,
+    settings: Mapping[str, Any],
+    profile: Profile | None,
+    guard: Guard,
+    *,
+    accepted: Sequence[str] = (),
+    interleaving: Interleaving | None = None,
 ) -> AnyController:
     """Make the policy `name`; `accepted` are the differences of a profile that is used all the same.
+
+    `interleaving`: let it act in some windows only, and a baseline in the others.
 
     Raises:
         ConfigError: unknown name, a missing profile, or settings outside the boards' range; nothing was written.
     """
-    policy: AnyController
     if profile is not None and accepted:
         profile = profile.widened(ACCEPTED_WIDENING)
-    if name == "static":
-        policy = _static(settings, guard)
-    elif name not in LEVERS:
-        raise ConfigError(f"unknown policy {name!r}; known: static, {', '.join(LEVERS)}")
-    elif profile is None:
-        raise ConfigError(f"policy {name} needs a profile: make one with `pals profile`, then give --profile FILE")
-    else:
-        model, known = profile.model(), replace(PaperSettings(), **settings)
-        policy = PaperPolicy(
-            model, points=points_of(name, model, guard), trim=trim_of(name, guard, known), settings=known
-        )
+    policy = _alone(name, settings, profile, guard)
+    if interleaving is not None:
+        policy = Interleaved(policy, _alone(interleaving.baseline, {}, profile, guard), interleaving)
     return policy if profile is None else watched(policy, profile, guard)
+
+
+def _alone(name: str, settings: Mapping[str, Any], profile: Profile | None, guard: Guard) -> AnyController:
+    """The policy itself; `settings` may be empty."""
+    if name == "static":
+        return _static(settings, guard)
+    if name not in LEVERS:
+        raise ConfigError(f"unknown policy {name!r}; known: static, {', '.join(LEVERS)}")
+    if profile is None:
+        raise ConfigError(f"policy {name} needs a profile: make one with `pals profile`, then give --profile FILE")
+    model, known = profile.model(), replace(PaperSettings(), **settings)
+    return PaperPolicy(model, points=points_of(name, model, guard), trim=trim_of(name, guard, known), settings=known)
 
 
 def watched(policy: AnyController, profile: Profile, guard: Guard) -> Watched:

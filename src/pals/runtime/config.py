@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pals.control.interleaved import SMALLEST_SHARE, Interleaving
 from pals.core.errors import ConfigError
 from pals.core.quantities import LOWERINGS, EngineInfo, Slo
 from pals.runtime.budgets import BudgetSchedule, parse_budget
+from pals.runtime.modes import MODES, with_share_apart
 
+LEAST_WINDOW_PERIODS = 6
 POLICIES = ("static", "pals-paper", "cap-only", "batch-only", "clock-only")
-MODES = ("auto", "advise")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,17 @@ class ControlConfig:
     active_sequences: int | None = None  # static only; None: the launch limit
     sm_clock_mhz: int | None = None  # static only; None: no clock lock
     lowering: str = "drain"  # how the engine gets under a lowered active-sequence limit
+    canary_share: float = 0.1  # of windows in which the policy acts, in mode canary
+    canary_window_s: float = 30.0
+    canary_seed: int = 0
+    canary_baseline: str = "static"  # the policy of the other windows
+
+    @property
+    def interleaving(self) -> Interleaving:
+        """Which windows are the policy's, in mode canary."""
+        return Interleaving(
+            share=self.canary_share, window_s=self.canary_window_s, seed=self.canary_seed, baseline=self.canary_baseline
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,14 +112,15 @@ def load_config(path: Path | None, overrides: Mapping[str, Mapping[str, Any]] | 
 def _build_config(
     tables: Mapping[str, Mapping[str, Any]], overrides: Mapping[str, Mapping[str, Any]] | None, source: str
 ) -> Config:
-    merged = {
+    merged: dict[str, Mapping[str, Any]] = {
         name: {**values, **{k: v for k, v in (overrides or {}).get(name, {}).items() if v is not None}}
         for name, values in tables.items()
     }
+    merged["control"] = with_share_apart(merged["control"])
     check_keys(merged["budget"], ["power_w"], f"{source}: [budget]")
     parts = {name: _build(kind, merged[name], f"{source}: [{name}]") for name, kind in _SECTIONS.items()}
     budget = parse_budget(str(merged["budget"]["power_w"])) if "power_w" in merged["budget"] else BudgetSchedule()
-    return _validated(replace(Config(budget=budget), **parts))
+    return checked(replace(Config(budget=budget), **parts))
 
 
 def _for_engine(general: Mapping[str, Mapping[str, Any]], values: Any, where: str) -> Mapping[str, Mapping[str, Any]]:
@@ -152,12 +166,15 @@ def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
     return kind(**as_float)
 
 
-def _validated(config: Config) -> Config:
+def checked(config: Config) -> Config:
+    """`config` itself; raises `ConfigError` where values are unknown or out of range."""
     c, slo, out = config.control, config.slo, config.output
     if c.policy not in POLICIES:
         check_keys({c.policy: None}, list(POLICIES), "[control]", "policy")
     if c.mode is not None and c.mode not in MODES:
         check_keys({c.mode: None}, list(MODES), "[control]", "mode")
+    if c.canary_baseline not in POLICIES:
+        check_keys({c.canary_baseline: None}, list(POLICIES), "[control]", "canary_baseline")
     if c.lowering not in LOWERINGS:
         check_keys({c.lowering: None}, list(LOWERINGS), "[control]", "lowering")
     rules = [
@@ -167,6 +184,15 @@ def _validated(config: Config) -> Config:
         (
             out.dcgm_port == 0 or out.dcgm_port != out.metrics_port,
             f"[output] metrics_port and dcgm_port are both {out.dcgm_port}; they must differ",
+        ),
+        (
+            SMALLEST_SHARE <= c.canary_share <= 1 - SMALLEST_SHARE,
+            f"[control] canary_share = {c.canary_share:g} must lie in {SMALLEST_SHARE:g}..{1 - SMALLEST_SHARE:g}; modes auto and "
+            "advise act always and never",
+        ),
+        (
+            c.canary_window_s >= LEAST_WINDOW_PERIODS * c.period_s,
+            f"[control] canary_window_s = {c.canary_window_s:g} must be at least {LEAST_WINDOW_PERIODS} control periods",
         ),
         (c.active_sequences is None or c.active_sequences >= 1, "[control] active_sequences must be at least 1"),
         *(
@@ -183,7 +209,8 @@ def _validated(config: Config) -> Config:
 
 def check_complete(config: Config, told: str = "") -> None:
     """Raise `ConfigError` where the policy lacks what it steers by."""
-    if config.control.policy != "static" and config.slo.throughput_tokens_s is None:
+    compared = config.control.canary_baseline if config.control.mode == "canary" else "static"
+    if {config.control.policy, compared} != {"static"} and config.slo.throughput_tokens_s is None:
         raise ConfigError(
             f"policy {config.control.policy} steers{told} by a throughput target: give --target-tokens-s (or [slo] throughput_tokens_s)"
         )
