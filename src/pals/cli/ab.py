@@ -58,8 +58,9 @@ def recorded(args: argparse.Namespace) -> int:
             f"{args.recorded} was not written in canary mode: it has no windows of two arms to compare. Make one with "
             "`pals ab`, `pals agent --mode canary:10%` or `pals simulate --mode canary:50% --journal`"
         )
-    result = compare(windows_of(records, header.interleaving, args.settle_s), level_of(args))
-    show(args, result, policy=header.policy, design=header.interleaving, ended="journal", journal=args.recorded)
+    design = header.interleaving
+    result = compare(windows_of(records, design, settle_of(args, design)), level_of(args))
+    show(args, result, policy=header.policy, design=design, ended="journal", journal=args.recorded)
     return 0
 
 
@@ -77,7 +78,7 @@ def live(args: argparse.Namespace) -> int:
     ending = Ending(
         level=level_of(args), precision=precision_of(args), longest_s=hours_of(args) * 3600.0, open_load=args.open_load
     )
-    trial, stop, pids = Trial(design, args.settle_s, ending), threading.Event(), channel.pids
+    trial, stop, pids = Trial(design, settle_of(args, design), ending), threading.Event(), channel.pids
     refuse_unwritten(args, folder, channel)
     try:
         with stopping(stop):
@@ -138,6 +139,11 @@ class Stopper:
         """Nothing is held."""
 
 
+def settle_of(args: argparse.Namespace, design: Interleaving) -> float:
+    """--settle-s, or a third of a window."""
+    return design.window_s / 3 if args.settle_s is None else float(args.settle_s)
+
+
 def level_of(args: argparse.Namespace) -> float:
     """--certain as a share."""
     level = parse_share(args.certain, "--certain")
@@ -172,16 +178,17 @@ def show(
     journal: str | None,
 ) -> None:
     """Print for tools or for people."""
+    settle_s = settle_of(args, design)
     if args.json:
         told = {
-            "policy": policy, "design": asdict(design), "settle_s": args.settle_s, "ended": ended, "journal": journal,
+            "policy": policy, "design": asdict(design), "settle_s": settle_s, "ended": ended, "journal": journal,
             **asdict(result), "on": arm_plain(result.on), "off": arm_plain(result.off),
         }  # fmt: skip
         print(json.dumps(told, indent=2, allow_nan=False))
         return
     console = wide_console()
-    console.print(ab_table(result, policy=policy, design=design, settle_s=args.settle_s))
-    for line in ab_words(result):
+    console.print(ab_table(result, policy=policy, design=design, settle_s=settle_s))
+    for line in ab_words(result, settle_s=settle_s):
         console.print(line, markup=False, soft_wrap=True)
 
 

@@ -27,8 +27,13 @@ def add_ab(commands: Any) -> None:
         "--precision", default="2%", metavar="PCT",
         help="stop when half the saving's interval is this small (default 2%%)",
     )  # fmt: skip
-    p.add_argument("--window-s", type=float, default=20.0, metavar="S", help="length of a window (default 20)")
-    p.add_argument("--settle-s", type=float, default=5.0, metavar="S", help="left out at a window's begin (default 5)")
+    p.add_argument("--window-s", type=float, default=45.0, metavar="S", help="length of a window (default 45)")
+    p.add_argument(
+        "--settle-s",
+        type=float,
+        metavar="S",
+        help="left out at a window's begin; longer than a request stays (default: a third of a window)",
+    )
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of which windows are the policy's (default 0)")
     p.add_argument(
         "--open-load",

@@ -7,8 +7,10 @@ energy per output token, on against off, is one difference; what the load did to
 the draw decided. The interval (`pals.experiments.anytime`) rests on that draw alone: not on the load being steady,
 independent or normal, and not on when one looks; so a run may stop as soon as the interval is narrow enough.
 
-What can still mislead: work carried from one window into the next (a slower arm leaves its queue to the other, which makes
-the saving look smaller), and a saving that itself depends on the load (then it is a mean over the load that there was).
+What can still mislead: work carried from one window into the next, and a saving that itself depends on the load (then it is
+a mean over the load that there was). A slower arm leaves unfinished answers to the windows after it, which makes its
+saving look smaller; the first part of each window is left out for that, and it must be longer than a request stays in the
+engine. How long that is, is measured and told.
 
 `saving` assumes nothing of the load. At an open load (requests come whether or not earlier ones were answered) an arm cannot
 change how much is asked for: differences in tokens/s between the windows of a pair are then load alone, and `same_load`
@@ -46,6 +48,7 @@ class Arm(Checked):
     ttft_p95_s: float | None  # of requests that got their first token in these windows
     tpot_p95_s: float | None  # of requests that finished in them
     refused_requests: int
+    stay_s: float | None  # mean time of a request in the engine, by Little's law
 
     @property
     def j_per_token(self) -> float | None:
@@ -142,6 +145,7 @@ def at_same_load(differences: Sequence[float], loads: Sequence[float]) -> list[f
 
 def arm_of(windows: Sequence[ArmWindow]) -> Arm:
     """Sums over windows."""
+    finished = sum(w.finished_requests for w in windows)
     return Arm(
         windows=len(windows),
         seconds=sum(w.seconds for w in windows),
@@ -150,6 +154,7 @@ def arm_of(windows: Sequence[ArmWindow]) -> Arm:
         ttft_p95_s=quantile_s([w.ttft_counts for w in windows], 0.95),
         tpot_p95_s=quantile_s([w.tpot_counts for w in windows], 0.95),
         refused_requests=sum(w.refused_requests for w in windows),
+        stay_s=sum(w.request_seconds for w in windows) / finished if finished else None,
     )
 
 

@@ -30,6 +30,8 @@ class ArmWindow(Checked):
     ttft_counts: tuple[int, ...]  # of requests that got their first token here, by LATENCY_BOUNDS_S
     tpot_counts: tuple[int, ...]  # of requests that finished here
     refused_requests: int
+    request_seconds: float  # running and waiting requests, over time
+    finished_requests: int
 
 
 class WindowTally:
@@ -54,6 +56,7 @@ class WindowTally:
         self._opened: TickRecord | None = None  # the window's first record
         self._first: TickRecord | None = None  # where measuring began
         self._energy_j: float | None = 0.0
+        self._request_seconds = 0.0
 
     def observe(self, record: TickRecord) -> bool:
         """Take one record; whether a sound window has ended with it."""
@@ -62,18 +65,26 @@ class WindowTally:
             self._start_s = now_s
         index, ended = self.design.window_at(now_s - self._start_s), False
         if self._first is not None:
-            power_w = record.sample.power_w
-            known = self._energy_j is not None and power_w is not None
-            self._energy_j = self._energy_j + power_w * record.sample.window_s if known else None  # type: ignore[operator]
+            self._add(record)
         if index != self._index:
             ended = self._end(record, now_s - self._start_s)
-            self._index, self._opened, self._first, self._energy_j = index, record, None, 0.0
+            self._index, self._opened, self._first = index, record, None
+            self._energy_j, self._request_seconds = 0.0, 0.0
         elif record.mode != "canary" and self._opened is not None:
             self._energy_j = None  # decisions are recorded, and others are in force
         opened = self._opened
         if self._first is None and opened is not None and now_s - opened.sample.time_s >= self._settle_s - EDGE_S:
             self._first = record
         return ended
+
+    def _add(self, record: TickRecord) -> None:
+        """The period that ends with this record."""
+        power_w, engine, period_s = record.sample.power_w, record.sample.engine, record.sample.window_s
+        if self._energy_j is None or power_w is None or engine is None:
+            self._energy_j = None
+            return
+        self._energy_j += power_w * period_s
+        self._request_seconds += (engine.running + engine.waiting) * period_s
 
     def _end(self, last: TickRecord, elapsed_s: float) -> bool:
         """Keep the window that ends with this record, if all of it is known."""
@@ -104,6 +115,8 @@ class WindowTally:
             ttft_counts=_difference(a.ttft_counts, b.ttft_counts),
             tpot_counts=_difference(a.tpot_counts, b.tpot_counts),
             refused_requests=b.refused_requests - a.refused_requests,
+            request_seconds=self._request_seconds,
+            finished_requests=b.finished_requests - a.finished_requests,
         )
 
 

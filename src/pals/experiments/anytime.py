@@ -5,7 +5,8 @@ effect theta that is the same for all, a difference is theta plus or minus what 
 probability one half whatever came before: its law about theta is symmetric, given the past. No more is assumed: the members
 may differ by anything, drift, follow the load of the time before, or have heavy tails.
 
-For a symmetric x and any number l, exp(l·x)/cosh(l·x) has mean 1, because (e^y + e^-y)/2 = cosh y. So the product over
+For a symmetric x and any number l, with y = l·x cut off at +-CUT (which is symmetric too, and keeps one wild pair from
+deciding), exp(y)/cosh(y) has mean 1, because (e^y + e^-y)/2 = cosh y. So the product over
 pairs is a martingale that begins at 1, and so is a mean of such products over several l; by Ville's inequality it ever
 reaches 2/alpha with probability at most alpha/2. The values theta for which neither the mean over positive l nor that over
 negative l has reached 2/alpha are an interval, and it covers the true one at all times with probability 1 - alpha.
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import log
+from math import cosh, log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,8 @@ FloatArray = NDArray[np.float64]
 RATES: FloatArray = np.exp2(np.arange(-2.0, 11.0))
 REACH = 20.0  # beyond the values, in logarithms: no ratio is further off
 HALVINGS = 60
+CUT = 1.5
+MOST = CUT - log(cosh(CUT))  # gain of one pair at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,27 +49,43 @@ class Estimate(Checked):
 def estimate_effect(differences: Sequence[float], alpha: float) -> Estimate | None:
     """The effect common to all `differences`, with an interval at level 1 - `alpha`; None where there are no differences.
 
-    The value is where the evidence on both sides is equal: near the mean, but no outlier moves it far.
+    The value is the median of the means of all pairs of differences (J. Hodges, E. Lehmann, Ann. Math. Stat. 34(2), 1963): for
+    symmetric noise as good as the mean, and no outlier moves it far.
     """
     if not differences:
         return None
     d = np.asarray(differences, float)
     below, above = float(d.min()) - REACH, float(d.max()) + REACH
-    value = _crossing(lambda theta: evidence(d - theta) - evidence(theta - d), below, above)
+    value = float(np.median(((d[:, None] + d[None, :]) / 2)[np.triu_indices(len(d))]))
     needed = log(2.0 / alpha)
-    if len(d) * log(2.0) <= needed:  # no theta whatever reaches it: a pair doubles the evidence at most
+    if len(d) * MOST <= needed:  # no theta whatever reaches it
         return Estimate(value=value, low=None, high=None)
     low = _crossing(lambda theta: evidence(d - theta) - needed, below, above)
     high = _crossing(lambda theta: needed - evidence(theta - d), below, above)
-    return Estimate(value=value, low=low, high=high)
+    return Estimate(value=min(high, max(low, value)), low=low, high=high)
 
 
 def evidence(x: FloatArray) -> float:
-    """Logarithm of the martingale against x, shape (n,), being symmetric about anything below 0."""
-    y = RATES[:, None] * x[None, :]
-    sums = (y - np.abs(y) - np.log1p(np.exp(-2.0 * np.abs(y))) + log(2.0)).sum(axis=1)
-    top = float(sums.max())
-    return top + log(float(np.exp(sums - top).mean()))
+    """Logarithm of the martingale after all of x, shape (n,), against their being symmetric about 0 or less."""
+    return float(_mean_of(_gains(x).sum(axis=1)))
+
+
+def evidence_path(x: FloatArray) -> FloatArray:
+    """The same after each of x, shape (n,)."""
+    return _mean_of(np.cumsum(_gains(x), axis=1))
+
+
+def _gains(x: FloatArray) -> FloatArray:
+    """Logarithm of exp(y)/cosh(y), shape (rates, n)."""
+    y = np.clip(RATES[:, None] * x[None, :], -CUT, CUT)
+    gains: FloatArray = y - np.log(np.cosh(y))
+    return gains
+
+
+def _mean_of(logs: FloatArray) -> FloatArray:
+    """Logarithm of the mean over the first axis of what `logs` are the logarithms of."""
+    top = logs.max(axis=0)
+    return np.asarray(top + np.log(np.exp(logs - top).mean(axis=0)))
 
 
 def _crossing(falling: Callable[[float], float], low: float, high: float) -> float:

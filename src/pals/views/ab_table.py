@@ -28,6 +28,8 @@ class ArmRow(Protocol):
     def tpot_p95_s(self) -> float | None: ...
     @property
     def refused_requests(self) -> int: ...
+    @property
+    def stay_s(self) -> float | None: ...
 
 
 class ShareRow(Protocol):
@@ -69,8 +71,8 @@ class ComparisonRow(Protocol):
 def ab_table(c: ComparisonRow, *, policy: str, design: Interleaving, settle_s: float) -> Table:
     """One column an arm, one row a figure."""
     title = (
-        f"{policy} against {design.baseline}: {c.pairs} pairs of {design.window_s:g} s windows, the first {settle_s:g} s of each "
-        "left out"
+        f"{policy} against {design.baseline}: {c.pairs} pairs of {design.window_s:g} s windows, "
+        f"first {settle_s:.3g} s left out"
     )
     table = Table(title=title, title_justify="left")
     for column in ("", f"on: {policy}", f"off: {design.baseline}", "difference"):
@@ -86,13 +88,14 @@ def ab_table(c: ComparisonRow, *, policy: str, design: Interleaving, settle_s: f
     row("output tokens/s", on.tokens_per_s, off.tokens_per_s, ".0f")
     row("TTFT p95, ms", on.ttft_p95_s, off.ttft_p95_s, ".0f", 1e3)
     row("TPOT p95, ms", on.tpot_p95_s, off.tpot_p95_s, ".1f", 1e3)
+    row("mean stay of a request, s", on.stay_s, off.stay_s, ".1f")
     table.add_row("requests refused", str(on.refused_requests), str(off.refused_requests), "")
     table.add_row("windows", str(on.windows), str(off.windows), "")
     table.add_row("minutes measured", f"{on.seconds / 60:.1f}", f"{off.seconds / 60:.1f}", "")
     return table
 
 
-def ab_words(c: ComparisonRow) -> list[str]:
+def ab_words(c: ComparisonRow, *, settle_s: float) -> list[str]:
     """What is known, a line each."""
     level = f"{100 * c.level:g} %"
     lines = [
@@ -102,6 +105,12 @@ def ab_words(c: ComparisonRow) -> list[str]:
         "earlier ones were answered",
         f"output tokens/s, on against off:      {share_text(c.throughput, level)}",
     ]
+    stay_s = max((arm.stay_s for arm in (c.on, c.off) if arm.stay_s is not None), default=0.0)
+    if stay_s > settle_s:
+        lines.append(
+            f"careful: a request stays {stay_s:.1f} s, longer than the {settle_s:.3g} s left out of each window, so the arms do each "
+            "other's work and the saving is not the true one. Leave out more (--settle-s), in longer windows"
+        )
     if c.left_out:
         lines.append(f"{c.left_out} pairs with next to no output are not counted")
     if c.unsound:
