@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,9 +25,10 @@ from pals.core.quantities import LATENCY_BOUNDS_S, Budget, Decision, OperatingPo
 from pals.experiments.ab import Ending, Trial, arm_of, at_same_load, compare, pairs_of, quantile_s
 from pals.experiments.ab_windows import ArmWindow, WindowTally, windows_of
 from pals.experiments.anytime import estimate_effect, evidence, evidence_path
-from pals.runtime.journal import Journal, JournalHeader
+from pals.runtime.journal import Journal, JournalHeader, read_journal
 from pals.runtime.tick import TickRecord
-from tests.worlds import BUCKETS, board_info, engine_info, telemetry
+from tests.node_world import AgentWorld
+from tests.worlds import BUCKETS, Clock, board_info, engine_info, telemetry
 
 NONE = (0,) * BUCKETS
 DESIGN = Interleaving(share=0.5, window_s=10.0)
@@ -306,6 +310,7 @@ def test_a_canarys_journal_is_compared_offline(tmp_path: Path, capsys: pytest.Ca
     assert "saving, GPU energy per output token:  +10.0 % (95 % interval" in table
     assert "careful: a request stays 4.0 s, longer than the 2 s" in table
     assert "0.540" in table
+    assert "static 300 W against static: 10 pairs" in table
 
 
 @pytest.mark.parametrize(
@@ -327,3 +332,73 @@ def test_options_that_do_not_fit_are_refused(
 def test_a_journal_without_two_arms_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ab", journal_at(tmp_path / "j.jsonl", [], design=None)]) == 2
     assert "not written in canary mode" in capsys.readouterr().err
+
+
+def ab(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("PALS_")} | {"PALS_RUN_DIR": str(folder)}
+    command = [sys.executable, "-m", "pals.cli", "ab", "--metrics-port", "0", *options]
+    return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("engines", "options", "told"),
+    [
+        (0, [], "no running engine with PALS found"),
+        (2, [], "choose one with --engine PID"),
+        (1, [], "real boards: say --mode auto to allow it. Nothing was changed"),
+        (1, ["--mode", "advise"], "in advise mode both arms would be the same"),
+        (1, ["--policy", "pals-paper"], "--target-tokens-s"),
+        (1, ["--against", "statik"], "did you mean 'static'"),
+        (1, ["--window-s", "1", "--settle-s", "0"], "at least 6 control periods"),
+        (1, ["--hours", "0"], "--hours 0 must be above 0"),
+        (1, ["--precision", "0%"], "--precision 0% must be above 0"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_written(
+    engines: int, options: list[str], told: str, tmp_path: Path
+) -> None:
+    world = AgentWorld(tmp_path, Clock())
+    tmp_path.chmod(0o700)
+    for i in range(engines):
+        world.add(f"model-{i}", boards=(i,), pid=None if i == 0 else world.spawn().pid)
+    before = sorted(tmp_path.iterdir())
+
+    try:
+        done = ab(tmp_path, *options)
+    finally:
+        world.close()
+
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr
+    assert done.stdout == ""
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_simulated_canary_tells_the_saving_that_two_whole_runs_have(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    pytest.importorskip("pyarrow")
+    config = tmp_path / "pals.toml"
+    config.write_text("[control]\ncanary_window_s = 30\n")
+    given = ["simulate", "--model", "mixtral-8x7b", "--boards", "4xa100-sxm4-80gb", "--load", "0.5", "--hours", "0.3"]
+
+    def run(name: str, *options: str) -> float:
+        out = tmp_path / name
+        assert main([*given, "--config", str(config), "--journal", *options, "--out", str(out)]) == 0
+        told = json.loads((out / "outcomes.json").read_text())
+        return float(told[0]["tokens_per_j_gpu"])
+
+    truth = 1.0 - run("off") / run("on", "--power-limit-w", "250")
+    run("canary", "--power-limit-w", "250", "--mode", "canary:50%")
+    header, records = read_journal(tmp_path / "canary" / "static.jsonl")
+    assert header.interleaving is not None
+    result = compare(windows_of(records, header.interleaving, 10.0), 0.95)
+
+    assert result.pairs == 18
+    for saving in (result.saving, result.same_load):
+        assert saving is not None
+        assert saving.low is not None
+        assert saving.high is not None
+        assert saving.low <= truth <= saving.high
+    assert result.same_load is not None
+    assert result.same_load.value == pytest.approx(truth, abs=0.03)
+    assert main(["replay", str(tmp_path / "canary" / "static.jsonl")]) == 0

@@ -55,7 +55,7 @@ def test_a_mismatch_is_accepted_for_one_engine_or_all_and_by_the_command_line(tm
         ('[control]\npolicy = "clock-only"\n', "policy clock-only steers by a throughput target"),
         ("[output]\nmetrics_port = 9400\ndcgm_port = 9400\n", "must differ"),
         ("[output]\ndcgm_port = 70000\n", "0..65535"),
-        ('[control]\nmode = "canary"\n', "unknown mode 'canary'"),
+        ('[control]\nmode = "manual"\n', "unknown mode 'manual'"),
         ('[control]\nperiod_s = "fast"\n', "not a float"),
         ("[control]\nperiod_s = 0.001\n", r"0\.05\.\.60"),
         ("[slo]\nttft_p95_s = -1\n", "must be positive"),

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from pals.control.interleaved import Interleaving
 from pals.core.errors import ConfigError
 from pals.experiments.ab import Arm, Comparison, Ending, Trial, compare
 from pals.experiments.ab_windows import windows_of
+from pals.runtime.agent import policy_settings
 from pals.runtime.channel import run_dir
 from pals.runtime.config import Config, checked
 from pals.runtime.files import check_folder
@@ -35,7 +37,7 @@ from pals.runtime.group import EngineGroup
 from pals.runtime.journal import read_journal
 from pals.runtime.modes import WRITING, parse_share
 from pals.runtime.tick import TickRecord
-from pals.views.ab_table import ab_table, ab_words, share_text
+from pals.views.ab_table import ab_notes, ab_table, ab_words, share_text
 from pals.views.report import wide_console
 
 LEVELS = (0.5, 0.999)
@@ -60,7 +62,8 @@ def recorded(args: argparse.Namespace) -> int:
         )
     design = header.interleaving
     result = compare(windows_of(records, design, settle_of(args, design)), level_of(args))
-    show(args, result, policy=header.policy, design=design, ended="journal", journal=args.recorded)
+    policy = named(header.policy, header.policy_settings)
+    show(args, result, policy=policy, design=design, ended="journal", journal=args.recorded)
     return 0
 
 
@@ -87,7 +90,8 @@ def live(args: argparse.Namespace) -> int:
     finally:  # the boards are put back, or said not to be
         if trial.began:
             ended = trial.over or "interrupted"
-            show(args, trial.result, policy=config.control.policy, design=design, ended=ended, journal=None)
+            policy = named(config.control.policy, policy_settings(config.control))
+            show(args, trial.result, policy=policy, design=design, ended=ended, journal=None)
     return code or (0 if trial.over else EXIT_INTERRUPTED)
 
 
@@ -139,6 +143,13 @@ class Stopper:
         """Nothing is held."""
 
 
+def named(policy: str, settings: Mapping[str, Any]) -> str:
+    """The policy; a static one with its point, as "static 250 W, 32 sequences"."""
+    units = {"power_limit_w": "W", "sm_clock_mhz": "MHz", "active_sequences": "sequences"}
+    point = [f"{settings[k]:g} {unit}" for k, unit in units.items() if settings.get(k) is not None]
+    return f"{policy} {', '.join(point)}" if policy == "static" and point else policy
+
+
 def settle_of(args: argparse.Namespace, design: Interleaving) -> float:
     """--settle-s, or a third of a window."""
     return design.window_s / 3 if args.settle_s is None else float(args.settle_s)
@@ -182,7 +193,7 @@ def show(
     if args.json:
         told = {
             "policy": policy, "design": asdict(design), "settle_s": settle_s, "ended": ended, "journal": journal,
-            **asdict(result), "on": arm_plain(result.on), "off": arm_plain(result.off),
+            "notes": ab_notes(result, settle_s=settle_s), **asdict(result), "on": arm_plain(result.on), "off": arm_plain(result.off),
         }  # fmt: skip
         print(json.dumps(told, indent=2, allow_nan=False))
         return

@@ -96,15 +96,21 @@ def ab_table(c: ComparisonRow, *, policy: str, design: Interleaving, settle_s: f
 
 
 def ab_words(c: ComparisonRow, *, settle_s: float) -> list[str]:
-    """What is known, a line each."""
+    """What is known and what to mind, a line each."""
     level = f"{100 * c.level:g} %"
-    lines = [
+    return [
         f"saving, GPU energy per output token:  {share_text(c.saving, level)}",
         f"saving, node energy per output token: {share_text(c.saving_node, level)}",
         f"saving, GPU, load taken out:          {share_text(c.same_load, level)}; holds where requests come whether or not "
         "earlier ones were answered",
         f"output tokens/s, on against off:      {share_text(c.throughput, level)}",
+        *ab_notes(c, settle_s=settle_s),
     ]
+
+
+def ab_notes(c: ComparisonRow, *, settle_s: float) -> list[str]:
+    """What to mind, a line each."""
+    lines = []
     stay_s = max((arm.stay_s for arm in (c.on, c.off) if arm.stay_s is not None), default=0.0)
     if stay_s > settle_s:
         lines.append(
