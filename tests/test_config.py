@@ -13,7 +13,7 @@ from pals.cli.simulate_report import targets_text
 from pals.core.errors import ConfigError
 from pals.core.quantities import Slo
 from pals.runtime.agent import policy_settings
-from pals.runtime.config import POLICIES, Config, ControlConfig, check_complete, load_config
+from pals.runtime.config import POLICIES, WITHOUT_TARGET, Config, ControlConfig, check_complete, load_config
 from tests.worlds import engine_info
 
 
@@ -60,7 +60,7 @@ def test_a_mismatch_is_accepted_for_one_engine_or_all_and_by_the_command_line(tm
         ('[control]\npolicy = "clock-only"\n', "policy clock-only steers by a throughput target"),
         ("[output]\nmetrics_port = 9400\ndcgm_port = 9400\n", "must differ"),
         ("[output]\ndcgm_port = 70000\n", "0..65535"),
-        ('[control]\nmode = "canary"\n', "unknown mode 'canary'"),
+        ('[control]\nmode = "manual"\n', "unknown mode 'manual'"),
         ('[control]\nperiod_s = "fast"\n', "not a float"),
         ("[control]\nperiod_s = 0.001\n", r"0\.05\.\.60"),
         ("[slo]\nttft_p95_s = -1\n", "must be positive"),
@@ -183,8 +183,12 @@ def test_targets_are_told_as_they_were_given() -> None:
 def test_who_needs_a_throughput_target_says_so(policy: str) -> None:
     config = Config(control=ControlConfig(policy=policy))
 
-    check_complete(replace(config, slo=Slo(throughput_tokens_s=1500.0)))
-    if policy in ("static", "pals"):
+    check_complete(replace(config, slo=Slo(throughput_tokens_s=1500.0, tpot_p95_s=0.1)))
+    if policy == "slo-clock":
+        with pytest.raises(ConfigError, match="latency targets"):
+            check_complete(config)
+        check_complete(replace(config, slo=Slo(tpot_p99_s=0.05)))
+    elif policy in WITHOUT_TARGET:
         check_complete(config)
         check_complete(replace(config, slo=Slo(throughput_share=0.9)))
     else:

@@ -29,6 +29,7 @@ from pals.runtime.found import forget_found, left_by_dead_agent, read_found
 from pals.runtime.group import EngineGroup, group_ranks
 from pals.runtime.live_budget import LiveBudget
 from pals.runtime.loop import wall_clock
+from pals.runtime.modes import WRITING
 from pals.runtime.node import control_engines
 from pals.runtime.targets import throughput
 from pals.runtime.tick import TickRecord
@@ -36,6 +37,8 @@ from pals.views.budget_endpoint import PATH as BUDGET_PATH
 from pals.views.budget_endpoint import serve_budget
 from pals.views.dcgm import DcgmCollector, serve_dcgm
 from pals.views.metrics import AgentMetrics, serve_metrics
+
+EXIT_INTERRUPTED = 130
 
 
 def agent(args: argparse.Namespace) -> int:
@@ -155,6 +158,14 @@ def open_boards_of(engine: EngineInfo, nvml: Nvml) -> tuple[NvmlBoard, ...]:
     return nvml.open(engine.boards)
 
 
+def refuse_unwritable(boards: Sequence[NvmlBoard]) -> None:
+    """Raise `ConfigError` where a board must not, or cannot, be written."""
+    if refused := [b.refusal for b in boards if b.refusal is not None]:
+        raise ConfigError(f"{'; '.join(refused)}. Nothing was changed")
+    if not all(b.can_write() for b in boards):
+        raise ConfigError("this process may not write power limits (needs root); nothing was changed")
+
+
 def kinds_of_board(nvml: Nvml) -> set[str]:
     """The names of all boards that NVML lists; one that cannot be opened is left out."""
     names: set[str] = set()
@@ -241,8 +252,14 @@ def refuse_impossible(info: BoardInfo, write: BoardWrite, record: Path) -> None:
             )
 
 
-def steer(config: Config, folder: Path, find: Callable[[], Sequence[EngineGroup]], stop: threading.Event) -> int:
-    """Run the agent on the engines that `find` finds; return its exit code."""
+def steer(
+    config: Config,
+    folder: Path,
+    find: Callable[[], Sequence[EngineGroup]],
+    stop: threading.Event,
+    also: Watcher | None = None,
+) -> int:
+    """Run the agent on the engines that `find` finds; return its exit code. `also` is shown every record too."""
     engines = find()
     bank = bank_of(engines)
     emulated = bank is not None
@@ -272,7 +289,8 @@ def steer(config: Config, folder: Path, find: Callable[[], Sequence[EngineGroup]
         def watch(name: str, infos: Sequence[BoardInfo]) -> Watcher:
             while addresses:  # told with the first engine: nothing refuses any more
                 say(addresses.pop())
-            return Views(metrics.engine(name, [b.index for b in infos]), dcgm.engine(infos))
+            views = (metrics.engine(name, [b.index for b in infos]), dcgm.engine(infos))
+            return Views(*views) if also is None else Views(*views, also)
 
         setup = AgentSetup(
             find=find,
@@ -314,7 +332,7 @@ def token_of(config: Config) -> str | None:
 def will_write(config: Config, *, emulated: bool) -> bool:
     """Whether an agent of this process would write power limits of some engine."""
     modes = {c.control.mode or ("auto" if emulated else "advise") for c in (config, *config.engines.values())}
-    return "auto" in modes and (emulated or os.geteuid() == 0)
+    return not modes.isdisjoint(WRITING) and (emulated or os.geteuid() == 0)
 
 
 def warn_of_left_limits(folder: Path) -> None:

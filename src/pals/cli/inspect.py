@@ -32,7 +32,10 @@ def replay(args: argparse.Namespace) -> int:
     profile = Profile.from_json(header.profile_json, name=args.journal) if header.profile_json else None
     guard = Guard.of(header.boards, header.engine.launch_sequences)
     try:
-        policy = build_policy(header.policy, header.policy_settings, profile, guard, accepted=header.accepted_mismatch)
+        policy = build_policy(
+            header.policy, header.policy_settings, profile, guard, accepted=header.accepted_mismatch,
+            interleaving=header.interleaving,
+        )  # fmt: skip
     except TypeError as e:  # a setting this policy does not have
         raise ConfigError(f"{args.journal}, line 1: policy_settings do not fit {header.policy}: {e}") from e
     result = replay_records(policy, guard, records)

@@ -21,7 +21,7 @@ from pals import __version__
 from pals.core.errors import EngineGoneError, NotPutBackError, PalsError
 from pals.core.quantities import LOWERINGS
 from pals.runtime.agent import EXIT_ENGINE_GONE, EXIT_NOT_PUT_BACK
-from pals.runtime.config import MODES, OBJECTIVES, POLICIES
+from pals.runtime.config import OBJECTIVES, POLICIES
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,7 +39,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    from pals.cli.emulate import add_emulate  # they use this module's parts
+    from pals.cli.ab_command import add_ab  # they use this module's parts
+    from pals.cli.emulate import add_emulate
     from pals.cli.experiment import add_experiment
     from pals.cli.plant import add_plant
     from pals.cli.profile_commands import add_profile
@@ -55,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_agent_options(agent)
     add_profile(commands)
+    add_ab(commands)
     replay = commands.add_parser("replay", help="recompute every decision of a journal and compare")
     replay.add_argument("journal", metavar="JOURNAL")
     commands.add_parser("status", help="what runs here, and what is in force")
@@ -141,7 +143,10 @@ def add_control_options(p: argparse.ArgumentParser, *, several_policies: bool = 
         action="append" if several_policies else "store",
         help=f"one of {', '.join(POLICIES)} (default static)" + ("; may be given several times" * several_policies),
     )
-    p.add_argument("--mode", help=f"one of {', '.join(MODES)} (default: auto on emulated boards, advise on real ones)")
+    p.add_argument(
+        "--mode",
+        help="auto, advise, or canary:10%% to act in that share of time only (default: auto on emulated boards, advise on real)",
+    )
     p.add_argument(
         "--profile",
         metavar="FILE",
@@ -254,6 +259,10 @@ def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
         from pals.cli.profile_commands import profile
 
         return profile(args)
+    if args.command == "ab":
+        from pals.cli.ab_command import ab
+
+        return ab(args)
     if args.command == "emulate":
         from pals.cli.emulate import emulate
 

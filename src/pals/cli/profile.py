@@ -15,7 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Protocol
 
-from pals.cli.agent import boards_of, pick_engine, stopping
+from pals.cli.agent import EXIT_INTERRUPTED, boards_of, pick_engine, refuse_unwritable, stopping
 from pals.cli.main import say
 from pals.cli.profile_plan import facts_of, plan_of, shape_of
 from pals.cli.profile_progress import SweepNotes, quality_told, showing
@@ -26,7 +26,6 @@ from pals.core.errors import ConfigError, EngineGoneError
 from pals.core.load import Mix
 from pals.core.quantities import Fingerprint, OperatingPoint, fingerprint_of
 from pals.engines.closed_loop import ClosedLoop
-from pals.hardware.nvml_board import NvmlBoard
 from pals.models.engine_facts import EngineFacts
 from pals.models.fitted import fit
 from pals.models.profile import MIN_ROWS, Profile
@@ -40,8 +39,6 @@ from pals.runtime.files import check_folder
 from pals.runtime.group import EngineGroup
 from pals.runtime.loop import GridClock, boards_as_found, wall_clock
 from pals.runtime.tick import Rig
-
-EXIT_INTERRUPTED = 130
 
 
 class TellingLoad(LoadDriver, Protocol):
@@ -96,14 +93,6 @@ def measure(args: argparse.Namespace) -> int:
                     emulated=emulated, context_tokens=context_tokens, shape=shape,
                 ),
             )  # fmt: skip
-
-
-def refuse_unwritable(boards: Sequence[NvmlBoard]) -> None:
-    """Raise `ConfigError` where a board must not, or cannot, be written."""
-    if refused := [b.refusal for b in boards if b.refusal is not None]:
-        raise ConfigError(f"{'; '.join(refused)}. Nothing was changed")
-    if not all(b.can_write() for b in boards):
-        raise ConfigError("this process may not write power limits (needs root); nothing was changed")
 
 
 def measure_target(args: argparse.Namespace, target: Target) -> int:

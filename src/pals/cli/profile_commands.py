@@ -9,7 +9,7 @@ from typing import Any
 from pals.cli.extras import require
 from pals.cli.profile_evaluate import add_evaluate
 from pals.core.errors import ConfigError
-from pals.runtime.config import MODES
+from pals.runtime.modes import MODES
 
 LONGEST_MINUTES = 20.0  # a profile costs less of an engine's time than this
 

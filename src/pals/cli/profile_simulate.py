@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pals.cli.agent import stopping
+from pals.cli.agent import EXIT_INTERRUPTED, stopping
 from pals.cli.main import say
-from pals.cli.profile import EXIT_INTERRUPTED, finish, forget_if_empty, out_of, partial_of, profile_of
+from pals.cli.profile import finish, forget_if_empty, out_of, partial_of, profile_of
 from pals.cli.profile_plan import plan_of
 from pals.cli.profile_progress import SweepNotes, showing
 from pals.cli.simulate import engine_of

@@ -15,10 +15,10 @@ import numpy as np
 
 from pals.control.choice import ALL, NO_TTFT, Excess, Pick, best, excess, most_waiting, needed_tokens_s, rate_room
 from pals.control.correction import Correction
-from pals.control.demand import Demand, late, observe, targets_of
+from pals.control.demand import Demand, observe
 from pals.control.guard import Guard
 from pals.control.lever_table import FREE, POWER, TOKENS, Lever, LeverTables, MixKey, Rows, key_of
-from pals.control.margins import NEAR, Margins, learn
+from pals.control.margins import NEAR, Margins, learned
 from pals.control.outlook import CLOSED, FULL, OPEN, Asked, Bias, Boards, Outlook, outlook
 from pals.control.reasons import told_held, told_move, told_sacrifice
 from pals.control.trust import Trust, judge
@@ -32,6 +32,7 @@ from pals.models.parameters import values_of
 
 OBJECTIVES = ("node", "gpu")
 PERIOD_S = 0.5  # a guess at the first tick
+LOCK_SLACK_MHZ = 30  # a lock is in force where no board runs faster
 BATCHES = 7  # levels of the active-sequence limit
 
 
@@ -209,30 +210,18 @@ class PalsPolicy:
         engine, before = sample.engine, state.demand.before
         assert engine is not None
         demand = observe(state.demand, engine, now_s, sample.window_s or PERIOD_S)
-        margins = state.margins
-        if (
-            before is not None
-            and demand.before is not None
-            and engine.steps >= before.steps
-            and self.settings.use_margins
-        ):
-            targets = targets_of(slo)
-            for q, counts, tested in (
-                ("ttft", (before.ttft_counts, engine.ttft_counts), state.tested[0]),
-                ("tpot", (before.tpot_counts, engine.tpot_counts), state.tested[1]),
-            ):
-                value = getattr(margins, q)
-                for t in targets[q]:
-                    value = learn(value, late(*counts, t.target_s), t.share, tested=tested)
-                margins = margins._replace(**{q: value})
+        in_force, margins = self._in_force(state, sample), state.margins
+        if before is not None and engine.steps >= before.steps and self.settings.use_margins:
+            tested = (in_force and state.tested[0], in_force and state.tested[1])
+            margins = learned(margins, before, engine, slo, tested)
         state = state._replace(demand=demand, margins=margins)
-        return self._learn_bias(state, sample, now_s) if self.settings.use_bias else state
+        return self._learn_bias(state, sample, now_s, in_force) if self.settings.use_bias else state
 
-    def _learn_bias(self, state: State, sample: TelemetrySample, now_s: float) -> State:
+    def _learn_bias(self, state: State, sample: TelemetrySample, now_s: float, in_force: bool) -> State:
         """Compare what the point in force does with what the profile says of it."""
         s, engine, w = self.settings, sample.engine, state.window
         assert engine is not None
-        if now_s - state.moved_s < s.settle_s or engine.running == 0 or state.key is None:
+        if not in_force or now_s - state.moved_s < s.settle_s or engine.running == 0 or state.key is None:
             return state._replace(window=None)
         if w is None:
             return state._replace(window=Window(now_s, engine.output_tokens, engine.busy_s, 0.0))
@@ -257,6 +246,16 @@ class PalsPolicy:
             state.bias.power if w.energy_j is None else _moved(state.bias.power, w.energy_j / span_s / drawn_w, gain)
         )
         return state._replace(bias=Bias(step, power), lessons=state.lessons + 1)
+
+    def _in_force(self, state: State, sample: TelemetrySample) -> bool:
+        """Whether boards and engine do what was decided: a canary's other windows, and other hands, teach nothing."""
+        assert sample.engine is not None
+        wanted = self._point(state, state.ceiling_w)
+        limits = all(abs(b.enforced_limit_w - wanted.power_limit_w) <= 2.0 for b in sample.boards)
+        locked = wanted.sm_clock_mhz is None or all(
+            b.sm_clock_mhz <= wanted.sm_clock_mhz + LOCK_SLACK_MHZ for b in sample.boards
+        )
+        return limits and locked and sample.engine.active_limit == wanted.active_sequences
 
     # ---- deciding -------------------------------------------------------------------------------------------------
 
@@ -412,13 +411,15 @@ class PalsPolicy:
 
     # ---- points ---------------------------------------------------------------------------------------------------
 
-    def _decision(self, state: State, ceiling_w: float, reason: str, detail: str) -> Decision:
+    def _point(self, state: State, ceiling_w: float) -> OperatingPoint:
         lever = state.lever
         limit_w = ceiling_w if lever.limit_w is None else min(lever.limit_w, ceiling_w)
-        point = OperatingPoint(
+        return OperatingPoint(
             power_limit_w=limit_w, sm_clock_mhz=lever.clock_mhz, active_sequences=state.batch or self._launch
         )
-        return Decision(point=point, reason=reason, detail=detail)
+
+    def _decision(self, state: State, ceiling_w: float, reason: str, detail: str) -> Decision:
+        return Decision(point=self._point(state, ceiling_w), reason=reason, detail=detail)
 
     def _safe(self, state: State, ceiling_w: float, reason: str, detail: str, now_s: float) -> tuple[Decision, State]:
         """The safe static point: the limit found, or what the budget leaves of it, no clock lock, the launch batch."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pals.control.demand import Late
+from pals.control.demand import Late, late, targets_of
+from pals.core.quantities import EngineSample, Slo
 
 START = 1.0  # the pessimistic end of a 90 % interval
 LEAST, MOST = -1.0, 12.0
@@ -35,3 +36,13 @@ def learn(margin: float, seen: Late, share: float, *, tested: bool) -> float:
     if step < 0 and not (tested and margin > LEAST):
         return min(margin, max(START, margin + step)) if margin > START else margin
     return min(MOST, max(LEAST, margin + step))
+
+
+def learned(m: Margins, before: EngineSample, now: EngineSample, slo: Slo, tested: tuple[bool, bool]) -> Margins:
+    """Both margins after one period; `tested`: of TTFT and of TPOT."""
+    counts = {"ttft": (before.ttft_counts, now.ttft_counts), "tpot": (before.tpot_counts, now.tpot_counts)}
+    values = {"ttft": m.ttft, "tpot": m.tpot}
+    for (q, targets), near in zip(targets_of(slo).items(), tested, strict=True):
+        for t in targets:
+            values[q] = learn(values[q], late(*counts[q], t.target_s), t.share, tested=near)
+    return Margins(**values)

@@ -9,6 +9,7 @@ from typing import Any
 from pals.control.bandit import BanditPolicy, BanditSettings
 from pals.control.controller import PalsPolicy, PalsSettings
 from pals.control.guard import Guard
+from pals.control.interleaved import Interleaved, Interleaving
 from pals.control.levers import LEVERS, points_of, trim_of
 from pals.control.pals_paper import PaperPolicy, PaperSettings
 from pals.control.slo_clock import SloClockPolicy, SloClockSettings
@@ -29,35 +30,26 @@ KNOWN = ("static", PALS, *LEVERS, "vendor-preset", "bandit", "slo-clock")
 
 
 def build_policy(
-    name: str, settings: Mapping[str, Any], profile: Profile | None, guard: Guard, *, accepted: Sequence[str] = ()
+    name: str,
+    settings: Mapping[str, Any],
+    profile: Profile | None,
+    guard: Guard,
+    *,
+    accepted: Sequence[str] = (),
+    interleaving: Interleaving | None = None,
 ) -> AnyController:
     """Make the policy `name`; `accepted` are the differences of a profile that is used all the same.
+
+    `interleaving`: let it act in some windows only, and a baseline in the others.
 
     Raises:
         ConfigError: unknown name, a missing profile, or settings outside the boards' range; nothing was written.
     """
-    policy: AnyController
     if profile is not None and accepted:
         profile = profile.widened(ACCEPTED_WIDENING)
-    if name == "static":
-        policy = _static(settings, guard)
-    elif name == "vendor-preset":
-        policy = vendor_preset(guard)
-    elif name == "bandit":
-        policy = BanditPolicy(guard, BanditSettings(**settings))
-    elif name not in KNOWN:
-        raise ConfigError(f"unknown policy {name!r}; known: {', '.join(KNOWN)}")
-    elif profile is None:
-        raise ConfigError(f"policy {name} needs a profile: make one with `pals profile`, then give --profile FILE")
-    elif name == PALS:
-        policy = PalsPolicy(profile.model(), guard, replace(PalsSettings(), **settings))
-    elif name == "slo-clock":
-        policy = SloClockPolicy(profile.model(), guard, SloClockSettings(**settings))
-    else:
-        model, known = profile.model(), replace(PaperSettings(), **settings)
-        policy = PaperPolicy(
-            model, points=points_of(name, model, guard), trim=trim_of(name, guard, known), settings=known
-        )
+    policy = _alone(name, settings, profile, guard)
+    if interleaving is not None:
+        policy = Interleaved(policy, _alone(interleaving.baseline, {}, profile, guard), interleaving)
     return policy if profile is None else watched(policy, profile, guard)
 
 
@@ -65,6 +57,26 @@ def default_settings(name: str) -> dict[str, Any]:
     """The constants that `name` is made with where nobody gives others, for the journal; those of `static` are asked for."""
     made: dict[str, Any] = {"bandit": BanditSettings(), "slo-clock": SloClockSettings()}
     return asdict(made.get(name, PaperSettings())) if name not in ("static", "vendor-preset") else {}
+
+
+def _alone(name: str, settings: Mapping[str, Any], profile: Profile | None, guard: Guard) -> AnyController:
+    """The policy itself; `settings` may be empty."""
+    if name == "static":
+        return _static(settings, guard)
+    if name == "vendor-preset":
+        return vendor_preset(guard)
+    if name == "bandit":
+        return BanditPolicy(guard, BanditSettings(**settings))
+    if name not in KNOWN:
+        raise ConfigError(f"unknown policy {name!r}; known: {', '.join(KNOWN)}")
+    if profile is None:
+        raise ConfigError(f"policy {name} needs a profile: make one with `pals profile`, then give --profile FILE")
+    if name == PALS:
+        return PalsPolicy(profile.model(), guard, replace(PalsSettings(), **settings))
+    if name == "slo-clock":
+        return SloClockPolicy(profile.model(), guard, SloClockSettings(**settings))
+    model, known = profile.model(), replace(PaperSettings(), **settings)
+    return PaperPolicy(model, points=points_of(name, model, guard), trim=trim_of(name, guard, known), settings=known)
 
 
 def watched(policy: AnyController, profile: Profile, guard: Guard) -> Watched:

@@ -217,6 +217,7 @@ class Decision(Checked):
     reason: str  # a short word of the field, counted in the metrics
     detail: str = ""  # one sentence for people
     most_waiting: int | None = None  # requests that may wait; those beyond are refused (503); None: any number
+    arm: str | None = None  # "on": the policy acts, "off": its baseline does; None: nothing is compared
 
 
 #: Fields of a fingerprint that profiles made before they existed may lack.

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pals.control.guard import Guard
+from pals.control.interleaved import Interleaving
 from pals.control.policies import build_policy
 from pals.core.architecture import ModelShape
 from pals.core.errors import ConfigError
@@ -258,16 +259,26 @@ def rig_of(sim: Simulation, task: PolicyTask, replica: Replica, group: Simulated
     guard = Guard.of([b.info for b in boards], sim.max_num_seqs)
     accepted = accepted_by(sim, task, boards)
     acts, engine = control.mode != "advise", SimulatedEngine(replica, info)
+    policy = build_policy(
+        control.policy, policy_settings(control), task.profile, guard, accepted=accepted,
+        interleaving=interleaving_of(control),
+    )  # fmt: skip
     return Rig(
         meters=boards,
         actuators=boards if acts else (),
         engine=engine,
         setter=engine if acts else None,
-        controller=build_policy(control.policy, policy_settings(control), task.profile, guard, accepted=accepted),
+        controller=policy,
         guard=guard,
         period_s=control.period_s,
         lowering=control.lowering,
+        acting="canary" if control.mode == "canary" else "auto",
     )
+
+
+def interleaving_of(control: ControlConfig) -> Interleaving | None:
+    """Which windows are the policy's; None: all, or none."""
+    return control.interleaving if control.mode == "canary" else None
 
 
 def accepted_by(sim: Simulation, task: PolicyTask, boards: Sequence[PowerMeter]) -> tuple[str, ...]:
@@ -316,6 +327,7 @@ def header_of(
         lowering=control.lowering,
         clock="virtual",
         accepted_mismatch=accepted,
+        interleaving=interleaving_of(control),
     )
 
 

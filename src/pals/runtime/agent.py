@@ -24,6 +24,7 @@ from pals.runtime.group import EngineGroup
 from pals.runtime.journal import Journal, JournalHeader
 from pals.runtime.live_budget import LiveBudget
 from pals.runtime.loop import boards_as_found
+from pals.runtime.modes import WRITING
 from pals.runtime.outlets import Outlet, StatusFile, close_quietly, journal_outlet
 from pals.runtime.tick import Rig, TickRecord, TickState, tick
 
@@ -184,7 +185,7 @@ def open_session(setup: AgentSetup, group: EngineGroup, name: str, journal_path:
             exits.callback(rig.setter.release)
         exits.enter_context(boards_as_found(rig.meters, rig.actuators, setup.folder / FOUND_RECORD))
         setup.say(
-            f"{name}: policy {header.policy}, mode {rig.mode}, every {rig.period_s:g} s; {indices_text(group.info.boards)} "
+            f"{name}: policy {header.policy}, mode {_told_mode(rig, header)}, every {rig.period_s:g} s; {indices_text(group.info.boards)} "
             f"({header.boards[0].name}{', emulated' if setup.emulated else ''}); journal {journal_path}"
         )
         return Session(name=name, group=group, rig=rig, slo=config.slo, sink=sink, exits=exits.pop_all())
@@ -193,7 +194,8 @@ def open_session(setup: AgentSetup, group: EngineGroup, name: str, journal_path:
 def _assemble(setup: AgentSetup, config: Config, group: EngineGroup) -> tuple[Rig, JournalHeader]:
     control, boards = config.control, setup.open_boards(group)
     infos = [b.info for b in boards]
-    acts = _mode(setup, config, boards) == "auto"
+    mode = _mode(setup, config, boards)
+    acts, interleaving = mode in WRITING, control.interleaving if mode == "canary" else None
     guard = Guard.of(infos, group.info.launch_sequences)
     profile = load_profile(Path(control.profile)) if control.profile else None
     accepted = check_profile(profile, group, boards, control) if profile is not None else ()
@@ -205,10 +207,11 @@ def _assemble(setup: AgentSetup, config: Config, group: EngineGroup) -> tuple[Ri
         actuators=boards if acts else (),
         engine=group,
         setter=group if acts else None,
-        controller=build_policy(control.policy, settings, profile, guard, accepted=accepted),
+        controller=build_policy(control.policy, settings, profile, guard, accepted=accepted, interleaving=interleaving),
         guard=guard,
         period_s=control.period_s,
         lowering=control.lowering,
+        acting=mode if acts else "auto",
     )
     header = JournalHeader(
         policy=control.policy,
@@ -222,6 +225,7 @@ def _assemble(setup: AgentSetup, config: Config, group: EngineGroup) -> tuple[Ri
         command=" ".join(["pals", *sys.argv[1:]]),
         lowering=control.lowering,
         accepted_mismatch=accepted,
+        interleaving=interleaving,
     )
     if setup.virtual_command is not None:
         header = reproducible(header, setup.virtual_command)
@@ -259,16 +263,23 @@ def reproducible(header: JournalHeader, command: str) -> JournalHeader:
 
 def _mode(setup: AgentSetup, config: Config, boards: Sequence[Board]) -> str:
     mode = config.control.mode or ("auto" if setup.emulated else "advise")
-    if mode == "auto" and not setup.may_write:
+    if mode in WRITING and not setup.may_write:
         setup.say(
             "advise only: this process may not write power limits (needs root); decisions are recorded, "
             "every board keeps the limit it has"
         )
         return "advise"
-    if mode == "auto" and (refused := [b.refusal for b in boards if b.refusal is not None]):
+    if mode in WRITING and (refused := [b.refusal for b in boards if b.refusal is not None]):
         setup.say(f"advise only: {'; '.join(refused)}. Decisions are recorded, every board keeps the limit it has")
         return "advise"
     return mode
+
+
+def _told_mode(rig: Rig, header: JournalHeader) -> str:
+    """ "auto", or "canary (10 % of 30 s windows, static in the others)"."""
+    if (design := header.interleaving) is None:
+        return rig.mode
+    return f"{rig.mode} ({100 * design.share:g} % of {design.window_s:g} s windows, {design.baseline} in the others)"
 
 
 def _sink(

@@ -11,11 +11,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from pals.control.interleaved import SMALLEST_SHARE, Interleaving
 from pals.core.errors import ConfigError
 from pals.core.quantities import LOWERINGS, EngineInfo, Slo
 from pals.runtime.budgets import BudgetSchedule, parse_budget, parse_default
+from pals.runtime.modes import MODES, with_share_apart
 from pals.runtime.targets import EITHER, over, read_targets
 
+LEAST_WINDOW_PERIODS = 6
 POLICIES = (
     "static",
     "pals",
@@ -28,7 +31,6 @@ POLICIES = (
     "slo-clock",
 )
 WITHOUT_TARGET = ("static", "pals", "vendor-preset", "bandit", "slo-clock")  # they need no throughput target
-MODES = ("auto", "advise")
 OBJECTIVES = ("node", "gpu")
 
 
@@ -46,6 +48,17 @@ class ControlConfig:
     sm_clock_mhz: int | None = None  # static only; None: no clock lock
     lowering: str = "drain"  # how the engine gets under a lowered active-sequence limit
     objective: str = "node"  # pals only: whose joules count, the whole node's or the boards' alone
+    canary_share: float = 0.1  # of windows in which the policy acts, in mode canary
+    canary_window_s: float = 30.0
+    canary_seed: int = 0
+    canary_baseline: str = "static"  # the policy of the other windows
+
+    @property
+    def interleaving(self) -> Interleaving:
+        """Which windows are the policy's, in mode canary."""
+        return Interleaving(
+            share=self.canary_share, window_s=self.canary_window_s, seed=self.canary_seed, baseline=self.canary_baseline
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,13 +137,14 @@ def load_config(path: Path | None, overrides: Mapping[str, Mapping[str, Any]] | 
 def _build_config(
     tables: Mapping[str, Mapping[str, Any]], overrides: Mapping[str, Mapping[str, Any]] | None, source: str
 ) -> Config:
-    merged = {
+    merged: dict[str, Mapping[str, Any]] = {
         name: over(_read(name, values, source), _read(name, (overrides or {}).get(name, {}), "command line"))
         for name, values in tables.items()
     }
+    merged["control"] = with_share_apart(merged["control"])
     parts = {name: _build(kind, merged[name], f"{source}: [{name}]") for name, kind in _SECTIONS.items()}
     budget, endpoint = _budget(merged["budget"], f"{source}: [budget]")
-    return _validated(replace(Config(budget=budget, endpoint=endpoint), **parts))
+    return checked(replace(Config(budget=budget, endpoint=endpoint), **parts))
 
 
 def _read(name: str, values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
@@ -192,12 +206,15 @@ def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
     return kind(**as_float)
 
 
-def _validated(config: Config) -> Config:
+def checked(config: Config) -> Config:
+    """`config` itself; raises `ConfigError` where values are unknown or out of range."""
     c, slo, out = config.control, config.slo, config.output
     if c.policy not in POLICIES:
         check_keys({c.policy: None}, list(POLICIES), "[control]", "policy")
     if c.mode is not None and c.mode not in MODES:
         check_keys({c.mode: None}, list(MODES), "[control]", "mode")
+    if c.canary_baseline not in POLICIES:
+        check_keys({c.canary_baseline: None}, list(POLICIES), "[control]", "canary_baseline")
     if c.lowering not in LOWERINGS:
         check_keys({c.lowering: None}, list(LOWERINGS), "[control]", "lowering")
     if c.objective not in OBJECTIVES:
@@ -218,6 +235,15 @@ def _validated(config: Config) -> Config:
             config.endpoint.port == 0 or bool(config.endpoint.token),
             "a budget port needs a token: give --budget-token FILE (or [budget] token)",
         ),
+        (
+            SMALLEST_SHARE <= c.canary_share <= 1 - SMALLEST_SHARE,
+            f"[control] canary_share = {c.canary_share:g} must lie in {SMALLEST_SHARE:g}..{1 - SMALLEST_SHARE:g}; modes auto and "
+            "advise act always and never",
+        ),
+        (
+            c.canary_window_s >= LEAST_WINDOW_PERIODS * c.period_s,
+            f"[control] canary_window_s = {c.canary_window_s:g} must be at least {LEAST_WINDOW_PERIODS} control periods",
+        ),
         (c.active_sequences is None or c.active_sequences >= 1, "[control] active_sequences must be at least 1"),
         *(
             (value is None or value > 0, f"[slo] {f.name} = {value} must be positive")
@@ -236,8 +262,13 @@ def _validated(config: Config) -> Config:
 
 
 def check_complete(config: Config, told: str = "") -> None:
-    """Raise `ConfigError` where the policy lacks what it steers by."""
-    policy, slo = config.control.policy, config.slo
+    """Raise `ConfigError` where the policy, or what a canary compares it with, lacks what it steers by."""
+    control = config.control
+    for policy in dict.fromkeys((control.policy, control.canary_baseline if control.mode == "canary" else "static")):
+        _check_targets(policy, config.slo, told)
+
+
+def _check_targets(policy: str, slo: Slo, told: str) -> None:
     latencies = (slo.ttft_p95_s, slo.tpot_p95_s, slo.ttft_p99_s, slo.tpot_p99_s)
     if policy == "slo-clock" and not any(latencies):
         raise ConfigError(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from pals.control.interleaved import Interleaving
 from pals.core.errors import ConfigError
 from pals.core.plain import decode
 from pals.core.quantities import LATENCY_BOUNDS_S, BoardInfo, EngineInfo
@@ -35,6 +36,8 @@ ADDED_LATER = frozenset(
             "throughput_share",
             "most_waiting",
             "refused_requests",
+            "arm",
+            "interleaving",
         ),
     }
 )
@@ -59,6 +62,7 @@ class JournalHeader:
     accepted_mismatch: tuple[
         str, ...
     ] = ()  # differences from the profile that were accepted: its intervals are widened
+    interleaving: Interleaving | None = None  # in canary mode: which windows are the policy's
 
 
 class Journal:

@@ -55,7 +55,7 @@ class TickRecord(Checked):
     guarded: Decision  # what was asked for
     enforced_limits_w: tuple[float, ...]  # read back after applying
     accepted_clocks_mhz: tuple[int | None, ...] = ()  # locks the driver accepted; measured is each board's sample
-    mode: str  # "auto" or "advise"
+    mode: str  # one of MODES
     violations: dict[str, int] = field(default_factory=dict)
     over_budget_s: float = 0.0  # this period, if the mean power since the budget last changed, at most 2 s, exceeds it
     notes: tuple[str, ...] = ()
@@ -75,6 +75,7 @@ class Rig:
     guard: Guard
     period_s: float
     lowering: str = "drain"  # how the engine gets under a lowered active-sequence limit
+    acting: str = "auto"  # the mode while something may be written: "auto" or "canary"
     locks: ClockLocks = field(default_factory=ClockLocks)
     stuck: frozenset[int] = frozenset()  # positions of boards that did not follow last time; they are asked first
     limits_w: dict[int, float] = field(default_factory=dict)  # last known in force, by position
@@ -86,8 +87,8 @@ class Rig:
 
     @property
     def mode(self) -> str:
-        """ "auto" while something may be written, else "advise"."""
-        return "auto" if self.actuators or self.setter else "advise"
+        """The mode asked for while something may be written, else "advise"."""
+        return self.acting if self.actuators or self.setter else "advise"
 
     def reserve_w(self, position: int) -> float:
         """What a board that cannot be read may draw: the limit last known in force, else the highest allowed."""

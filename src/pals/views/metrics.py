@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, make_wsgi_app
 
+from pals.control.interleaved import ARMS
 from pals.core.quantities import LOWERINGS, EngineSample
+from pals.runtime.modes import MODES
 from pals.runtime.tick import TickRecord
 from pals.views.endpoint import serve
 
@@ -74,6 +76,17 @@ METRICS: tuple[Metric, ...] = (
     Metric("pals_decisions_total", Counter, "Decisions by reason, after the guard", ("reason",)),
     Metric("pals_mode_info", Gauge, "1 for the mode in force", ("mode",)),
     Metric(
+        "pals_arm_info", Gauge, "1 for the arm that acts now, in canary mode: on (policy) or off (baseline)", ("arm",)
+    ),
+    Metric("pals_arm_seconds_total", Counter, "Time of each arm in canary mode: on over both is the share", ("arm",)),
+    Metric(
+        "pals_arm_energy_joules_total",
+        Counter,
+        "Energy of the engine's boards in each arm's time, where known",
+        ("arm",),
+    ),
+    Metric("pals_arm_output_tokens_total", Counter, "Output tokens in each arm's time", ("arm",)),
+    Metric(
         "pals_profile_bias",
         Gauge,
         "Measured over what the profile predicts, as the online correction has learnt it; absent before it has",
@@ -122,7 +135,7 @@ class EngineMetrics:
         self._gauge("pals_power_limit_requested_watts", record.guarded.point.power_limit_w)
         self._gauge("pals_sm_clock_requested_hertz", _hertz(record.guarded.point.sm_clock_mhz))
         self._of_boards(record)
-        for mode in ("auto", "advise"):
+        for mode in MODES:
             self._gauge("pals_mode_info", float(record.mode == mode), mode)
         self._count("pals_decisions_total", 1, record.guarded.reason)
         for slo, missed in record.violations.items():
@@ -130,6 +143,7 @@ class EngineMetrics:
         for quantity in ("power", "step", "clock"):
             self._gauge("pals_profile_bias", record.correction.get(quantity), quantity)
             self._gauge("pals_profile_drift", record.drift.get(quantity), quantity)
+        self._arm(record)
         self._budget(record)
         if sample.engine is not None:
             self._engine(record, sample.engine)
@@ -149,6 +163,21 @@ class EngineMetrics:
         for index in (self._boards[i] for i in sample.absent):
             for name in PER_BOARD:
                 self._gauge(name, None, index)
+
+    def _arm(self, record: TickRecord) -> None:
+        """The arm that acts from here on; the period that ends here was that of the record before."""
+        for arm in ARMS:
+            now = record.guarded.arm
+            self._gauge("pals_arm_info", None if now is None else float(now == arm), arm)
+        before, sample = self._before, record.sample
+        if before is None or before.guarded.arm is None:
+            return
+        if before.sample.engine is None or sample.engine is None or sample.power_w is None:
+            return  # all three or none: their quotients mean something
+        arm, tokens = before.guarded.arm, sample.engine.output_tokens - before.sample.engine.output_tokens
+        self._count("pals_arm_seconds_total", sample.window_s, arm)
+        self._count("pals_arm_energy_joules_total", sample.power_w * sample.window_s, arm)
+        self._count("pals_arm_output_tokens_total", max(0, tokens), arm)
 
     def close(self) -> None:
         """The engine is no longer steered: its gauges go, its counters stay as they are."""

@@ -81,7 +81,7 @@ def _print_decision(console: Console, each: dict[str, Any]) -> None:
     detail = record["guarded"]["detail"]
     console.print(Text(each["name"], "bold"), end="")
     console.print(
-        f": policy {header['policy']}, mode {record['mode']}, tick {record['index']}\n"
+        f": policy {header['policy']}, mode {record['mode']}, tick {record['index']}{_arm_text(each)}\n"
         f"  asked: {point['power_limit_w']:.0f} W per board, {clock_text(record)}, "
         f"{point['active_sequences'] or 'launch'} active sequences, reached by {header.get('lowering', 'drain')}"
         f"{_queue_bound(record)}\n"
@@ -94,6 +94,15 @@ def _print_decision(console: Console, each: dict[str, Any]) -> None:
         console.print(f"  profile: {_learnt(learnt, record.get('drift', {}))}", markup=False)
     for note in record["notes"]:
         console.print(f"  note: {note}", markup=False)
+
+
+def _arm_text(each: dict[str, Any]) -> str:
+    """Which arm acts, and how often the policy's does; nothing where nothing is compared."""
+    arm, design = each["record"]["guarded"].get("arm"), each["header"].get("interleaving")
+    if arm is None or design is None:
+        return ""
+    actor = "the policy acts" if arm == "on" else f"{design['baseline']} acts"
+    return f"\n  arm: {arm} ({actor}; the policy's are {100 * design['share']:g} % of {design['window_s']:g} s windows)"
 
 
 def _learnt(correction: dict[str, float], drift: dict[str, float]) -> str:
