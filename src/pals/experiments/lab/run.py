@@ -28,7 +28,7 @@ from pals.runtime.tick import Rig, TickState, tick
 #: What decides a run's figures, as patterns of `src/pals`; an experiment adds its own module.
 RUNNING = (
     "core", "plant", "models", "control", "profiler", "runtime", "experiments/simulated_*.py", "experiments/static_best.py",
-    "experiments/oracle.py", *(f"experiments/lab/{n}.py" for n in ("engines", "figures", "loads", "meter", "rivals", "run")),
+    "experiments/oracle.py", "experiments/fixed_run.py", *(f"experiments/lab/{n}.py" for n in ("engines", "figures", "loads", "meter", "run", "truth")),
 )  # fmt: skip
 
 
