@@ -18,7 +18,7 @@ from pals.cli.main import main
 from pals.core.errors import ConfigError
 from pals.core.quantities import OperatingPoint, Slo
 from pals.experiments.lab.conduct import conduct, jobs_of, pending
-from pals.experiments.lab.engines import EngineCase, usual_step_tokens
+from pals.experiments.lab.engines import EngineCase
 from pals.experiments.lab.experiment import Row, Table, Verdict, Wish, verdict_of
 from pals.experiments.lab.figures import Figures, Ledger, figures_of, node_energy_j, windows_over_w
 from pals.experiments.lab.pages import Page, markdown_of
@@ -28,7 +28,6 @@ from pals.experiments.lab.store import Kept, Store, digest_of_cell, fresh_rows
 from pals.experiments.lab.truth import Scheduled
 from pals.experiments.lab.workers import Failed, in_workers
 from pals.experiments.outcome import Answers
-from pals.plant.specs import parse_boards
 
 NAN = float("nan")
 
@@ -280,8 +279,6 @@ def test_an_engine_is_refused_where_its_seed_or_boards_make_no_sense() -> None:
         EngineCase(model="gpt2", boards="h100-sxm5-80gb", seed=0).simulation()
     with pytest.raises(ConfigError, match="no-such-board"):
         EngineCase(model="gpt2", boards="no-such-board", seed=1).simulation()
-    assert usual_step_tokens(parse_boards("4xa100-sxm4-80gb")[0], 64) == 2048
-    assert usual_step_tokens(parse_boards("h100-sxm5-80gb")[0], 64) == 8192
 
 
 def test_the_command_names_the_nearest_experiment_and_options_without_use(

@@ -25,7 +25,7 @@ from pals.experiments.simulated_run import EMPTY, Simulation
 from pals.models.fitted import fit
 from pals.models.profile import Profile
 from pals.plant.perturb import SPREAD
-from pals.plant.specs import BoardSpec, parse_boards
+from pals.plant.specs import parse_boards, usual_step_tokens
 
 #: What decides a profile's contents, as patterns of `src/pals`.
 LEARNING = (
@@ -110,9 +110,3 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("a") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
-
-
-def usual_step_tokens(spec: BoardSpec, launch: int) -> int:
-    """Tokens of a step where nobody says: what vLLM's server takes on such a board."""
-    usual = 16384 if spec.memory_gb >= 160 else 8192 if spec.memory_gb >= 75 and "a100" not in spec.name else 2048
-    return max(usual, launch)
