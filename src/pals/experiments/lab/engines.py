@@ -26,6 +26,7 @@ from pals.models.fitted import fit
 from pals.models.profile import Profile
 from pals.plant.perturb import SPREAD
 from pals.plant.specs import parse_boards, usual_step_tokens
+from pals.profiler.plan import default_mixes
 
 #: What decides a profile's contents, as patterns of `src/pals`.
 LEARNING = (
@@ -46,6 +47,9 @@ class EngineCase:
     prefix_caching: bool = False
     context_tokens: int | None = None  # longest request; None: what model and KV cache take
     spread: float = SPREAD  # standard deviation of the factors on the constants
+    profiled_tokens: tuple[int, int] | None = (
+        None  # mean prompt and output that the sweep is told of; None: its default
+    )
 
     @property
     def name(self) -> str:
@@ -94,12 +98,17 @@ class EngineCase:
 
     def _learned(self) -> Profile:
         sim = self.simulation()
-        swept = simulated_sweep(sim, fit=fit, seed=self.seed, plan=plan_of(sim, seed=self.seed))
+        plan, told = plan_of(sim, seed=self.seed), ""
+        if self.profiled_tokens is not None:
+            prompt, output = self.profiled_tokens
+            plan = replace(plan, mixes=default_mixes(sim.model_context, prompt_tokens=prompt, output_tokens=output))
+            told = f" --prompt-tokens {prompt} --output-tokens {output}"
+        swept = simulated_sweep(sim, fit=fit, seed=self.seed, plan=plan)
         node = profiled_replica(sim, np.random.default_rng(self.seed))
         return Profile.of(
             swept.rows, swept.mixes, swept.facts, fingerprint_of(sim.engine, [m.info for m in node.rig.meters]),
             source="simulated", made_at=datetime.fromtimestamp(0, UTC).isoformat(timespec="seconds"),
-            command=f"{sim.how_to_profile} --seed {self.seed} --seed-boards {self.seed}",
+            command=f"{sim.how_to_profile} --seed {self.seed} --seed-boards {self.seed}{told}",
         )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 The paper states neither lengths nor rates nor the target of its bars. Chosen here: a closed loop that always has more
 requests in flight than the launch batch of 64, so that throughput is the engine's own; prompts of 45 to 135 tokens, what a
-HellaSwag context or a GSM8K question comes to, and answers of 48 to 144 tokens, what a worked GSM8K solution comes to.
+HellaSwag context or a GSM8K question comes to, and answers of 48 to 144 tokens, what a worked GSM8K solution comes to. The sweep is told of these lengths, as the paper's predictors
+were trained on its own prompts: its rule asks the profile for one load alone.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ MODELS = (
 )  # fmt: skip
 LAUNCH, IN_FLIGHT = 64, 96
 LENGTHS = Mix(name="questions", prompt_tokens=90, output_tokens=96, spread=0.5)
+PROFILED = (90, 96)  # of these lengths
 LOAD = ClosedLoop(mix=LENGTHS, in_flight=IN_FLIGHT)
 TARGETS = (0.65, 0.75, 0.9, 0.95)  # of the throughput measured as found, on the same plant
 POLICIES = ("static", "cap-only", "batch-only", "clock-only", "pals-paper", "pals", "static-best", "oracle")
@@ -76,7 +78,7 @@ class PaperSingleNode:
     def cells(self, wish: Wish) -> list[PaperCell]:
         """See `Experiment`."""
         engines = [
-            EngineCase(model=known_name(model), boards=boards, seed=seed, launch=LAUNCH)
+            EngineCase(model=known_name(model), boards=boards, seed=seed, launch=LAUNCH, profiled_tokens=PROFILED)
             for seed in wish.seeds(3, 10)
             for boards in wish.boards or (BOARDS,)
             for model in wish.models or MODELS
