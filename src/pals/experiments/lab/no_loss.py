@@ -92,7 +92,7 @@ class NoLoss:
             sim=sim, load=load_of(cell, sim), policy=cell.policy, profile=profile, slo=SLO, seed=cell.seed
         )  # fmt: skip
         about = {"engine": cell.engine.name, "load": cell.load, "seed": cell.seed, "policy": cell.policy}
-        return [about | run(with_truth(task, objective="node")).figures.to_row()]
+        return [about | run(with_truth(task)).figures.to_row()]
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         """See `Experiment`."""

@@ -94,12 +94,14 @@ class PaperSingleNode:
         rows = []
         for share in cell.targets:
             slo = Slo(throughput_tokens_s=share * free)
-            task = RunTask(sim=sim, load=cell.load, policy=cell.policy, profile=profile, slo=slo, seed=cell.seed)
+            task = RunTask(
+                sim=sim, load=cell.load, policy=cell.policy, profile=profile, slo=slo, objective="gpu", seed=cell.seed
+            )
             about = {
                 "engine": cell.engine.name, "moe": ModelShape.from_config(sim.config).experts > 0, "seed": cell.seed,
                 "policy": cell.policy, "target_share": share, "target_tokens_s": slo.throughput_tokens_s, "free_tokens_s": free,
             }  # fmt: skip
-            rows.append(about | run(with_truth(task, objective="gpu")).figures.to_row())
+            rows.append(about | run(with_truth(task)).figures.to_row())
         return rows
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:

@@ -102,7 +102,7 @@ class Price:
             ttft_p99_s=latencies.ttft_p99_s, tpot_p99_s=latencies.tpot_p99_s,
         )  # fmt: skip
         task = RunTask(sim=sim, load=load, policy=cell.policy, profile=profile, slo=slo, seed=cell.seed)
-        figures = run(with_truth(task, objective="node")).figures
+        figures = run(with_truth(task)).figures
         about = {
             "engine": cell.engine.name, "mix": cell.mix, "loop": cell.loop, "seed": cell.seed, "policy": cell.policy,
             "free_tokens_s": default.tokens_per_s, "ttft_target_s": slo.ttft_p99_s, "tpot_target_s": slo.tpot_p99_s,

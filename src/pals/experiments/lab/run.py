@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from pals.plant.replica import Replica
 from pals.runtime.budgets import BudgetSchedule
 from pals.runtime.config import Config, ControlConfig
 from pals.runtime.tick import Rig, TickState, tick
+
+Objective = Literal["gpu", "node"]
 
 #: What decides a run's figures, as patterns of `src/pals`; an experiment adds its own module.
 RUNNING = (
@@ -45,6 +47,7 @@ class RunTask:
     budget: BudgetSchedule = field(default_factory=BudgetSchedule)
     period_s: float = 0.5
     lowering: str = "drain"
+    objective: Objective = "node"  # whose energy is to be least, where a policy or rival can be told
     seed: int = 1  # of the lengths in a closed loop
     time_line: bool = False
     controller: AnyController | None = None  # in place of the one that `policy` names: for rivals that know the truth
@@ -59,6 +62,8 @@ class RunTask:
             sm_clock_mhz=held.sm_clock_mhz if held is not None else None,
             active_sequences=held.active_sequences if held is not None else None,
         )  # fmt: skip
+        if "objective" in {f.name for f in fields(ControlConfig)}:
+            control = replace(control, **{"objective": self.objective})
         return Config(control=control, slo=self.slo, budget=self.budget)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +27,6 @@ WARMUP_S, MEASURED_S = 20.0, 60.0  # of a closed loop in a search
 #: a smaller batch or a lower limit has nothing to answer to, and the clock alone is left.
 OPEN_LEVELS: dict[str, int] = {"limits": 2, "clocks": 7, "batches": 2}
 CLOSED_LEVELS: dict[str, int] = {"limits": 1, "clocks": 9, "batches": 1}
-
-Objective = Literal["gpu", "node"]
 
 
 def truthful() -> tuple[str, ...]:
@@ -57,7 +55,7 @@ class Scheduled:
         return Decision(point=self.points[max(0, begun - 1)], reason="scheduled"), None
 
 
-def with_truth(task: RunTask, *, objective: Objective) -> RunTask:
+def with_truth(task: RunTask) -> RunTask:
     """`task` as its policy would have it run if that is a rival that knows the truth; otherwise unchanged.
 
     Raises:
@@ -65,7 +63,7 @@ def with_truth(task: RunTask, *, objective: Objective) -> RunTask:
     """
     if task.policy not in SEARCHES:
         return task
-    search = _search_task(task, objective)
+    search = _search_task(task)
     best: Any = import_module(SEARCHES[STATIC_BEST])
     held = best.static_best(search)
     fixed = replace(task, policy="static", point=held.point)
@@ -84,7 +82,7 @@ def with_truth(task: RunTask, *, objective: Objective) -> RunTask:
     return replace(task, policy="static", controller=taken)
 
 
-def _search_task(task: RunTask, objective: Objective) -> Any:
+def _search_task(task: RunTask) -> Any:
     """The same engine, load and targets, as the searches want them."""
     fixed: Any = import_module("pals.experiments.fixed_run")
     sim, load = task.sim, task.load
@@ -96,7 +94,7 @@ def _search_task(task: RunTask, objective: Objective) -> Any:
             supply=supply_of(load, task.seed), in_flight=load.in_flight, warmup_s=WARMUP_S, measured_s=MEASURED_S
         )
     return fixed.RivalTask(
-        sim=sim, slo=task.slo, budget=task.budget, loop=loop, objective=objective, lowering=task.lowering, node_slope=SLOPE,
+        sim=sim, slo=task.slo, budget=task.budget, loop=loop, objective=task.objective, lowering=task.lowering, node_slope=SLOPE,
         node_offset_w=OFFSET_W * share_of_nodes(sim.boards) / nodes,
     )  # fmt: skip
 
