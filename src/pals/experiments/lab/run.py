@@ -63,7 +63,8 @@ class RunTask:
             active_sequences=held.active_sequences if held is not None else None,
         )  # fmt: skip
         if "objective" in {f.name for f in fields(ControlConfig)}:
-            control = replace(control, **{"objective": self.objective})
+            told: dict[str, Any] = {"objective": self.objective}
+            control = replace(control, **told)
         return Config(control=control, slo=self.slo, budget=self.budget)
 
 
