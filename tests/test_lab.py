@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from pals.cli.main import main
 from pals.core.errors import ConfigError
 from pals.core.quantities import OperatingPoint, Slo
+from pals.engines.model_zoo import shipped_config
 from pals.experiments.lab.conduct import conduct, jobs_of, pending
-from pals.experiments.lab.engines import EngineCase
+from pals.experiments.lab.engines import EngineCase, model_of
 from pals.experiments.lab.experiment import Row, Table, Verdict, Wish, verdict_of
 from pals.experiments.lab.figures import Figures, Ledger, figures_of, node_energy_j, windows_over_w
 from pals.experiments.lab.pages import Page, markdown_of
@@ -279,6 +280,19 @@ def test_an_engine_is_refused_where_its_seed_or_boards_make_no_sense() -> None:
         EngineCase(model="gpt2", boards="h100-sxm5-80gb", seed=0).simulation()
     with pytest.raises(ConfigError, match="no-such-board"):
         EngineCase(model="gpt2", boards="no-such-board", seed=1).simulation()
+
+
+def test_a_folder_whose_config_changed_is_another_engine(tmp_path: Path) -> None:
+    assert model_of("mixtral-8x7b") == ("mistralai/Mixtral-8x7B-v0.1", "")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(shipped_config("openai-community/gpt2")))
+    model, sizes = model_of(str(tmp_path))
+    case = EngineCase(model=model, sizes=sizes, boards="h100-sxm5-80gb", seed=1)
+    assert case.simulation().boards == 1
+    config.write_text(json.dumps(shipped_config("openai-community/gpt2") | {"n_layer": 6}))
+    assert model_of(str(tmp_path)) != (model, sizes)
+    with pytest.raises(ConfigError):
+        model_of("no-such-model")
 
 
 def test_the_command_names_the_nearest_experiment_and_options_without_use(

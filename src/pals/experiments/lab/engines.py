@@ -6,6 +6,7 @@ A profile is learned at most once: whoever wants one that another process is lea
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from pals.profiler.plan import default_mixes
 #: What decides a profile's contents, as patterns of `src/pals`.
 LEARNING = (
     "plant", "core/architecture.py", "core/load.py", "core/quantities.py", "models", "profiler", "experiments/simulated_*.py",
-    "experiments/lab/engines.py",
+    "experiments/lab/engines.py", "engines/model_configs/*.json",
 )  # fmt: skip
 
 
@@ -47,6 +48,7 @@ class EngineCase:
     prefix_caching: bool = False
     context_tokens: int | None = None  # longest request; None: what model and KV cache take
     spread: float = SPREAD  # standard deviation of the factors on the constants
+    sizes: str = ""  # digest of a folder's config, so that another one is another engine; empty: a shipped model
     profiled_tokens: tuple[int, int] | None = (
         None  # mean prompt and output that the sweep is told of; None: its default
     )
@@ -110,6 +112,18 @@ class EngineCase:
             source="simulated", made_at=datetime.fromtimestamp(0, UTC).isoformat(timespec="seconds"),
             command=f"{sim.how_to_profile} --seed {self.seed} --seed-boards {self.seed}{told}",
         )  # fmt: skip
+
+
+def model_of(name: str) -> tuple[str, str]:
+    """The `model` and `sizes` of an `EngineCase`: of a shipped model by a name that may stop short, or of a folder.
+
+    Raises:
+        ConfigError: neither, or its config.json cannot be read.
+    """
+    model, config = read_config(name)
+    if not Path(name).is_dir():
+        return model, ""
+    return str(Path(model).resolve()), sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @contextmanager

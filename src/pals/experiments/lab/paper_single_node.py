@@ -15,8 +15,7 @@ from pathlib import Path
 from pals.core.architecture import ModelShape
 from pals.core.load import Mix
 from pals.core.quantities import Slo
-from pals.engines.model_zoo import full_name
-from pals.experiments.lab.engines import EngineCase
+from pals.experiments.lab.engines import EngineCase, model_of
 from pals.experiments.lab.experiment import Row, Table, Verdict, Wish, verdict_of
 from pals.experiments.lab.loads import ClosedLoop
 from pals.experiments.lab.ratios import by_seed, ratios, told
@@ -77,13 +76,14 @@ class PaperSingleNode:
 
     def cells(self, wish: Wish) -> list[PaperCell]:
         """See `Experiment`."""
+        models = [model_of(m) for m in wish.models or MODELS]
         engines = [
-            EngineCase(model=known_name(model), boards=boards, seed=seed, launch=LAUNCH, profiled_tokens=PROFILED)
+            EngineCase(model=model, sizes=sizes, boards=boards, seed=seed, launch=LAUNCH, profiled_tokens=PROFILED)
             for seed in wish.seeds(3, 10)
             for boards in wish.boards or (BOARDS,)
-            for model in wish.models or MODELS
+            for model, sizes in models
         ]
-        for engine in engines[: len(wish.models or MODELS) * len(wish.boards or (BOARDS,))]:
+        for engine in engines[: len(models) * len(wish.boards or (BOARDS,))]:
             engine.simulation()  # refuses what does not fit, before anything runs
         return [PaperCell(engine=e, policy=p) for e in engines for p in policies_of(wish, POLICIES)]
 
@@ -155,12 +155,12 @@ class PaperSingleNode:
 
 
 def known_name(model: str) -> str:
-    """The full name of a shipped model; a folder stays as it is.
+    """The full name of a shipped model; a folder stays one.
 
     Raises:
         ConfigError: neither.
     """
-    return model if Path(model).is_dir() else full_name(model)
+    return model_of(model)[0]
 
 
 def shares_of(rows: Sequence[Row]) -> list[float]:

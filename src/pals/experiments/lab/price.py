@@ -17,10 +17,10 @@ from pathlib import Path
 
 from pals.core.load import Mix
 from pals.core.quantities import Slo
-from pals.experiments.lab.engines import EngineCase
+from pals.experiments.lab.engines import EngineCase, model_of
 from pals.experiments.lab.experiment import Row, Table, Verdict, Wish, verdict_of
 from pals.experiments.lab.loads import SPAN_S, WARMUP_S, ClosedLoop, Load, OpenLoop, arrivals_of, capacity_of
-from pals.experiments.lab.paper_single_node import known_name, policies_in
+from pals.experiments.lab.paper_single_node import policies_in
 from pals.experiments.lab.ratios import by_seed, ratios, told
 from pals.experiments.lab.rivals import BASELINE, left_out, policies_of
 from pals.experiments.lab.run import RunTask, run
@@ -151,13 +151,17 @@ def engines_of(wish: Wish, usual: Sequence[tuple[str, str, int]]) -> list[Engine
     Raises:
         ConfigError: one does not exist, or does not fit its boards.
     """
-    models = [known_name(m) for m in wish.models] or list(dict.fromkeys(m for m, _, _ in usual))
+    models = [model_of(m) for m in wish.models or dict.fromkeys(m for m, _, _ in usual)]
     wanted = [
-        (model, boards, launch)
-        for model in models
+        (model, sizes, boards, launch)
+        for model, sizes in models
         for boards, launch in _boards_of(model, wish.boards, usual)
-    ]  # fmt: skip
-    cases = [EngineCase(model=m, boards=b, seed=s, launch=n) for s in wish.seeds(2, 10) for m, b, n in wanted]
+    ]
+    cases = [
+        EngineCase(model=m, sizes=sizes, boards=b, seed=s, launch=n)
+        for s in wish.seeds(2, 10)
+        for m, sizes, b, n in wanted
+    ]
     for case in cases[: len(wanted)]:
         case.simulation()
     return cases

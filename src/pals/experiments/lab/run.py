@@ -29,7 +29,7 @@ Objective = Literal["gpu", "node"]
 
 #: What decides a run's figures, as patterns of `src/pals`; an experiment adds its own module.
 RUNNING = (
-    "core", "plant", "models", "control", "profiler", "runtime", "experiments/simulated_*.py", "experiments/static_best.py",
+    "core", "engines/model_configs/*.json", "plant", "models", "control", "profiler", "runtime", "experiments/simulated_*.py", "experiments/static_best.py",
     "experiments/oracle.py", "experiments/fixed_run.py", *(f"experiments/lab/{n}.py" for n in ("engines", "figures", "loads", "meter", "run", "truth")),
 )  # fmt: skip
 
