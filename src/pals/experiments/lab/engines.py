@@ -27,7 +27,7 @@ from pals.models.fitted import fit
 from pals.models.profile import Profile
 from pals.plant.perturb import SPREAD
 from pals.plant.specs import parse_boards, usual_step_tokens
-from pals.profiler.plan import default_mixes
+from pals.profiler.plan import SweepPlan, default_mixes
 
 #: What decides a profile's contents, as patterns of `src/pals`.
 LEARNING = (
@@ -48,7 +48,6 @@ class EngineCase:
     prefix_caching: bool = False
     context_tokens: int | None = None  # longest request; None: what model and KV cache take
     spread: float = SPREAD  # standard deviation of the factors on the constants
-    sizes: str = ""  # digest of a folder's config, so that another one is another engine; empty: a shipped model
     profiled_tokens: tuple[int, int] | None = (
         None  # mean prompt and output that the sweep is told of; None: its default
     )
@@ -100,18 +99,24 @@ class EngineCase:
 
     def _learned(self) -> Profile:
         sim = self.simulation()
-        plan, told = plan_of(sim, seed=self.seed), ""
-        if self.profiled_tokens is not None:
-            prompt, output = self.profiled_tokens
-            plan = replace(plan, mixes=default_mixes(sim.model_context, prompt_tokens=prompt, output_tokens=output))
-            told = f" --prompt-tokens {prompt} --output-tokens {output}"
-        swept = simulated_sweep(sim, fit=fit, seed=self.seed, plan=plan)
+        swept = simulated_sweep(sim, fit=fit, seed=self.seed, plan=self._plan(sim))
         node = profiled_replica(sim, np.random.default_rng(self.seed))
         return Profile.of(
             swept.rows, swept.mixes, swept.facts, fingerprint_of(sim.engine, [m.info for m in node.rig.meters]),
             source="simulated", made_at=datetime.fromtimestamp(0, UTC).isoformat(timespec="seconds"),
-            command=f"{sim.how_to_profile} --seed {self.seed} --seed-boards {self.seed}{told}",
+            command=f"{sim.how_to_profile} --seed {self.seed} --seed-boards {self.seed}{self._mix_told}",
         )  # fmt: skip
+
+    def _plan(self, sim: Simulation) -> SweepPlan:
+        told = {"prompt_tokens": self.prompt_tokens, "output_tokens": self.output_tokens}
+        own = {name: tokens for name, tokens in told.items() if tokens is not None}
+        return replace(plan_of(sim, seed=self.seed), mixes=default_mixes(sim.model_context, **own))
+
+    @property
+    def _mix_told(self) -> str:
+        """The mix as options of the command."""
+        told = (("--prompt-tokens", self.prompt_tokens), ("--output-tokens", self.output_tokens))
+        return "".join(f" {option} {tokens:g}" for option, tokens in told if tokens is not None)
 
 
 def model_of(name: str) -> tuple[str, str]:

@@ -31,7 +31,6 @@ MODELS = (
 )  # fmt: skip
 LAUNCH, IN_FLIGHT = 64, 96
 LENGTHS = Mix(name="questions", prompt_tokens=90, output_tokens=96, spread=0.5)
-PROFILED = (90, 96)  # of these lengths
 LOAD = ClosedLoop(mix=LENGTHS, in_flight=IN_FLIGHT)
 TARGETS = (0.65, 0.75, 0.9, 0.95)  # of the throughput measured as found, on the same plant
 POLICIES = ("static", "cap-only", "batch-only", "clock-only", "pals-paper", "pals", "static-best", "oracle")
@@ -78,7 +77,15 @@ class PaperSingleNode:
         """See `Experiment`."""
         models = [model_of(m) for m in wish.models or MODELS]
         engines = [
-            EngineCase(model=model, sizes=sizes, boards=boards, seed=seed, launch=LAUNCH, profiled_tokens=PROFILED)
+            EngineCase(
+                model=model,
+                sizes=sizes,
+                boards=boards,
+                seed=seed,
+                launch=LAUNCH,
+                prompt_tokens=LENGTHS.prompt_tokens,
+                output_tokens=LENGTHS.output_tokens,
+            )
             for seed in wish.seeds(3, 10)
             for boards in wish.boards or (BOARDS,)
             for model, sizes in models
