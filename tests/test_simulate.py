@@ -19,12 +19,13 @@ import pytest
 
 from pals.cli import main
 from pals.cli.main import parser
-from pals.cli.simulate import batched_tokens, simulation_of, tasks_of
+from pals.cli.simulate import simulation_of, tasks_of
 from pals.core.errors import ConfigError, PalsError
 from pals.experiments.plant_checks.measured import data_folder
 from pals.experiments.simulated_load import LoadWish, workload_of
 from pals.experiments.simulated_policies import run_policies
 from pals.experiments.simulated_run import PolicyTask, Simulation, capacity_per_s
+from pals.plant.specs import board_specs, usual_step_tokens
 from pals.plant.workload import lengths_of
 from pals.runtime.budgets import parse_budget
 
@@ -295,10 +296,11 @@ def test_a_budget_may_come_from_a_file(tmp_path: Path) -> None:
 
 
 def test_steps_are_as_large_as_vllms_server_makes_them() -> None:
-    assert batched_tokens("a100-sxm4-80gb", 80.0, 64) == 2048
-    assert batched_tokens("h100-sxm5-80gb", 80.0, 64) == 8192
-    assert batched_tokens("b200-180gb", 180.0, 64) == 16384
-    assert batched_tokens("l4-24gb", 24.0, 4096) == 4096
+    specs = board_specs()
+    assert usual_step_tokens(specs["a100-sxm4-80gb"], 64) == 2048
+    assert usual_step_tokens(specs["h100-sxm5-80gb"], 64) == 8192
+    assert usual_step_tokens(specs["b200-sxm-180gb"], 64) == 16384
+    assert usual_step_tokens(specs["l4"], 4096) == 4096
 
 
 FAULTS = """time_s,kind,board,value

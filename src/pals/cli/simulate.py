@@ -160,13 +160,13 @@ def engine_of(args: argparse.Namespace) -> Simulation:
     from pals.engines.model_zoo import read_config
     from pals.experiments.simulated_run import EMPTY, Simulation
     from pals.plant.faults import FaultSchedule
-    from pals.plant.specs import parse_boards
+    from pals.plant.specs import parse_boards, usual_step_tokens
 
     spec, count = parse_boards(args.boards)
     model, config = read_config(args.model)
     return Simulation(
         model=model, config=config, spec=spec, boards=count, max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens or batched_tokens(spec.name, spec.memory_gb, args.max_num_seqs),
+        max_num_batched_tokens=args.max_num_batched_tokens or usual_step_tokens(spec, args.max_num_seqs),
         prefix_caching=True, board_seed=args.seed_boards, context_tokens=1, workload=EMPTY, perturb_seed=args.perturb_seed,
         spread=spread_of(args), faults=FaultSchedule(),
     )  # fmt: skip
@@ -187,12 +187,6 @@ def spread_of(args: argparse.Namespace) -> float:
     if not 0 <= args.spread <= 0.5:
         raise ConfigError(f"--spread {args.spread:g} must lie in 0..0.5. Nothing was started")
     return float(args.spread)
-
-
-def batched_tokens(board: str, memory_gb: float, max_num_seqs: int) -> int:
-    """Tokens of a step where nobody says: what vLLM's server takes on such a board."""
-    usual = 16384 if memory_gb >= 160 else 8192 if memory_gb >= 75 and "a100" not in board else 2048
-    return max(usual, max_num_seqs)
 
 
 def wish_of(args: argparse.Namespace) -> LoadWish:

@@ -121,3 +121,9 @@ def parse_boards(text: str) -> tuple[BoardSpec, int]:
     if not 1 <= count <= 64:
         raise ConfigError(f"{count} boards cannot be emulated; 1 to 64 can. Nothing was started")
     return specs[name], count
+
+
+def usual_step_tokens(spec: BoardSpec, launch: int) -> int:
+    """Tokens of a step where nobody says: what vLLM's server takes on such a board, at least `launch` sequences."""
+    usual = 16384 if spec.memory_gb >= 160 else 8192 if spec.memory_gb >= 75 and "a100" not in spec.name else 2048
+    return max(usual, launch)

@@ -6,6 +6,7 @@ A profile is learned at most once: whoever wants one that another process is lea
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,12 +26,13 @@ from pals.experiments.simulated_run import EMPTY, Simulation
 from pals.models.fitted import fit
 from pals.models.profile import Profile
 from pals.plant.perturb import SPREAD
-from pals.plant.specs import BoardSpec, parse_boards
+from pals.plant.specs import parse_boards, usual_step_tokens
+from pals.profiler.plan import SweepPlan, default_mixes
 
 #: What decides a profile's contents, as patterns of `src/pals`.
 LEARNING = (
     "plant", "core/architecture.py", "core/load.py", "core/quantities.py", "models", "profiler", "experiments/simulated_*.py",
-    "experiments/lab/engines.py",
+    "experiments/lab/engines.py", "engines/model_configs/*.json",
 )  # fmt: skip
 
 
@@ -46,6 +48,9 @@ class EngineCase:
     prefix_caching: bool = False
     context_tokens: int | None = None  # longest request; None: what model and KV cache take
     spread: float = SPREAD  # standard deviation of the factors on the constants
+    profiled_tokens: tuple[int, int] | None = (
+        None  # mean prompt and output that the sweep is told of; None: its default
+    )
 
     @property
     def name(self) -> str:
@@ -94,13 +99,36 @@ class EngineCase:
 
     def _learned(self) -> Profile:
         sim = self.simulation()
-        swept = simulated_sweep(sim, fit=fit, seed=self.seed, plan=plan_of(sim, seed=self.seed))
+        swept = simulated_sweep(sim, fit=fit, seed=self.seed, plan=self._plan(sim))
         node = profiled_replica(sim, np.random.default_rng(self.seed))
         return Profile.of(
             swept.rows, swept.mixes, swept.facts, fingerprint_of(sim.engine, [m.info for m in node.rig.meters]),
             source="simulated", made_at=datetime.fromtimestamp(0, UTC).isoformat(timespec="seconds"),
-            command=f"{sim.how_to_profile} --seed {self.seed} --seed-boards {self.seed}",
+            command=f"{sim.how_to_profile} --seed {self.seed} --seed-boards {self.seed}{self._mix_told}",
         )  # fmt: skip
+
+    def _plan(self, sim: Simulation) -> SweepPlan:
+        told = {"prompt_tokens": self.prompt_tokens, "output_tokens": self.output_tokens}
+        own = {name: tokens for name, tokens in told.items() if tokens is not None}
+        return replace(plan_of(sim, seed=self.seed), mixes=default_mixes(sim.model_context, **own))
+
+    @property
+    def _mix_told(self) -> str:
+        """The mix as options of the command."""
+        told = (("--prompt-tokens", self.prompt_tokens), ("--output-tokens", self.output_tokens))
+        return "".join(f" {option} {tokens:g}" for option, tokens in told if tokens is not None)
+
+
+def model_of(name: str) -> tuple[str, str]:
+    """The `model` and `sizes` of an `EngineCase`: of a shipped model by a name that may stop short, or of a folder.
+
+    Raises:
+        ConfigError: neither, or its config.json cannot be read.
+    """
+    model, config = read_config(name)
+    if not Path(name).is_dir():
+        return model, ""
+    return str(Path(model).resolve()), sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @contextmanager
@@ -110,9 +138,3 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("a") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
-
-
-def usual_step_tokens(spec: BoardSpec, launch: int) -> int:
-    """Tokens of a step where nobody says: what vLLM's server takes on such a board."""
-    usual = 16384 if spec.memory_gb >= 160 else 8192 if spec.memory_gb >= 75 and "a100" not in spec.name else 2048
-    return max(usual, launch)

@@ -49,7 +49,7 @@ class Verdict:
 
     what: str
     target: str
-    measured: float | None  # mean over seeds; None: no row tells it
+    measured: float | None  # mean over seeds, or the worst seed; None: no row tells it
     spread: tuple[float, float] | None = None  # least and most over seeds
     seeds: int = 0
     reached: bool | None = None  # None: not judged, `note` says why
@@ -135,14 +135,16 @@ def verdict_of(
     most: float | None = None,
     unit: str = "",
     note: str = "",
+    every_seed: bool = False,
 ) -> Verdict:
-    """The mean over seeds against a bound; not judged where there is no value."""
+    """The mean over seeds against a bound, or with `every_seed` the seed furthest from it; not judged where there is no value."""
     bound = f"≥ {least:g}{unit}" if least is not None else f"≤ {most:g}{unit}"
     if not by_seed:
         return Verdict(what=what, target=bound, measured=None, note=note or "no rows tell it")
     values = list(by_seed.values())
     mean = sum(values) / len(values)
-    reached = (least is None or mean >= least) and (most is None or mean <= most)
+    measured = mean if not every_seed else min(values) if least is not None else max(values)
+    reached = (least is None or measured >= least) and (most is None or measured <= most)
     return Verdict(
-        what=what, target=bound, measured=mean, spread=(min(values), max(values)), seeds=len(values), reached=reached, note=note
+        what=what, target=bound, measured=measured, spread=(min(values), max(values)), seeds=len(values), reached=reached, note=note
     )  # fmt: skip

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,10 +25,12 @@ from pals.runtime.budgets import BudgetSchedule
 from pals.runtime.config import Config, ControlConfig
 from pals.runtime.tick import Rig, TickState, tick
 
+Objective = Literal["gpu", "node"]
+
 #: What decides a run's figures, as patterns of `src/pals`; an experiment adds its own module.
 RUNNING = (
-    "core", "plant", "models", "control", "profiler", "runtime", "experiments/simulated_*.py", "experiments/static_best.py",
-    "experiments/oracle.py", *(f"experiments/lab/{n}.py" for n in ("engines", "figures", "loads", "meter", "rivals", "run")),
+    "core", "engines/model_configs/*.json", "plant", "models", "control", "profiler", "runtime", "experiments/simulated_*.py", "experiments/static_best.py",
+    "experiments/oracle.py", "experiments/fixed_run.py", *(f"experiments/lab/{n}.py" for n in ("engines", "figures", "loads", "meter", "run", "truth")),
 )  # fmt: skip
 
 
@@ -45,6 +47,7 @@ class RunTask:
     budget: BudgetSchedule = field(default_factory=BudgetSchedule)
     period_s: float = 0.5
     lowering: str = "drain"
+    objective: Objective = "node"  # whose energy is to be least, where a policy or rival can be told
     seed: int = 1  # of the lengths in a closed loop
     time_line: bool = False
     controller: AnyController | None = None  # in place of the one that `policy` names: for rivals that know the truth
@@ -59,6 +62,9 @@ class RunTask:
             sm_clock_mhz=held.sm_clock_mhz if held is not None else None,
             active_sequences=held.active_sequences if held is not None else None,
         )  # fmt: skip
+        if "objective" in {f.name for f in fields(ControlConfig)}:
+            told: dict[str, Any] = {"objective": self.objective}
+            control = replace(control, **told)
         return Config(control=control, slo=self.slo, budget=self.budget)
 
 

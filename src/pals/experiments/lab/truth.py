@@ -1,0 +1,115 @@
+"""Rivals that ask the plant itself: what they choose is then run like any policy, through the same tick, load and meters as all.
+
+The searches serve shorter spans of a closed loop than the run that follows: it is the same at every moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from pals.core.quantities import Budget, Decision, OperatingPoint, Slo, TelemetrySample
+from pals.experiments.lab.loads import Load, MixLengths, OpenLoop
+from pals.experiments.lab.run import RunTask
+from pals.models.node_power import MOST, OFFSET_W, SLOPE, share_of_nodes
+from pals.plant.workload import Workload
+
+STATIC_BEST, ORACLE = "static-best", "oracle"
+SEARCHES = {STATIC_BEST: "pals.experiments.static_best", ORACLE: "pals.experiments.oracle"}
+SUPPLY = 4096  # requests of a closed loop, over again where they end
+WARMUP_S, MEASURED_S = 20.0, 60.0  # of a closed loop in a search
+#: Levels that the oracle may choose from in each window, beside the best static point. A closed loop never lacks work: there
+#: a smaller batch or a lower limit has nothing to answer to, and the clock alone is left.
+OPEN_LEVELS: dict[str, int] = {"limits": 2, "clocks": 7, "batches": 2}
+CLOSED_LEVELS: dict[str, int] = {"limits": 1, "clocks": 9, "batches": 1}
+
+
+def truthful() -> tuple[str, ...]:
+    """The rivals that this build has."""
+    return tuple(name for name, module in SEARCHES.items() if find_spec(module) is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduled:
+    """A controller that sets each of `points` from its time on; the first from the start."""
+
+    points: tuple[OperatingPoint, ...]
+    from_s: tuple[float, ...]
+    again_s: float = float("inf")  # from the first of these times on, all over again after so long
+
+    def initial(self) -> None:
+        """Nothing is remembered."""
+
+    def step(
+        self, state: None, sample: TelemetrySample, budget: Budget, slo: Slo, now_s: float
+    ) -> tuple[Decision, None]:
+        """The point of this time."""
+        first_s = self.from_s[0]
+        at_s = first_s + (now_s - first_s) % self.again_s if now_s > first_s else now_s
+        begun = sum(since <= at_s for since in self.from_s)
+        return Decision(point=self.points[max(0, begun - 1)], reason="scheduled"), None
+
+
+def with_truth(task: RunTask) -> RunTask:
+    """`task` as its policy would have it run if that is a rival that knows the truth; otherwise unchanged.
+
+    Raises:
+        ConfigError: no request is answered, or faults are asked for, which these rivals do not know.
+    """
+    if task.policy not in SEARCHES:
+        return task
+    search = _search_task(task)
+    best: Any = import_module(SEARCHES[STATIC_BEST])
+    held = best.static_best(search)
+    fixed = replace(task, policy="static", point=held.point)
+    if task.policy == STATIC_BEST:
+        return fixed
+    closed = not isinstance(task.load, OpenLoop)
+    coarse: Sequence[OperatingPoint] = best.grid_of(search.guard, **(CLOSED_LEVELS if closed else OPEN_LEVELS)).points
+    found = import_module(SEARCHES[ORACLE]).oracle(search, tuple(dict.fromkeys((held.point, *coarse))))
+    if held.rank <= found.rank:  # it decides window by window: where nothing changes, that need not be best
+        return fixed
+    later_s = task.load.warmup_s - WARMUP_S if closed else 0.0
+    taken = Scheduled(
+        points=found.points, from_s=tuple(t + later_s for t in found.from_s),
+        again_s=MEASURED_S if closed else float("inf"),
+    )  # fmt: skip
+    return replace(task, policy="static", controller=taken)
+
+
+def _search_task(task: RunTask) -> Any:
+    """The same engine, load and targets, as the searches want them."""
+    fixed: Any = import_module("pals.experiments.fixed_run")
+    sim, load = task.sim, task.load
+    nodes = -(-sim.boards // MOST)  # what the searches count
+    if isinstance(load, OpenLoop):
+        sim, loop = replace(sim, workload=load.workload), None
+    else:
+        loop = fixed.ClosedLoop(
+            supply=supply_of(load, task.seed), in_flight=load.in_flight, warmup_s=WARMUP_S, measured_s=MEASURED_S
+        )
+    return fixed.RivalTask(
+        sim=sim, slo=task.slo, budget=task.budget, loop=loop, objective=task.objective, lowering=task.lowering, node_slope=SLOPE,
+        node_offset_w=OFFSET_W * share_of_nodes(sim.boards) / nodes,
+    )  # fmt: skip
+
+
+def supply_of(load: Load, seed: int) -> Workload:
+    """Requests of a closed loop's mix; arrival times do not count.
+
+    Raises:
+        TypeError: an open loop, which has its own.
+    """
+    if isinstance(load, OpenLoop):
+        raise TypeError("an open loop brings its own requests")
+    prompt, output = MixLengths(mix=load.mix).draw(SUPPLY, np.random.default_rng([seed, 13]))
+    none = np.zeros(SUPPLY)
+    return Workload(
+        name=load.mix.name, arrival_s=none, prompt_tokens=prompt, output_tokens=output,
+        prefix_tokens=none.astype(np.int32),
+    )  # fmt: skip
