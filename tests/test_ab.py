@@ -347,7 +347,7 @@ def ab(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
         (2, [], "choose one with --engine PID"),
         (1, [], "real boards: say --mode auto to allow it. Nothing was changed"),
         (1, ["--mode", "advise"], "in advise mode both arms would be the same"),
-        (1, ["--policy", "pals-paper"], "--target-tokens-s"),
+        (1, ["--policy", "pals-paper"], "--throughput-target"),
         (1, ["--against", "statik"], "did you mean 'static'"),
         (1, ["--window-s", "1", "--settle-s", "0"], "at least 6 control periods"),
         (1, ["--hours", "0"], "--hours 0 must be above 0"),

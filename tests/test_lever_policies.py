@@ -98,7 +98,9 @@ def test_clock_only_needs_clock_rows_and_says_how_to_get_them() -> None:
         build_policy("pals-paper", {}, profile(), replace(GUARD, max_limit_w=120.0))
     with pytest.raises(ConfigError, match="policy batch-only needs a profile"):
         build_policy("batch-only", {}, None, GUARD)
-    with pytest.raises(ConfigError, match="known: static, pals-paper, cap-only, batch-only, clock-only, vendor-preset"):
+    with pytest.raises(
+        ConfigError, match="known: static, pals, pals-paper, cap-only, batch-only, clock-only, vendor-preset"
+    ):
         build_policy("cap-onl", {}, profile(), GUARD)
     assert {"static", *LEVERS} <= set(POLICIES)
 

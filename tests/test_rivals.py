@@ -312,7 +312,9 @@ def test_each_policy_says_what_it_lacks() -> None:
         build_policy("slo-clock", default_settings("slo-clock"), profile(), GUARD)
     with pytest.raises(ConfigError, match="policy slo-clock needs a profile"):
         build_policy("slo-clock", {}, None, GUARD)
-    with pytest.raises(ConfigError, match=r"slo-clock steers by latency targets: give --ttft-p95-s or --tpot-p95-s"):
+    with pytest.raises(
+        ConfigError, match=r"slo-clock steers by latency targets: give --slo-ttft-p95 or --slo-tpot-p95"
+    ):
         check_complete(Config(control=ControlConfig(policy="slo-clock"), slo=Slo(throughput_tokens_s=100.0)))
     with pytest.raises(ConfigError, match="cap-only steers by a throughput target"):
         check_complete(Config(control=ControlConfig(policy="cap-only"), slo=EASY))
