@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pals.experiments.lab.experiment import Experiment
 from pals.experiments.lab.no_loss import NoLoss
+from pals.experiments.lab.open_loop import OpenLoopTraces
 from pals.experiments.lab.paper_single_node import PaperSingleNode
 from pals.experiments.lab.price import Price
 
-EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (PaperSingleNode(), Price(), NoLoss())}
+EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (PaperSingleNode(), Price(), NoLoss(), OpenLoopTraces())}

@@ -26,6 +26,7 @@ from pals.models.fitted import fit
 from pals.models.profile import Profile
 from pals.plant.perturb import SPREAD
 from pals.plant.specs import BoardSpec, parse_boards
+from pals.profiler.plan import SweepPlan, default_mixes
 
 #: What decides a profile's contents, as patterns of `src/pals`.
 LEARNING = (
@@ -46,6 +47,8 @@ class EngineCase:
     prefix_caching: bool = False
     context_tokens: int | None = None  # longest request; None: what model and KV cache take
     spread: float = SPREAD  # standard deviation of the factors on the constants
+    prompt_tokens: float | None = None  # of the user's own mix, which is profiled first; None: the default's
+    output_tokens: float | None = None
 
     @property
     def name(self) -> str:
@@ -94,13 +97,18 @@ class EngineCase:
 
     def _learned(self) -> Profile:
         sim = self.simulation()
-        swept = simulated_sweep(sim, fit=fit, seed=self.seed, plan=plan_of(sim, seed=self.seed))
+        swept = simulated_sweep(sim, fit=fit, seed=self.seed, plan=self._plan(sim))
         node = profiled_replica(sim, np.random.default_rng(self.seed))
         return Profile.of(
             swept.rows, swept.mixes, swept.facts, fingerprint_of(sim.engine, [m.info for m in node.rig.meters]),
             source="simulated", made_at=datetime.fromtimestamp(0, UTC).isoformat(timespec="seconds"),
             command=f"{sim.how_to_profile} --seed {self.seed} --seed-boards {self.seed}",
         )  # fmt: skip
+
+    def _plan(self, sim: Simulation) -> SweepPlan:
+        told = {"prompt_tokens": self.prompt_tokens, "output_tokens": self.output_tokens}
+        own = {name: tokens for name, tokens in told.items() if tokens is not None}
+        return replace(plan_of(sim, seed=self.seed), mixes=default_mixes(sim.model_context, **own))
 
 
 @contextmanager
