@@ -32,7 +32,7 @@ from pals.experiments.lab.experiment import Row, Table, Verdict, Wish, verdict_o
 from pals.experiments.lab.loads import OpenLoop
 from pals.experiments.lab.paper_single_node import known_name, policies_in
 from pals.experiments.lab.ratios import by_seed, ratios
-from pals.experiments.lab.replayed import TRACES, TraceCase, fitting, most_per_s, offered, own_mix
+from pals.experiments.lab.replayed import TRACES, TraceCase, fitting, offered, own_mix
 from pals.experiments.lab.rivals import BASELINE, left_out, policies_of
 from pals.experiments.lab.run import RunTask, run
 from pals.plant.workload import Workload
@@ -109,12 +109,11 @@ class OpenLoopTraces:
 
     def run(self, cell: OpenCell, place: Path) -> list[Row]:
         """See `Experiment`."""
-        sim, profile = cell.engine.simulation(), cell.engine.profile(place)
-        requests = fitting(cell.trace, sim.context_tokens)
-        most = most_per_s(sim, requests)
-        arriving = offered(
-            requests, rate_per_s=cell.load * most, duration_s=cell.warmup_s + cell.span_s, seed=cell.seed
-        )
+        sim = cell.engine.simulation()
+        profile = None if cell.policy == BASELINE else cell.engine.profile(place)
+        arriving, most = offered(
+            sim, fitting(cell.trace, sim.context_tokens), load=cell.load, duration_s=cell.warmup_s + cell.span_s, seed=cell.seed
+        )  # fmt: skip
         load = OpenLoop(workload=arriving, warmup_s=cell.warmup_s)
         figures = run(
             RunTask(sim=sim, load=load, policy=cell.policy, profile=profile, slo=cell.slo, seed=cell.seed)

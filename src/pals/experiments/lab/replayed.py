@@ -119,13 +119,25 @@ def most_per_s(sim: Simulation, requests: Workload) -> float:
     return (high - low) / passed_s
 
 
-def offered(requests: Workload, *, rate_per_s: float, duration_s: float, seed: int) -> Workload:
-    """Requests that arrive at this rate for so long; see the module."""
+def first_of(requests: Workload, *, rate_per_s: float, duration_s: float) -> Workload:
+    """The trace's first requests, as many as arrive at this rate in the time, as far as there are so many; times from the first."""
     count = min(len(requests), max(FEWEST, ceil(rate_per_s * duration_s)))
     first = requests.take(np.arange(count))
-    first = replace(first, arrival_s=first.arrival_s - first.arrival_s[0])
+    return replace(first, arrival_s=first.arrival_s - first.arrival_s[0])
+
+
+def offered(
+    sim: Simulation, requests: Workload, *, load: float, duration_s: float, seed: int
+) -> tuple[Workload, float]:
+    """What arrives in so many seconds, and the requests per second of this kind that the engine answers at most.
+
+    A trace begins with empty prefix caches, and its lengths drift: the capacity is that of the very requests that arrive.
+    """
+    about = load * most_per_s(sim, requests)
+    first = first_of(requests, rate_per_s=about, duration_s=duration_s)
+    most = most_per_s(sim, first)
     rng = np.random.default_rng([seed, 13])
-    return tiled(at_rate(first, rate_per_s, how="time", rng=rng), duration_s, rng=rng)
+    return tiled(at_rate(first, load * most, how="time", rng=rng), duration_s, rng=rng), most
 
 
 def _no_capacity(*_: object) -> float:

@@ -131,7 +131,7 @@ class Surprises:
         budget_w = BUDGET_SHARE * natural_draw_w(sim, seed=cell.seed) if cell.budgeted else None
         task = RunTask(
             sim=replace(sim, faults=faults_of(cell, sim)), load=OpenLoop(workload=load_of(cell, sim), warmup_s=cell.warmup_s),
-            policy=cell.policy, profile=profile_of(cell, place), slo=SLO, seed=cell.seed, time_line=True,
+            policy=cell.policy, profile=None if cell.policy == BASELINE else profile_of(cell, place), slo=SLO, seed=cell.seed, time_line=True,
             budget=BudgetSchedule((BUDGET_S,), (budget_w,)) if budget_w is not None else BudgetSchedule(),
         )  # fmt: skip
         ran = run(task)

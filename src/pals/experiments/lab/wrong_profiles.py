@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import log
 from pathlib import Path
 
 from pals.experiments.lab.engines import EngineCase
-from pals.models.parameters import PARAMETERS
 from pals.models.profile import Profile
 
 OTHER_PLANT = 100  # seeds away
-CORRECTIONS = tuple(p.name for p in PARAMETERS if p.name.startswith("correction_"))
-HOST = ("launch", "host_sequence")  # times beside the kernels'
+TIMES = (
+    "weights", "experts", "kv", "token_core", "sequence_core", "tile_core", "pair_core", "fixed", "launch", "link",
+    "host_sequence",
+)  # fmt: skip
 WATTS = ("static", "busy", "tensor", "memory_w")
 ALIKE = 1e-3  # popularity of experts, coefficient of variation: all are equally popular
 
@@ -26,8 +26,7 @@ def of_another_plant(engine: EngineCase, place: Path) -> Profile:
 def off_by(profile: Profile, *, time: float = 1.0, power: float = 1.0) -> Profile:
     """Step times and watts of every kind by these factors; limits hold as they do, so that a limited clock is off, too."""
     known = profile.parameters
-    changed = {name: known[name] + log(time) for name in CORRECTIONS}
-    changed |= {name: known[name] * time for name in HOST} | {name: known[name] * power for name in WATTS}
+    changed = {name: known[name] * time for name in TIMES} | {name: known[name] * power for name in WATTS}
     return with_parameters(profile, changed)
 
 
