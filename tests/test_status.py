@@ -97,3 +97,15 @@ def test_without_an_agent_and_after_a_killed_one(node: AgentWorld, capsys: pytes
     (node.folder / "agent-status-mine.json").write_text(json.dumps({**stale, "agent_pid": os.getpid()}))
     remove_stale_status(node.folder)
     assert list(node.folder.glob("agent-status-*"))
+
+
+def test_a_canary_tells_whose_window_it_is(node: AgentWorld, capsys: pytest.CaptureFixture[str]) -> None:
+    node.add("a/first", boards=(0, 1))
+    told: list[str] = []
+    node.events = {102.0: lambda: told.append(seen(node, capsys))}
+
+    node.run(control={"mode": "canary:10%", "canary_window_s": 3.0, "power_limit_w": 250.0})
+
+    assert "mode canary" in told[0]
+    assert "arm: off (static acts; the policy's are 10 % of 3 s windows)" in told[0]
+    assert "the policy would ask for 250 W" in " ".join(told[0].split())
