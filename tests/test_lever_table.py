@@ -18,12 +18,13 @@ from tests.profile_world import whole_profile
 GUARD = Guard(
     min_limit_w=100.0, max_limit_w=400.0, boards=4, launch_sequences=64, sm_clocks_mhz=tuple(range(210, 1411, 15))
 )
+BATCHES = np.array([64.0, 16.0, 4.0])
 CHAT = key_of(1200.0, 225.0, 0.0, None)
 
 
 @cache
 def tables() -> LeverTables:
-    return LeverTables(whole_profile().model(), GUARD)
+    return LeverTables(whole_profile().model(), GUARD, BATCHES)
 
 
 def test_figures_at_a_level_are_the_profiles_own() -> None:
@@ -81,13 +82,15 @@ def test_so_many_run_that_output_keeps_up(asked: float) -> None:
 
 def test_levels_lie_between_what_was_measured_and_what_may_be_asked() -> None:
     lower = LeverTables(
-        whole_profile().model(), Guard(min_limit_w=150.0, max_limit_w=300.0, boards=4, launch_sequences=64)
+        whole_profile().model(), Guard(min_limit_w=150.0, max_limit_w=300.0, boards=4, launch_sequences=64), BATCHES
     )
     assert lower.limits_w[0] == 150.0
     assert lower.limits_w[-1] == 300.0
     assert lower.clocks_mhz == ()  # boards that name no clocks
     with pytest.raises(ValueError, match="lowest limit"):
-        LeverTables(whole_profile().model(), Guard(min_limit_w=50.0, max_limit_w=90.0, boards=4, launch_sequences=64))
+        LeverTables(
+            whole_profile().model(), Guard(min_limit_w=50.0, max_limit_w=90.0, boards=4, launch_sequences=64), BATCHES
+        )
 
 
 def test_the_first_lever_is_no_lever() -> None:

@@ -129,10 +129,6 @@ class PalsPolicy:
         self.settings = s = settings or PalsSettings()
         if s.objective not in OBJECTIVES:
             raise ConfigError(f"objective {s.objective!r}: known are {', '.join(OBJECTIVES)}. Nothing was written")
-        try:
-            self._tables = LeverTables(fitted, guard)
-        except ValueError as e:
-            raise ConfigError(f"policy pals cannot use this profile: {e}. Nothing was written") from e
         self._guard, self._launch = guard, guard.launch_sequences
         launch = guard.launch_sequences
         levels = (
@@ -141,6 +137,10 @@ class PalsPolicy:
             else np.array([float(launch)])
         )
         self._batches: FloatArray = levels[::-1].astype(float)  # the launch batch first
+        try:
+            self._tables = LeverTables(fitted, guard, self._batches)
+        except ValueError as e:
+            raise ConfigError(f"policy pals cannot use this profile: {e}. Nothing was written") from e
         node = guard.boards / FEWEST if guard.boards < FEWEST else max(1.0, guard.boards / MOST)
         idle_w = float(values_of(fitted.x).static) * fitted.base.static_w * guard.boards
         self._boards = Boards(idle_w, node if s.objective == "node" else 0.0)
@@ -284,7 +284,8 @@ class PalsPolicy:
         """What every candidate misses."""
         found = self._tables.rows(state.key, self._guard.max_limit_w) if state.key is not None else None
         inside = min(float(self._launch), a.inside) if a.kind == CLOSED else float(self._launch)
-        needed = needed_tokens_s(a, slo, _most(found or rows, inside, state.bias), _most(rows, inside, state.bias))
+        most_found, most_now = (r.most_per_s(inside) / state.bias.step for r in (found or rows, rows))
+        needed = needed_tokens_s(a, slo, most_found, most_now)
         return excess(o, a, slo, needed, state.margins if self.settings.use_margins else Margins(0.0, 0.0), wider)
 
     def _choose(
@@ -292,9 +293,12 @@ class PalsPolicy:
     ) -> tuple[Decision, State]:
         """Hold the point in force, or move."""
         s = self.settings
-        o = outlook(rows, self._batches, a, state.bias, self._boards)
+        o = outlook(rows, self._batches[: 1 if self._launch_suffices(state, a) else None], a, state.bias, self._boards)
         e = self._excess(state, rows, o, a, slo, wider)
         among = self._usable(rows, o)
+        if o.cost_j.shape[1] < len(self._batches) and not (e.lasting() & among).any():
+            o = outlook(rows, self._batches, a, state.bias, self._boards)
+            e, among = self._excess(state, rows, o, a, slo, wider), self._usable(rows, o)
         if state.surge is not None and now_s - state.surge.since_s > s.longest_surge_s:
             state = state._replace(surge=None)  # it is the load
         move = self._decide(state, o, e, a, rows, among, now_s)
@@ -319,6 +323,10 @@ class PalsPolicy:
         state = state._replace(why=("hold" if pick.given_up == ALL else reason, told))
         return replace(self._decision(state, rows.ceiling_w, reason, told), most_waiting=bound), state
 
+    def _launch_suffices(self, state: State, a: Asked) -> bool:
+        """Whether smaller batches need no look: where requests arrive by themselves they only make them wait."""
+        return a.kind == OPEN and state.batch is None and (state.surge is None or state.surge.batch is None)
+
     def _usable(self, rows: Rows, o: Outlook) -> np.ndarray:
         """Levers that may be used and that bind: one that does not is left as found."""
         s = self.settings
@@ -333,7 +341,7 @@ class PalsPolicy:
             ] = False
         limits_w = rows.limits_w[:, None] * self._guard.boards
         ok &= limits_w < np.where(limits_w > 0, o.natural_w, np.inf)
-        slack = self._batches[None, :] >= np.maximum(o.running, 1.0)
+        slack = self._batches[: o.cost_j.shape[1]] >= np.maximum(o.running, 1.0)
         ok[:, 1:] &= ~(slack[:, 1:] & slack[:, :-1])  # of batches that hold nobody back only the largest
         return ok
 
@@ -435,11 +443,6 @@ _NOTHING_LEARNT = Correction()
 def _has_tail(slo: Slo) -> bool:
     """Whether a 99th percentile has a target."""
     return slo.ttft_p99_s is not None or slo.tpot_p99_s is not None
-
-
-def _most(rows: Rows, inside: float, bias: Bias) -> float:
-    """Output tokens per second without a lock at the ceiling, so many inside."""
-    return rows.of(0, max(1.0, inside))[TOKENS] / bias.step
 
 
 def _moved(value: float, ratio: float, gain: float) -> float:

@@ -20,9 +20,10 @@ from pals.models.fitted import Fitted
 from pals.models.forecast import FloatArray
 from pals.models.observed import OBSERVED, UNSEEN
 
-LIMIT_LEVELS, CLOCK_LEVELS, RUNNING_LEVELS = 10, 14, 11
+LIMIT_LEVELS, CLOCK_LEVELS, RUNNING_LEVELS = 10, 22, 11
 MIX_GRID = 0.125  # of log2 of each length: half a step is 4 %
 WIDTH_GRID = 1.0  # intervals follow the mix slowly, and cost most
+LEAST_HALF = 0.05  # of an interval: a load is known by its means only, whatever the profile is sure of
 TABLES, ROWS = 64, 64  # kept
 QUANTITIES = (*OBSERVED, *UNSEEN)  # in the order in which a profile tells them
 POWER, STEP, TOKENS, TPOT, TPOT95, TTFT, TTFT95, CLOCK, NATURAL, PREFILL = range(len(QUANTITIES))
@@ -64,8 +65,8 @@ class Lever(NamedTuple):
 FREE = Lever()
 
 
-#: Further columns of a table: half 90 % intervals of logarithms.
-TPOT_HALF, TTFT_HALF = len(QUANTITIES), len(QUANTITIES) + 1
+#: Further columns of a table: half 90 % intervals of logarithms, and how TPOT follows the running sequences, d ln / d ln.
+TPOT_HALF, TTFT_HALF, ELASTIC = len(QUANTITIES), len(QUANTITIES) + 1, len(QUANTITIES) + 2
 _WIDE = (TPOT95, TTFT95)  # whose they are
 
 
@@ -78,6 +79,11 @@ class Rows(NamedTuple):
     ceiling_w: float
     limits_w: FloatArray  # of each lever, 0: none of its own, shape (levers,)
     rates: FloatArray  # tokens per second, shape (levers, levels)
+    full: FloatArray  # every column where every place of a batch is taken, shape (levers, batches, columns)
+
+    def most_per_s(self, running: float) -> float:
+        """Tokens per second with no lever, so many running."""
+        return float(np.interp(running, self.levels, self.rates[0]))
 
     def position(self, lever: Lever) -> int | None:
         """Where a lever stands; None: it is not among them."""
@@ -109,13 +115,13 @@ class Rows(NamedTuple):
 class LeverTables:
     """Tables of one profile on one group of boards."""
 
-    def __init__(self, fitted: Fitted, guard: Guard) -> None:
-        """Levels of each lever are even in its logarithm, between what was measured and what may be asked.
+    def __init__(self, fitted: Fitted, guard: Guard, batches: FloatArray) -> None:
+        """Tables for the active-sequence limits `batches`. Levels of each lever are even in its logarithm, between what was measured and what may be asked.
 
         Raises:
             ValueError: no power limit that was measured may be asked of these boards.
         """
-        self.fitted, self._guard = fitted, guard
+        self.fitted, self._guard, self._batches = fitted, guard, batches
         top_w = guard.max_limit_w
         low_w = max(guard.min_limit_w, fitted.hull.limit_w.low if fitted.hull is not None else 0.0)
         if low_w > top_w:
@@ -156,7 +162,11 @@ class LeverTables:
         half = self._half(*(round(x * MIX_GRID / WIDTH_GRID) for x in key))
         if half is None:
             return None
-        every = np.concatenate([self._figures(key), half[list(_WIDE)]])
+        told = self._figures(key)
+        elastic = (
+            np.gradient(np.log(told[TPOT]), np.log(self.levels), axis=1) if len(self.levels) > 1 else 0.0 * told[TPOT]
+        )
+        every = np.concatenate([told, np.maximum(half[list(_WIDE)], LEAST_HALF), elastic[None]])
         n, ceiling_w = len(self.limits_w), max(self.limits_w[0], ceiling_w)
         lower = [i for i, w in enumerate(self.limits_w) if w < ceiling_w - 0.5]
         at_ceiling, locked = _at_limit(every, self.limits_w, ceiling_w), every[:, n:]
@@ -164,14 +174,17 @@ class LeverTables:
         locked = np.where(holds, at_ceiling[:, None], locked)
         figures = np.concatenate([at_ceiling[:, None], every[:, lower], locked], axis=1)
         own_w = [self.limits_w[i] for i in lower]
-        return Rows(
+        rows = Rows(
             levers=(FREE, *(Lever(limit_w=w) for w in own_w), *(Lever(clock_mhz=c) for c in self.clocks_mhz)),
             table=np.ascontiguousarray(np.moveaxis(figures, 0, -1).reshape(-1, len(figures))),
             levels=self.levels,
             ceiling_w=ceiling_w,
             limits_w=np.array([0.0, *own_w, *(0.0 for _ in self.clocks_mhz)]),
             rates=figures[TOKENS],
+            full=figures[:0],
         )
+        slots = np.broadcast_to(self._batches, (len(rows.levers), len(self._batches)))
+        return rows._replace(full=rows.at(slots))
 
 
 def _clock_levels(fitted: Fitted, guard: Guard) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from pals.control.lever_table import (
     CLOCK,
+    ELASTIC,
     NATURAL,
     POWER,
     PREFILL,
@@ -26,7 +27,7 @@ from pals.control.lever_table import (
     Rows,
     running_at,
 )
-from pals.models.crowd import FEW_MORE, Crowd
+from pals.models.crowd import Crowd
 from pals.models.forecast import FloatArray
 from pals.models.node_power import OFFSET_W, SLOPE
 
@@ -85,14 +86,15 @@ class Outlook(NamedTuple):
 
 
 def outlook(rows: Rows, batches: FloatArray, a: Asked, bias: Bias, boards: Boards) -> Outlook:
-    """Every lever of `rows` with every batch of `batches`, shape (batches,)."""
+    """Every lever of `rows` with the first of its batches, shape (batches,)."""
     slots = np.empty((len(rows.levers), len(batches)))
     slots[:] = batches
-    running = _running(rows, slots, a, bias)
-    full, at, more = _columns(rows, slots, running, np.maximum(1.0, running) * FEW_MORE)
+    full = rows.full[:, : len(batches)]
     most = full[..., TOKENS] / bias.step
+    running = _running(rows, slots, a, bias)
+    at = rows.at(running)
     if a.kind == OPEN:
-        crowd = Crowd.of(running, slots, more[..., TPOT] / at[..., TPOT])
+        crowd = Crowd.elastic(running, slots, at[..., ELASTIC])
     else:
         crowd = Crowd(running, running, np.zeros_like(running))
     many = np.minimum(slots, np.maximum(crowd.during_answers, a.running / BEYOND))

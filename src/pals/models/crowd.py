@@ -39,7 +39,12 @@ class Crowd(NamedTuple):
     @staticmethod
     def of(running: FloatArray, slots: FloatArray, slower: FloatArray) -> Crowd:
         """`slower`: factor on the time per token with `FEW_MORE` times as many running."""
-        elasticity = np.minimum(np.maximum(np.log(slower) / _LOG_FEW_MORE, 0.0), MOST_ELASTIC)
+        return Crowd.elastic(running, slots, np.log(slower) / _LOG_FEW_MORE)
+
+    @staticmethod
+    def elastic(running: FloatArray, slots: FloatArray, elasticity: FloatArray) -> Crowd:
+        """`elasticity`: of the time per token in the number running."""
+        elasticity = np.minimum(np.maximum(elasticity, 0.0), MOST_ELASTIC)
         deviation = np.sqrt(running / (1.0 - elasticity))
         high = running + P95 * deviation
         return Crowd(
