@@ -21,7 +21,7 @@ ALL, NO_TPOT, NO_TTFT = "all", "tpot", "ttft"  # which target is given up
 NO_LOSS = 0.998  # of the most throughput, where nobody said that it may be less
 QUEUE = 0.7  # of the TTFT target: who waits so long is in danger
 NEAR_BEST = 0.005  # of a logarithm: candidates so near the least excess count as equal
-STEADY_ROOM = 0.012  # of a logarithm
+STEADY_ROOM = 0.007  # of a logarithm
 FAR = 50.0  # stands for an infinite excess
 _E_FAR = exp(FAR)
 
