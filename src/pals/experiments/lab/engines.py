@@ -48,9 +48,9 @@ class EngineCase:
     prefix_caching: bool = False
     context_tokens: int | None = None  # longest request; None: what model and KV cache take
     spread: float = SPREAD  # standard deviation of the factors on the constants
-    profiled_tokens: tuple[int, int] | None = (
-        None  # mean prompt and output that the sweep is told of; None: its default
-    )
+    prompt_tokens: float | None = None  # of the user's own mix, which is profiled first; None: the default's
+    output_tokens: float | None = None
+    sizes: str = ""  # digest of a folder's config, so that another one is another engine; empty: a shipped model
 
     @property
     def name(self) -> str:
