@@ -53,7 +53,7 @@ class SimulatedLoad:
         """Send requests of `mix` from now on; those sent before end by themselves."""
         if mix != self._mix:
             self._mix, self._first = mix, self._replica.sent_count
-            self._replica.keep_in_flight(in_flight, self._drawn(mix))
+            self._replica.keep_in_flight(in_flight, requests_of_mix(mix, self._rng))
         elif in_flight != self._in_flight:
             self._replica.keep_in_flight(in_flight)
         self._in_flight = in_flight
@@ -61,7 +61,7 @@ class SimulatedLoad:
     def refill(self) -> None:
         """Draw more requests before the supply ends."""
         if self._mix is not None and self._replica.unsent_count < REFILL_BELOW:
-            self._replica.keep_in_flight(self._in_flight, self._drawn(self._mix))
+            self._replica.keep_in_flight(self._in_flight, requests_of_mix(self._mix, self._rng))
 
     def latencies(self, since_s: float) -> Latencies:
         """See `LoadDriver`; a request counts where its first, or last, token came after `since_s`."""
@@ -73,20 +73,23 @@ class SimulatedLoad:
             tpot_s=(lasted_s / (r.output_tokens[ended] - 1)).tolist(),
         )
 
-    def _drawn(self, mix: Mix) -> Workload:
-        prompt, output, cached = (
-            self._lengths(mean, mix.spread) for mean in (mix.prompt_tokens, mix.output_tokens, mix.cached_tokens)
-        )
-        return Workload(
-            name=mix.name, arrival_s=np.zeros(SUPPLY), prompt_tokens=np.maximum(prompt, 1) + cached,
-            output_tokens=np.maximum(output, 1), prefix_tokens=cached,
-        )  # fmt: skip
 
-    def _lengths(self, mean: float, spread: float) -> np.ndarray:
-        """Uniform; each block of `BLOCK` requests covers the law evenly, so that chance says little in a window."""
-        order = self._rng.permuted(np.tile(np.arange(BLOCK), (SUPPLY // BLOCK, 1)), axis=1)
-        share = (order + self._rng.random(order.shape)).ravel() / BLOCK
-        return np.asarray(np.rint(mean * (1.0 - spread + 2.0 * spread * share)), dtype=np.int32)
+def requests_of_mix(mix: Mix, rng: np.random.Generator) -> Workload:
+    """`SUPPLY` requests of a closed loop; each length is uniform about its mean, and arrival times do not count."""
+    prompt, output, cached = (
+        _lengths(mean, mix.spread, rng) for mean in (mix.prompt_tokens, mix.output_tokens, mix.cached_tokens)
+    )
+    return Workload(
+        name=mix.name, arrival_s=np.zeros(SUPPLY), prompt_tokens=np.maximum(prompt, 1) + cached,
+        output_tokens=np.maximum(output, 1), prefix_tokens=cached,
+    )  # fmt: skip
+
+
+def _lengths(mean: float, spread: float, rng: np.random.Generator) -> np.ndarray:
+    """Each block of `BLOCK` requests covers the law evenly, so that chance says little in a window."""
+    order = rng.permuted(np.tile(np.arange(BLOCK), (SUPPLY // BLOCK, 1)), axis=1)
+    share = (order + rng.random(order.shape)).ravel() / BLOCK
+    return np.asarray(np.rint(mean * (1.0 - spread + 2.0 * spread * share)), dtype=np.int32)
 
 
 class ProfiledReplica(NamedTuple):

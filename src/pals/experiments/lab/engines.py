@@ -50,7 +50,7 @@ class EngineCase:
     spread: float = SPREAD  # standard deviation of the factors on the constants
     prompt_tokens: float | None = None  # of the user's own mix, which is profiled first; None: the default's
     output_tokens: float | None = None
-    sizes: str = ""  # digest of the config.json of a model given as a folder: another one is another engine
+    sizes: str = ""  # digest of a folder's config, so that another one is another engine; empty: a shipped model
 
     @property
     def name(self) -> str:

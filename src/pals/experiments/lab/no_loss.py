@@ -104,7 +104,7 @@ class NoLoss:
             lines.append([", ".join(place), *cells])
         caption = (
             "**Work done over the default's (tokens/s at saturation, requests inside the targets below it) / tokens per joule of "
-            f"estimated node energy over the default's. {left_out(POLICIES)}**"
+            f"estimated node energy over the default's.** {left_out(POLICIES)}"
         )
         return [Table(header=("engine, load", *policies), lines=lines, caption=caption)] if rows else []
 

@@ -27,7 +27,7 @@ def markdown_of(experiment: Experiment, rows: Sequence[Row], page: Page) -> str:
         experiment.question,
         f"Targets, written before the runs: {experiment.targets}",
         told(page),
-        *(f"{t.caption}\n\n{grid(t.header, t.lines)}".strip() for t in experiment.tables(rows)),
+        *(f"{t.caption.strip()}\n\n{grid(t.header, t.lines)}".strip() for t in experiment.tables(rows)),
         grid(VERDICT_HEADER, [verdict_line(v) for v in verdicts]) if verdicts else "No verdict can be given on these rows.",
         summary(verdicts),
     ]  # fmt: skip

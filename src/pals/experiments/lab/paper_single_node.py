@@ -122,8 +122,8 @@ class PaperSingleNode:
                 made.append(
                     Table(header=self._header(rows), lines=_efficiency(chosen, figure), caption=f"**{caption}**")
                 )
-        note = f"Share of control periods below the target, mean over all models. {left_out(POLICIES)}".strip()
-        made.append(Table(header=self._header(rows), lines=_missed(rows), caption=f"**{note}**"))
+        note = f"**Share of control periods below the target, mean over all models.** {left_out(POLICIES)}"
+        made.append(Table(header=self._header(rows), lines=_missed(rows), caption=note))
         return made if rows else []
 
     def _header(self, rows: Sequence[Row]) -> list[str]:

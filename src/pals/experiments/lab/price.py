@@ -117,7 +117,7 @@ class Price:
                 header=("engine, load", *policies),
                 lines=[_line(here, place, figure, policies) for place, here in by_place(rows).items()],
                 caption=f"**Tokens per joule of {what} energy over the default's, mean (least–most) over seeds; ! marks a run that "
-                f"missed a target. {left_out(POLICIES)}**",
+                f"missed a target.** {left_out(POLICIES)}",
             )
             for figure, what in (("tokens_per_j_node", "estimated node"), ("tokens_per_j_gpu", "GPU"))
         ]

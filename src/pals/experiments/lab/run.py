@@ -52,6 +52,10 @@ class RunTask:
     time_line: bool = False
     controller: AnyController | None = None  # in place of the one that `policy` names: for rivals that know the truth
 
+    def rng(self) -> np.random.Generator:
+        """What lengths are drawn from; the same each time."""
+        return np.random.default_rng([self.seed, 10])
+
     @property
     def config(self) -> Config:
         """As a user would write it."""
@@ -92,7 +96,7 @@ def run(task: RunTask) -> Ran:
         rig = replace(rig, controller=task.controller)
     faults = TimedFaults(task.sim.faults, replica, group, task.sim.step_model)
     meter, line = SpanMeter(replica, task.load.warmup_s), TimeLine(replica) if task.time_line else None
-    feed = task.load.start(replica, np.random.default_rng([task.seed, 10]))
+    feed = task.load.start(replica, task.rng())
     with quiet_log():
         _drive(task, rig, faults, feed, meter, line)
     ledger = meter.ledger()

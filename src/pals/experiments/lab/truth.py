@@ -11,17 +11,14 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
-
 from pals.core.quantities import Budget, Decision, OperatingPoint, Slo, TelemetrySample
-from pals.experiments.lab.loads import Load, MixLengths, OpenLoop
+from pals.experiments.lab.loads import OpenLoop
 from pals.experiments.lab.run import RunTask
+from pals.experiments.simulated_profile import requests_of_mix
 from pals.models.node_power import MOST, OFFSET_W, SLOPE, share_of_nodes
-from pals.plant.workload import Workload
 
 STATIC_BEST, ORACLE = "static-best", "oracle"
 SEARCHES = {STATIC_BEST: "pals.experiments.static_best", ORACLE: "pals.experiments.oracle"}
-SUPPLY = 4096  # requests of a closed loop, over again where they end
 WARMUP_S, MEASURED_S = 20.0, 60.0  # of a closed loop in a search
 #: Levels that the oracle may choose from in each window, beside the best static point. A closed loop never lacks work: there
 #: a smaller batch or a lower limit has nothing to answer to, and the clock alone is left.
@@ -91,25 +88,12 @@ def _search_task(task: RunTask) -> Any:
         sim, loop = replace(sim, workload=load.workload), None
     else:
         loop = fixed.ClosedLoop(
-            supply=supply_of(load, task.seed), in_flight=load.in_flight, warmup_s=WARMUP_S, measured_s=MEASURED_S
+            supply=requests_of_mix(load.mix, task.rng()),
+            in_flight=load.in_flight,
+            warmup_s=WARMUP_S,
+            measured_s=MEASURED_S,
         )
     return fixed.RivalTask(
         sim=sim, slo=task.slo, budget=task.budget, loop=loop, objective=task.objective, lowering=task.lowering, node_slope=SLOPE,
         node_offset_w=OFFSET_W * share_of_nodes(sim.boards) / nodes,
-    )  # fmt: skip
-
-
-def supply_of(load: Load, seed: int) -> Workload:
-    """Requests of a closed loop's mix; arrival times do not count.
-
-    Raises:
-        TypeError: an open loop, which has its own.
-    """
-    if isinstance(load, OpenLoop):
-        raise TypeError("an open loop brings its own requests")
-    prompt, output = MixLengths(mix=load.mix).draw(SUPPLY, np.random.default_rng([seed, 13]))
-    none = np.zeros(SUPPLY)
-    return Workload(
-        name=load.mix.name, arrival_s=none, prompt_tokens=prompt, output_tokens=output,
-        prefix_tokens=none.astype(np.int32),
     )  # fmt: skip
