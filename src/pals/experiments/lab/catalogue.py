@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pals.experiments.lab.dynamic_budget import DynamicBudget
 from pals.experiments.lab.experiment import Experiment
 from pals.experiments.lab.no_loss import NoLoss
 from pals.experiments.lab.paper_single_node import PaperSingleNode
 from pals.experiments.lab.price import Price
+from pals.experiments.lab.qos_budget import QosBudget
 
-EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (PaperSingleNode(), Price(), NoLoss())}
+EXPERIMENTS: dict[str, Experiment] = {
+    e.name: e for e in (PaperSingleNode(), Price(), QosBudget(), DynamicBudget(), NoLoss())
+}

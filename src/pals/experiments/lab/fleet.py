@@ -56,7 +56,9 @@ def boards_w_of(node_w: float, engines: int, boards: int) -> float:
     """
     left_w = (node_w - OFFSET_W * share_of_nodes(boards) * engines) / SLOPE
     if left_w <= 0:
-        raise ConfigError(f"a budget of {node_w:.0f} W leaves nothing for the boards of {engines} nodes. Nothing was run")
+        raise ConfigError(
+            f"a budget of {node_w:.0f} W leaves nothing for the boards of {engines} nodes. Nothing was run"
+        )
     return left_w
 
 

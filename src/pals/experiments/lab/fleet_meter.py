@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,7 @@ class FleetLedger:
         edges = np.arange(0, len(self.time_s), step)
         energy_j = self.energy_j.sum(axis=1)[edges]
         lasted_s = np.diff(self.time_s[edges])
-        budget_w = np.array([self.budget_w[a:b].mean() for a, b in zip(edges[:-1], edges[1:], strict=True)])
+        budget_w = np.array([self.budget_w[a:b].mean() for a, b in pairwise(edges)])
         return self.time_s[edges[:-1]], np.diff(energy_j) / lasted_s, budget_w
 
     def throughput_missed(self, width_s: float) -> list[float]:

@@ -93,7 +93,9 @@ def _common(members: Sequence[RunTask]) -> tuple[float, float]:
     """Period and warm-up of all."""
     both = {(m.period_s, m.load.warmup_s) for m in members}
     if len(both) != 1:
-        raise ConfigError(f"engines under one budget need one period and one warm-up, got {sorted(both)}. Nothing was run")
+        raise ConfigError(
+            f"engines under one budget need one period and one warm-up, got {sorted(both)}. Nothing was run"
+        )
     return both.pop()
 
 
