@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pals.control.guard import Guard
 from pals.core.errors import ConfigError
 from pals.core.quantities import OperatingPoint, Slo
 from pals.experiments.lab.dynamic_budget import DynamicBudget, DynamicCell
@@ -19,7 +20,7 @@ from pals.experiments.lab.experiment import Row, Wish
 from pals.experiments.lab.fleet import boards_w_of, engine_of, node_w_of
 from pals.experiments.lab.fleet_meter import FleetLedger
 from pals.experiments.lab.fleet_run import FleetRan, FleetTask, run_fleet
-from pals.experiments.lab.fleet_truth import ORACLE, Served, best_allocation
+from pals.experiments.lab.fleet_truth import MARGIN, ORACLE, Served, best_allocation
 from pals.experiments.lab.loads import ClosedLoop
 from pals.experiments.lab.paper_single_node import LENGTHS
 from pals.experiments.lab.power_signals import MEAN, RESERVE, levels, read_signal, regulation, regulation_z, shed, steps
@@ -206,7 +207,7 @@ def ledger(power_w: list[float], budget_w: list[float]) -> FleetLedger:
     energy_j = np.concatenate([[0.0], np.cumsum(np.array(power_w) * 0.5)])[:, None]
     none = np.zeros_like(energy_j)
     return FleetLedger(
-        time_s=0.5 * np.arange(len(energy_j)), energy_j=energy_j, tokens=none, waiting=none,
+        time_s=np.array([0.5 * i for i in range(len(energy_j))]), energy_j=energy_j, tokens=none, waiting=none,
         budget_w=np.array([*budget_w, budget_w[-1]]), targets_tokens_s=np.array([np.nan]),
     )  # fmt: skip
 
@@ -217,6 +218,7 @@ def test_tracking_tells_the_margin_from_what_is_left() -> None:
     assert told["rmse"] == pytest.approx(0.02)
     assert (told["rmse_over"], told["over_share"], told["far_share"], told["shed_s"]) == (0.0, 0.0, 0.0, None)
     assert told["rmse_left"] == pytest.approx(0.0, abs=1e-12)
+    assert Guard(min_limit_w=1.0, max_limit_w=2.0, boards=1, launch_sequences=1).margin == MARGIN
 
 
 def test_power_above_the_budget_counts_in_seconds_and_in_its_error() -> None:

@@ -19,7 +19,7 @@ from pals.experiments.lab.fleet import SOURCES, as_found, engine_of, fleet_colum
 from pals.experiments.lab.fleet_run import FleetTask, run_fleet
 from pals.experiments.lab.loads import WARMUP_S, ClosedLoop
 from pals.experiments.lab.paper_single_node import IN_FLIGHT, LENGTHS, policies_in
-from pals.experiments.lab.power_signals import PowerSignal, read_signal, regulation, shed, steps
+from pals.experiments.lab.power_signals import PowerSignal, low, read_signal, regulation, shed, steps
 from pals.experiments.lab.ratios import Place, by_seed, ratios, told
 from pals.experiments.lab.run import RunTask
 from pals.experiments.lab.tracking import FAR, tracking_of
@@ -82,7 +82,7 @@ class DynamicBudget:
             DynamicCell(fleet=name, engines=tuple(engine_of(m, seed) for m in models), policy=policy, signal=signal)
             for seed in wish.seeds(1, 3)
             for name, models in FLEETS.items()
-            for signal in ((given,) if given is not None else (steps(), shed(), regulation(span_s, seed)))
+            for signal in ((given,) if given is not None else (steps(), low(), shed(), regulation(span_s, seed)))
             for policy in fleet_policies(wish, POLICIES)
         ]
 

@@ -11,7 +11,7 @@ from pals.experiments.lab.engines import EngineCase
 from pals.experiments.lab.experiment import Wish
 from pals.experiments.lab.figures import Figures, node_energy_j
 from pals.experiments.lab.fleet_meter import FleetLedger
-from pals.experiments.lab.fleet_truth import ORACLE, STATIC_BEST
+from pals.experiments.lab.fleet_truth import GUARDED, ORACLE, STATIC_BEST
 from pals.experiments.lab.loads import ClosedLoop
 from pals.experiments.lab.paper_single_node import BOARDS, IN_FLIGHT, LAUNCH, LENGTHS
 from pals.experiments.lab.rivals import BASELINE
@@ -68,7 +68,7 @@ def fleet_policies(wish: Wish, usual: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ConfigError: one that does not exist.
     """
-    known = (*POLICIES, STATIC_BEST, ORACLE)
+    known = (*POLICIES, STATIC_BEST, ORACLE, GUARDED)
     if unknown := [p for p in wish.policies if p not in known]:
         raise ConfigError(f"unknown policy {unknown[0]!r}; known: {', '.join(known)}. Nothing was run")
     return (BASELINE, *(p for p in wish.policies or usual if p in known and p != BASELINE))

@@ -27,7 +27,8 @@ from pals.experiments.simulated_node import SimulatedBoard, SimulatedGroup
 from pals.models.node_power import OFFSET_W, SLOPE, share_of_nodes
 
 FloatArray = NDArray[np.float64]
-STATIC_BEST, ORACLE = "static-best", "oracle"
+STATIC_BEST, ORACLE, GUARDED = "static-best", "oracle", "oracle-guard"  # the last one: within the guard's margin
+MARGIN = 0.02  # of the budget, that the guard leaves free
 LIMITS, CLOCKS = 22, 13  # levels of each lever
 BATCHES = (1.0, 0.75, 0.5)  # of the launch batch
 LOWEST_CLOCK = 0.45  # of the top clock; below, a board only loses

@@ -27,6 +27,7 @@ SLOWEST_S, FASTEST_S = 600.0, 20.0  # its periods
 MEAN, RESERVE = 0.80, 0.15  # shares of the natural draw
 STEP_S = 120.0
 LEVELS = (1.0, 0.7, 0.85, 0.6, 1.0)
+LOW_LEVELS = (0.6, 0.5, 0.45)
 SHED_LEVELS, SHED_STEPS_S = (1.0, 0.7), (120.0, 180.0)
 
 
@@ -62,6 +63,11 @@ def levels(name: str, values: Sequence[float], lasting_s: Sequence[float]) -> Po
 def steps() -> PowerSignal:
     """Steps down and up, two minutes each."""
     return levels("steps", LEVELS, [STEP_S] * len(LEVELS))
+
+
+def low() -> PowerSignal:
+    """Little power, in three steps: where the paper has most to gain over a cap alone."""
+    return levels("low", LOW_LEVELS, [STEP_S] * len(LOW_LEVELS))
 
 
 def shed() -> PowerSignal:

@@ -28,7 +28,7 @@ from pals.experiments.lab.fleet import (
     node_w_of,
 )
 from pals.experiments.lab.fleet_run import FleetTask, run_fleet
-from pals.experiments.lab.fleet_truth import ORACLE, STATIC_BEST, best_allocation, served_points
+from pals.experiments.lab.fleet_truth import GUARDED, MARGIN, ORACLE, STATIC_BEST, best_allocation, served_points
 from pals.experiments.lab.loads import WARMUP_S, ClosedLoop, Load, OpenLoop, arrivals_of
 from pals.experiments.lab.paper_single_node import IN_FLIGHT, LENGTHS, policies_in
 from pals.experiments.lab.ratios import told
@@ -41,10 +41,10 @@ ASKED = (
     ("mistralai/Mixtral-8x7B-v0.1", 0.6),
     ("allenai/OLMoE-1B-7B-0924", 0.75),
 )  # each model's throughput target, of its own as found
-PAPER_W = 4800.0
-BUDGETS = ("60 %", "65 %", "70 %", "80 %", "90 %", "100 %", "4800 W")  # of what the nodes draw as found, or node watts
-OPEN_BUDGETS = ("70 %", "80 %")
-POLICIES = ("static", "pals-paper", "cap-only", "batch-only", "pals", STATIC_BEST, ORACLE)
+#: Of what the nodes draw as found, or node watts; 62 %: equal parts do not suffice, others do, even within the guard's margin.
+BUDGETS = ("60 %", "62 %", "65 %", "70 %", "80 %", "90 %", "100 %", "4800 W")
+OPEN_BUDGETS = ("70 %",)
+POLICIES = ("static", "pals-paper", "cap-only", "batch-only", "pals", STATIC_BEST, ORACLE, GUARDED)
 STEERED = ("static", "pals-paper", "cap-only", "batch-only", "pals")  # that need no truth
 SPAN_S, FULL_SPAN_S = 600.0, 3600.0
 LONG_S = 10.0  # throughput is also held against its target over windows so long
@@ -107,11 +107,9 @@ class QosBudget:
             engines = tuple(engine_of(model, seed) for model, _ in ASKED)
             cell = QosCell(engines=engines, shares=shares, policy=BASELINE, budget=BUDGETS[0], span_s=span_s)
             made += [replace(cell, policy=p, budget=b) for b in BUDGETS for p in policies]
-            if wish.full:
-                made += [
-                    replace(cell, policy=p, budget=b, loop="open")
-                    for b in OPEN_BUDGETS for p in policies if p in STEERED
-                ]  # fmt: skip
+            made += [
+                replace(cell, policy=p, budget=b, loop="open") for b in OPEN_BUDGETS for p in policies if p in STEERED
+            ]
         return made
 
     def run(self, cell: QosCell, place: Path) -> list[Row]:
@@ -209,8 +207,9 @@ def _held(cell: QosCell, members: Sequence[RunTask], boards_w: float, place: Pat
         served_points(e, ClosedLoop(mix=LENGTHS, in_flight=IN_FLIGHT), m.slo.throughput_tokens_s or 0.0, place)
         for e, m in zip(cell.engines, members, strict=True)
     ]
-    by_peak = cell.policy == ORACLE
-    return best_allocation(served, boards_w, boards=members[0].sim.boards, by_peak=by_peak).points
+    allowed_w = boards_w * (1.0 - MARGIN) if cell.policy == GUARDED else boards_w
+    by_peak = cell.policy != STATIC_BEST
+    return best_allocation(served, allowed_w, boards=members[0].sim.boards, by_peak=by_peak).points
 
 
 def node_budget_w(budget: str, natural_w: float) -> float:

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pals.experiments.lab.fleet_meter import FleetLedger
+from pals.experiments.lab.fleet_truth import MARGIN
 
 FloatArray = NDArray[np.float64]
-MARGIN = 0.02  # the guard's, of the budget
 FAR = 0.3  # of the reserve: the criterion of Acun, Hankendi, … Coskun, e-Energy 2026
 WITHIN_S = 1.0
 
