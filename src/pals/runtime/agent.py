@@ -20,7 +20,7 @@ from pals.core.protocols import PowerActuator, PowerMeter, WorthOfWatts
 from pals.core.quantities import BoardInfo, Budget, Slo, fingerprint_of
 from pals.models.profile import Profile
 from pals.runtime.config import Config, ControlConfig
-from pals.runtime.group import EngineGroup
+from pals.runtime.group import EngineGroup, Steered
 from pals.runtime.journal import Journal, JournalHeader
 from pals.runtime.live_budget import LiveBudget
 from pals.runtime.loop import boards_as_found
@@ -112,7 +112,7 @@ class Session:
     """One engine that is steered: tick it, ask what it holds, close it."""
 
     def __init__(
-        self, *, name: str, group: EngineGroup, rig: Rig, slo: Slo, sink: Callable[[TickRecord], None], exits: ExitStack
+        self, *, name: str, group: Steered, rig: Rig, slo: Slo, sink: Callable[[TickRecord], None], exits: ExitStack
     ) -> None:
         self.name, self.group, self.rig = name, group, rig
         self._slo, self._sink, self._exits = slo, sink, exits

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pals.core.errors import ConfigError
 from pals.core.quantities import LOWERINGS, EngineInfo, EngineSample
@@ -22,6 +22,24 @@ _ADDED = (
 )
 _LARGEST = "kv_usage busy_s last_step_s oldest_waiting_s"
 _OPTIONAL = "scheduled"  # summed where every rank tells it
+
+
+class Steered(Protocol):
+    """What is known of an engine that is steered, whatever it runs on."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What it is."""
+        ...
+
+    @property
+    def pids(self) -> frozenset[int]:
+        """Its processes."""
+        ...
+
+    def told(self) -> str:
+        """Its name, for messages."""
+        ...
 
 
 class EngineGroup:
@@ -166,7 +184,7 @@ def unique_name(group: EngineGroup, groups: Sequence[EngineGroup]) -> str:
     return f"{info.name}:{info.pid}" if same else info.name
 
 
-def refuse_shared_boards(groups: Sequence[EngineGroup]) -> None:
+def refuse_shared_boards(groups: Sequence[Steered]) -> None:
     """Raise `ConfigError` where two engines use the same board: it cannot have two limits."""
     for i, one in enumerate(groups):
         for other in groups[i + 1 :]:

@@ -7,13 +7,13 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pals.control.share import grant, targets
 from pals.core.errors import ConfigError, EngineGoneError, NotPutBackError, PalsError
 from pals.core.quantities import Budget
 from pals.runtime.agent import EXIT_ENGINE_GONE, AgentSetup, Session, open_session, slug
 from pals.runtime.group import EngineGroup, refuse_shared_boards, unique_name
 from pals.runtime.live_budget import LiveBudget
 from pals.runtime.loop import GridClock, on_grid
+from pals.runtime.sharing import lowering_first, share_now
 
 LOOK_EVERY_S = 2.0  # for engines that have come
 
@@ -104,24 +104,12 @@ class Node:
             self._look()
         self._promise()
         budget = self._budgets.at(elapsed_s)
-        for session, target_w in self._lowering_first(budget):
+        for session, target_w in lowering_first(self.sessions, budget, self._clock.now_s()):
             self._tick(session, budget, target_w)
-
-    def _lowering_first(self, budget: Budget) -> list[tuple[Session, float]]:
-        """The engines with the shares they should come to; those whose limits must fall are first."""
-        if budget.power_w is None:
-            return [(s, 0.0) for s in self.sessions]
-        holdings = [s.holding(self._clock.now_s()) for s in self.sessions]
-        wanted_w = targets(budget.power_w, holdings)
-        order = sorted(range(len(holdings)), key=lambda i: wanted_w[i] - holdings[i].limits_w)
-        return [(self.sessions[i], wanted_w[i]) for i in order]
 
     def _tick(self, session: Session, budget: Budget, target_w: float) -> None:
         now_s = self._clock.now_s()
-        share = budget
-        if budget.power_w is not None:
-            others = [s.holding(now_s) for s in self.sessions if s is not session]
-            share = Budget(power_w=grant(target_w, session.holding(now_s), others, budget.power_w))
+        share = share_now(session, self.sessions, target_w, budget, now_s)
         try:
             session.tick(share, now_s)
         except EngineGoneError as e:
