@@ -127,7 +127,7 @@ def _cloud(axes: Any, panel: Cloud, looks: Looks) -> None:
     exact = panel.joined and all(
         p.low == p.high for s in panel.series for p in s.x
     )  # such error bars would lie on each other
-    for i, s in enumerate(panel.series):
+    for i, s in enumerate(s for s in panel.series if s.x):
         style = looks.styles[s.name]
         moved = {"transform": _shifted(axes, DODGE_PT * (i - (len(panel.series) - 1) / 2))} if exact else {}
         drawn = axes.errorbar(

@@ -6,7 +6,7 @@ A name has the same colour, marker and hatch in every chart, and never a colour 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pals.core.quantities import Checked
@@ -131,6 +131,15 @@ class Traced:
 Panel = Cloud | Groups | Traced
 
 
+def tells(panel: Panel) -> bool:
+    """Whether anything would be seen in it."""
+    if isinstance(panel, Cloud):
+        return any(s.x for s in panel.series)
+    if isinstance(panel, Groups):
+        return any(v is not None for _, values in panel.values for v in values)
+    return bool(panel.time_s)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
     """One figure of a report."""
@@ -140,3 +149,8 @@ class Chart:
     panels: Sequence[Panel]
     columns: int = 1  # of a page of two columns
     made: str = "simulated"  # or emulated, or silicon; written into the figure
+
+    def telling(self) -> Chart | None:
+        """Without panels in which nothing would be seen; None: nothing is left."""
+        kept = [p for p in self.panels if tells(p)]
+        return replace(self, panels=kept) if kept else None

@@ -69,7 +69,7 @@ def grid_of(table: Table) -> Grid:
 
 def known(text: str) -> str:
     """Without "nan" and "inf" where a number should stand."""
-    return re.sub(r"[-+]?\b(?:nan|inf)\b\s?(?:%|×)?", UNKNOWN, text)
+    return re.sub(r"[-+]?\b(?:nan|inf)\b(?:\s?[%×])?", UNKNOWN, text)
 
 
 def blocks_of(text: str) -> Iterator[Block]:

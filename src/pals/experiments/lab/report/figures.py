@@ -8,7 +8,7 @@ from pals.experiments.lab.experiment import Row
 from pals.experiments.lab.report import figures_budget, figures_node, figures_open, figures_parts
 from pals.experiments.lab.report.spread import policies_in, seeds_told, where
 from pals.experiments.lab.rivals import BASELINE
-from pals.views.charts import Chart, Panel
+from pals.views.charts import Chart, Panel, tells
 
 FIGURES: Mapping[str, Callable[[Sequence[Row]], list[Chart]]] = {
     "paper-single-node": figures_node.paper_single_node,
@@ -28,7 +28,7 @@ def main_figure(rows: Mapping[str, Sequence[Row]]) -> Chart | None:
     for name, panel in MAIN.items():
         of_one = rows.get(name) or ()
         made = panel(of_one) if of_one else None
-        if made is not None:
+        if made is not None and tells(made):
             panels.append(made)
             told.append(f"{name}: {seeds_told(of_one)}")
     if not panels:

@@ -14,7 +14,7 @@ from pals.experiments.lab.report.spread import figure_stat, policies_in, seeds_t
 from pals.views.charts import Chart, Groups, Mark, Traced
 
 ALL = "all"  # the row of all engines together
-LINES = 4  # time lines in one figure
+LINES, CASES = 4, 9  # time lines in one figure, figures of them
 
 
 def qos_budget(rows: Sequence[Row]) -> list[Chart]:
@@ -147,17 +147,18 @@ def _axis(cases: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def time_lines(rows: Sequence[Row], name: str, columns: Sequence[str]) -> list[Chart]:
-    """One figure for each case of the first seed that has lines: a panel a policy."""
+    """One figure for each of the first cases that have lines, of its first seed: a panel a policy."""
     kept = [r for r in rows if r.get("time_line")]
     charts = []
-    for i, case in enumerate(dict.fromkeys(tuple(r[c] for c in columns) for r in kept), 1):
-        here = [r for r in kept if tuple(r[c] for c in columns) == case]
-        first = [r for r in here if r["seed"] == min(x["seed"] for x in here)][-LINES:]
+    for i, case in enumerate(list(dict.fromkeys(tuple(r[c] for c in columns) for r in kept))[:CASES], 1):
+        of_case = [r for r in kept if tuple(r[c] for c in columns) == case]
+        first = where(of_case, seed=min(r["seed"] for r in of_case))
+        chosen = [r for policy in policies_in(first) for r in where(first, policy=policy)[:1]][:LINES]
         words = ", ".join(map(str, case))
         charts.append(
             Chart(
-                name=f"{name}-time-line-{i}", panels=[power_line(r["time_line"], f"{r['policy']}: {words}") for r in first],
-                caption=f"Power of all boards and the budget over time: {words}, seed {first[0]['seed']}.",
+                name=f"{name}-time-line-{i}", panels=[power_line(r["time_line"], f"{r['policy']}: {words}") for r in chosen],
+                caption=f"Power of all boards and the budget over time: {words}, seed {chosen[0]['seed']}.",
             )
         )  # fmt: skip
     return charts

@@ -21,6 +21,7 @@ from pals.experiments.lab.report.spread import (
 from pals.views.charts import Chart, Groups, Mark, Stat
 
 NONE, WHOLE = "none", "whole"  # the unsurprised run; the policy with all its parts
+OVERRUNS = 2  # whose time lines are drawn, the worst first
 
 
 def surprises(rows: Sequence[Row]) -> list[Chart]:
@@ -53,7 +54,8 @@ def surprises(rows: Sequence[Row]) -> list[Chart]:
         charts.append(
             Chart(name="surprises-over", panels=[panel], caption=f"Seconds over the budget, worst engine. {seeds_told(rows)}")
         )  # fmt: skip
-    return charts + time_lines(rows, "surprises", ("surprise", "engine"))
+    worst = sorted(where(budgeted, policy="pals"), key=lambda r: -float(r.get("worst_over_w") or 0.0))[:OVERRUNS]
+    return charts + time_lines(worst, "surprises", ("surprise", "engine"))
 
 
 def _more_missed(rows: Sequence[Row], kinds: Sequence[str], title: str) -> Groups:

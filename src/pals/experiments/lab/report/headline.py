@@ -11,22 +11,20 @@ from pals.experiments.lab.report.sections import Told
 
 BEGIN, END = "<!-- experiments: begin -->", "<!-- experiments: end -->"
 MOST_MISSED = 3  # lines of missed promises of one experiment
-HEADER = ("simulated", "promise", "target", "measured", "over seeds", "seeds", "verdict")
+HEADER = ("promise (simulated)", "target", "measured", "over seeds", "seeds", "verdict")
 
 
 def headline(told: Sequence[Told], command: str) -> str:
     """A table: of each experiment its first promise and those that were missed, then how many of all were kept."""
     lines = list[list[str]]()
     for t in told:
-        shown = shown_of(t.verdicts)
         reached, missed, left = t.counts
-        for i, v in enumerate(shown):
+        for v in shown_of(t.verdicts):
             what, target, measured, spread, seeds, _ = verdict_line(v)
-            word = {True: "reached", False: "**missed**", None: "not judged"}[v.reached]
-            lines.append([t.experiment.name if i == 0 else "", what, target, measured, spread, seeds, word])
-        cells = f"{t.coverage.told} cells"
+            word = "reached" if v.reached else "**missed**"
+            lines.append([f"`{t.experiment.name}`: {what}", target, measured, spread, seeds, word])
         total = f"{reached} of {len(t.verdicts)} reached, {missed} missed, {left} not judged"
-        lines.append(["" if shown else t.experiment.name, f"all promises; {cells}", "", "", "", "", total])
+        lines.append([f"`{t.experiment.name}`, all promises ({t.coverage.told} cells)", "", "", "", "", total])
     return f"{grid(HEADER, lines)}\n\nMade by `{command}`.\n"
 
 

@@ -62,9 +62,9 @@ def read_all(experiments: Sequence[Experiment], place: Path) -> list[Told]:
 
 def _told(e: Experiment, rows: Sequence[Row], coverage: Coverage, place: Path) -> Told:
     try:
-        charts = FIGURES[e.name](rows) if e.name in FIGURES else []
+        drawn = FIGURES[e.name](rows) if e.name in FIGURES else []
         return Told(
-            experiment=e, rows=rows, coverage=coverage, verdicts=e.verdicts(rows), tables=e.tables(rows), charts=charts,
+            experiment=e, rows=rows, coverage=coverage, verdicts=e.verdicts(rows), tables=e.tables(rows), charts=[c for c in (chart.telling() for chart in drawn) if c is not None],
             asked=_noted(place / e.name / "verdicts.json"),
         )  # fmt: skip
     except KeyError as lacks:
@@ -149,7 +149,7 @@ def section(t: Told, number: int) -> list[Block]:
     blocks: list[Block] = [Heading(text=f"{e.title} (simulated)", level=2, anchor=e.name)]
     blocks += [
         Paragraph(text=f"**Question.** {e.question}"),
-        Paragraph(text=f"**Promised before the runs.** {e.targets}."),
+        Paragraph(text=f"**Promised before the runs.** {e.targets[:1].upper()}{e.targets[1:]}."),
     ]
     blocks += [Heading(text="Method", level=3), *blocks_of(_words_of(e)), Points(items=list(method(t)))]
     blocks.append(Heading(text="Verdicts", level=3))
