@@ -27,7 +27,7 @@ from pals.experiments.lab.report.sections import Told, read_all, report
 from pals.experiments.lab.report.spread import figure_stat, ratio_stat, short, stat_of
 from pals.experiments.lab.store import Kept, Store, digest_of_cell
 from pals.views.chart_drawing import drawn
-from pals.views.charts import STYLES, Chart, Cloud, Groups, Mark, Series, Stat, Traced, styles_of
+from pals.views.charts import STYLES, Chart, Cloud, Groups, Mark, Panel, Series, Stat, Traced, styles_of
 
 NAN = float("nan")
 SEEDS = (1, 2, 3)
@@ -273,7 +273,7 @@ def test_the_main_figure_takes_what_is_there() -> None:
 
 def test_panels_of_each_kind_are_drawn_the_same_twice_with_names_and_origin() -> None:
     stat = Stat(value=1.0, low=0.5, high=2.0)
-    panels = [
+    panels: list[Panel] = [
         Cloud(title="cloud", x_label="x, s", y_label="y, W", series=[Series(name="pals", x=[stat], y=[stat])], marks=[Mark(at=1.0, label="m")]),
         Groups(title="bars", label="%", groups=["a", "b"], values=[("pals", [stat, None]), ("static", [Stat.exact(0.0), None])], bars=True),
         Groups(title="dots", label="%", groups=["a"], values=[("other", [stat])], lying=True),

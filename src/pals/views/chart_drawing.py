@@ -12,7 +12,7 @@ from pals.views.charts import Chart, Cloud, Groups, Mark, Panel, Stat, Style, Tr
 from pals.views.figure import BLACK, BLUE, GREY, ORANGE
 
 COLUMN_IN, ROW_IN = 3.5, 2.5  # a column of a page, a row of panels
-GROUP_IN = 0.085  # of one value in a lying group
+GROUP_IN = 0.1  # of one value in a lying group
 DPI = 200
 LINE_IN = 0.17  # of the legend, and of the foot
 LETTER_IN = 0.058  # of a tick label
@@ -107,7 +107,7 @@ def _height_in(row: Sequence[Panel]) -> float:
     lying = [p for p in row if isinstance(p, Groups) and p.lying]
     if not lying:
         return 1.6 if all(isinstance(p, Traced) for p in row) else ROW_IN
-    return max(ROW_IN, *(0.7 + len(p.groups) * max(0.17, GROUP_IN * len(p.values)) for p in lying))
+    return max(ROW_IN, *(0.7 + len(p.groups) * max(0.2, GROUP_IN * len(p.values)) for p in lying))
 
 
 def _panel(axes: Any, panel: Panel, looks: Looks) -> None:
@@ -167,6 +167,7 @@ def _groups(axes: Any, panel: Groups, looks: Looks) -> None:
     along.set_ticks(range(len(panel.groups)), panel.groups)
     along.grid(False)
     across.set_label_text(panel.label)
+    along.set_label_text(panel.group_label)
     limits = (-0.55, len(panel.groups) - 0.45)
     if panel.lying:
         axes.set_ylim(limits[::-1])  # the first on top

@@ -109,6 +109,7 @@ class Groups:
     values: Sequence[tuple[str, Sequence[Stat | None]]]  # name, one a group
     marks: Sequence[Mark] = ()
     bars: bool = False  # from 0; otherwise dots, whose axis begins where it likes
+    group_label: str = ""  # of the groups, where their names need one
     lying: bool = False  # groups below each other: for long names
 
     def __post_init__(self) -> None:

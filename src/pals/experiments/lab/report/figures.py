@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from pals.experiments.lab.experiment import Row
 from pals.experiments.lab.report import figures_budget, figures_node, figures_open, figures_parts
@@ -38,17 +39,19 @@ def main_figure(rows: Mapping[str, Sequence[Row]]) -> Chart | None:
 
 def _frontier(rows: Sequence[Row]) -> Panel | None:
     moe = where(rows, moe=True)
-    return figures_node.frontier(moe or rows, "MoE models" if moe else "dense models")
+    return figures_node.frontier(
+        moe or rows, "throughput targets, MoE models" if moe else "throughput targets, dense models"
+    )
 
 
 def _open(rows: Sequence[Row]) -> Panel | None:
     policies = [p for p in policies_in(rows) if p != BASELINE]
-    return figures_open.misses(rows, policies) if policies else None
+    return replace(figures_open.misses(rows, policies), title="Traces in an open loop") if policies else None
 
 
 def _missed(rows: Sequence[Row]) -> Panel | None:
     closed = where(rows, engine=figures_budget.ALL, loop="closed")
-    return figures_budget.missed_by_budget(closed, "Throughput missed under one budget") if closed else None
+    return figures_budget.missed_by_budget(closed, "Three models under one budget") if closed else None
 
 
 def _tracking(rows: Sequence[Row]) -> Panel | None:

@@ -64,7 +64,9 @@ def _by_budget(
         (p, [figure_stat(where(rows, policy=p, budget=b), figure, scale=scale) for b in budgets])
         for p in policies_in(rows)
     ]
-    return Groups(title=title, label=label, groups=budgets, values=values, bars=bars)
+    return Groups(
+        title=title, label=label, groups=budgets, values=values, bars=bars, group_label="budget of all nodes, % of their draw as found, or W",
+    )  # fmt: skip
 
 
 def _by_model(rows: Sequence[Row], engine: str) -> Groups:

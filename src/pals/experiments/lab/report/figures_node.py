@@ -59,7 +59,7 @@ def frontier(rows: Sequence[Row], kind: str) -> Cloud:
         lines.append(Series(name=policy, x=[x for x, _ in points], y=[y for _, y in points]))
     marks = [Mark(at=s, label="targets") for s in shares]
     return Cloud(
-        title=f"{kind} ({len(values_in(rows, 'engine'))})", x_label="throughput over the default's",
+        title=f"{kind[:1].upper()}{kind[1:]} ({len(values_in(rows, 'engine'))})", x_label="throughput over the default's",
         y_label="GPU tokens/J over the default's", series=lines, x_marks=marks, joined=True,
     )  # fmt: skip
 
@@ -154,7 +154,7 @@ def no_loss(rows: Sequence[Row]) -> list[Chart]:
     engines = values_in(rows, "engine")
     panels = []
     for title, label, node in (
-        ("Work done", "over the default's", False),
+        ("Work done", "work over the default's", False),
         ("Energy", "node tokens/J over the default's", True),
     ):
         values = [
