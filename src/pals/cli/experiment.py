@@ -1,4 +1,4 @@
-"""`pals experiment`: runs experiments on the simulated plant, keeps their rows, prints tables and verdicts.
+"""`pals experiment`: runs experiments on the simulated plant, keeps their rows, prints tables and verdicts, makes a report of them.
 
 A missed target is a result: the exit code is 0 all the same.
 """
@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pals.cli.experiment_report import add_report_options, report
 from pals.cli.extras import require
 from pals.core.errors import ConfigError
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 OUT = Path("out/experiments")
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+RUN_OPTIONS = {"--policy": "policy", "--model": "model", "--boards": "boards", "--trace": "trace"}
 OVERRIDES = {"policies": "--policy", "models": "--model", "boards": "--boards", "trace": "--trace"}
 
 
@@ -35,11 +37,12 @@ def add_experiment(commands: Any) -> None:
         "experiment",
         help="run experiments on simulated plants: energy, promises, comparisons of policies",
         description="`list` names the experiments, `run NAME… | all` runs them (so does NAME alone): cells not yet kept in the folder are "
-        "simulated, then tables and verdicts are printed. Everything is simulated. Run the same command to go on after Ctrl-C. "
+        "simulated, then tables and verdicts are printed. `report [NAME…]` makes one report of all rows that are kept. Everything is "
+        "simulated. Run the same command to go on after Ctrl-C. "
         "docs/experiments.md",
         allow_abbrev=False,
     )
-    p.add_argument("words", nargs="+", metavar="list | run NAME… | run all", help="what to do")
+    p.add_argument("words", nargs="+", metavar="list | run NAME… | run all | report [NAME…]", help="what to do")
     p.add_argument("--full", action="store_true", help="more seeds (each experiment says how many)")
     p.add_argument("--seed", type=int, default=1, metavar="N", help="the first seed, at least 1 (default 1)")
     p.add_argument("--policy", action="append", metavar="P,…", help="these policies alone")
@@ -49,6 +52,7 @@ def add_experiment(commands: Any) -> None:
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: the machine's cores)")
     p.add_argument("--again", action="store_true", help="run cells that are kept already, too")
     p.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"rows and pages (default {OUT})")
+    add_report_options(p)
 
 
 def experiment(args: argparse.Namespace) -> int:
@@ -61,9 +65,39 @@ def experiment(args: argparse.Namespace) -> int:
     verb, *names = args.words
     if verb == "list":
         return list_all(names)
+    if verb == "report":
+        check_report(args)
+        return report(args, chosen(names or ["all"]))
+    check_no_report(args)
     if verb != "run":
         names = args.words
     return run_all(args, chosen(names), wish_of(args))
+
+
+def check_report(args: argparse.Namespace) -> None:
+    """Raise `ConfigError` for an option that only a run has a use for."""
+    options = {
+        "--full": args.full,
+        "--again": args.again,
+        "--seed": args.seed != 1,
+        "--workers": args.workers is not None,
+    }
+    options |= {option: getattr(args, of) is not None for option, of in RUN_OPTIONS.items()}
+    if given := [option for option, is_given in options.items() if is_given]:
+        raise ConfigError(
+            f"{given[0]} makes no sense for a report, which takes the rows that are kept. Nothing was written"
+        )
+
+
+def check_no_report(args: argparse.Namespace) -> None:
+    """Raise `ConfigError` for an option that only a report has a use for."""
+    for option, value in (
+        ("--rows", args.rows),
+        ("--main-figure", args.main_figure),
+        ("--main-table", args.main_table),
+    ):
+        if value is not None:
+            raise ConfigError(f"{option} belongs to `pals experiment report`. Nothing was run")
 
 
 def list_all(names: Sequence[str]) -> int:
