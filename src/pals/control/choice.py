@@ -21,6 +21,7 @@ ALL, NO_TPOT, NO_TTFT = "all", "tpot", "ttft"  # which target is given up
 NO_LOSS = 0.998  # of the most throughput, where nobody said that it may be less
 QUEUE = 0.7  # of the TTFT target: who waits so long is in danger
 NEAR_BEST = 0.005  # of a logarithm: candidates so near the least excess count as equal
+MORE = 1.1  # of a throughput target
 STEADY_ROOM = 0.007  # of a logarithm
 FAR = 50.0  # stands for an infinite excess
 _E_FAR = exp(FAR)
@@ -58,7 +59,8 @@ def needed_tokens_s(a: Asked, slo: Slo, most_found: float, most_now: float) -> f
         wanted = max(wanted or 0.0, slo.throughput_share * most_found)
     if a.kind == OPEN:
         asked = a.tokens_per_s / BUSIEST
-        return asked if wanted is None else min(asked, wanted)
+        enough = wanted is not None and a.tokens_per_s > MORE * wanted  # more arrives than anybody asks to be answered
+        return wanted if enough and wanted is not None else max(asked, wanted or 0.0)
     return NO_LOSS * most_now if wanted is None else wanted
 
 
@@ -66,7 +68,7 @@ def excess(o: Outlook, a: Asked, slo: Slo, needed: float, margins: Margins, wide
     """What each candidate misses; `wider`: factor on margins while the profile has drifted."""
     nothing = np.full_like(o.cost_j, -FAR)
     can = o.most_per_s if a.kind == OPEN else o.tokens_per_s
-    rate = np.log(needed / np.maximum(can, 1e-9)) if needed > 0 else nothing
+    rate = np.log(needed / np.maximum(can, 1e-9)) + margins.rate if needed > 0 else nothing
     tpot, ttft = (
         _over(o.tpot_s, slo.tpot_p95_s, o.tpot99_s, slo.tpot_p99_s), _over(o.ttft_s, slo.ttft_p95_s, o.ttft99_s, slo.ttft_p99_s)
     )  # fmt: skip

@@ -18,7 +18,7 @@ from pals.control.correction import Correction
 from pals.control.demand import Demand, observe
 from pals.control.guard import Guard
 from pals.control.lever_table import FREE, POWER, TOKENS, Lever, LeverTables, MixKey, Rows, key_of
-from pals.control.margins import NEAR, Margins, learned
+from pals.control.margins import NEAR, Margins, learned, spared
 from pals.control.outlook import CLOSED, FULL, OPEN, Asked, Bias, Boards, Outlook, outlook
 from pals.control.reasons import told_held, told_move, told_sacrifice
 from pals.control.trust import Trust, judge
@@ -214,6 +214,9 @@ class PalsPolicy:
         if before is not None and engine.steps >= before.steps and self.settings.use_margins:
             tested = (in_force and state.tested[0], in_force and state.tested[1])
             margins = learned(margins, before, engine, slo, tested)
+            if in_force and now_s - state.moved_s >= self.settings.settle_s:
+                wanted = slo.throughput_tokens_s
+                margins = margins._replace(rate=spared(margins.rate, demand.tokens_per_s, wanted, engine.waiting))
         state = state._replace(demand=demand, margins=margins)
         return self._learn_bias(state, sample, now_s, in_force) if self.settings.use_bias else state
 

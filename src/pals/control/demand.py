@@ -19,6 +19,7 @@ FEWEST = 8.0  # requests before lengths mean anything
 STEADY_S = 20.0  # in flight so long the same: clients that send when they are answered
 STEADY = 0.04  # share that may differ then, or one request
 STEADY_ARRIVALS = 8  # at least so many in that time
+PERIODS = 4  # over which throughput is held against its target
 SMOOTH_S = 5.0  # memory of the running sequences
 
 
@@ -49,6 +50,7 @@ class Demand(NamedTuple):
     running: float = 0.0  # mean of the last seconds
     inside: tuple[int, ...] = ()  # requests in flight at the last ticks
     arrivals: tuple[int, ...] = ()  # cumulative, at the same
+    outputs: tuple[tuple[float, int], ...] = ()  # time and output tokens, cumulative, at the last few ticks
     waiting: int = 0
     oldest_s: float = 0.0
     before: EngineSample | None = None
@@ -92,6 +94,14 @@ class Demand(NamedTuple):
         """Requests inside now."""
         return self.inside[-1] if self.inside else 0
 
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Output of the last periods; None: not known yet."""
+        if len(self.outputs) <= PERIODS:
+            return None
+        (a_s, a), (b_s, b) = self.outputs[0], self.outputs[-1]
+        return (b - a) / max(1e-6, b_s - a_s)
+
     def closed(self, period_s: float) -> bool:
         """Whether as many requests are inside all the time although they come and go: clients wait for their answers."""
         ticks = max(4, round(STEADY_S / period_s))
@@ -118,6 +128,7 @@ def observe(d: Demand, now: EngineSample, now_s: float, period_s: float) -> Dema
         running=now.running + keep * (d.running - now.running),
         inside=(*d.inside, now.running + now.waiting)[-ticks:],
         arrivals=(*d.arrivals, now.arrived_requests)[-ticks:],
+        outputs=(*d.outputs, (now_s, now.output_tokens))[-PERIODS - 1 :],
         waiting=now.waiting,
         oldest_s=now.oldest_waiting_s,
         before=now,

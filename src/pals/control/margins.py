@@ -12,6 +12,11 @@ from typing import NamedTuple
 from pals.control.demand import Late, late, targets_of
 from pals.core.quantities import EngineSample, Slo
 
+SHORT_SHARE, SHORT_GAIN, MOST_SPARE = (
+    0.01,
+    0.01,
+    0.3,
+)  # of periods that may fall short of a throughput target; a step; the most
 START = 1.0  # the pessimistic end of a 90 % interval
 LEAST, MOST = -1.0, 12.0
 AIM = 0.6  # of the share that may come late: the rest is for what comes in bursts
@@ -20,10 +25,11 @@ NEAR = 0.35  # a margin narrows only where the prediction is so near its target,
 
 
 class Margins(NamedTuple):
-    """Half intervals below the target, by latency."""
+    """Half intervals below the target, by latency, and what throughput must have to spare."""
 
     ttft: float = START
     tpot: float = START
+    rate: float = 0.0  # of the logarithm of throughput, above its target
 
 
 def learn(margin: float, seen: Late, share: float, *, tested: bool) -> float:
@@ -45,4 +51,12 @@ def learned(m: Margins, before: EngineSample, now: EngineSample, slo: Slo, teste
     for (q, targets), near in zip(targets_of(slo).items(), tested, strict=True):
         for t in targets:
             values[q] = learn(values[q], late(*counts[q], t.target_s), t.share, tested=near)
-    return Margins(**values)
+    return m._replace(**values)
+
+
+def spared(rate: float, tokens_per_s: float | None, wanted: float | None, waiting: int) -> float:
+    """What throughput must have to spare after one period; it falls short where requests wait and less than `wanted` came out."""
+    if wanted is None or tokens_per_s is None:
+        return rate
+    short = waiting > 0 and tokens_per_s < wanted
+    return min(MOST_SPARE, max(0.0, rate + SHORT_GAIN * (1.0 - SHORT_SHARE if short else -SHORT_SHARE)))

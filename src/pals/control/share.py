@@ -90,10 +90,10 @@ def _by_boards(budget_w: float, claims: Sequence[Claim]) -> tuple[float, ...]:
 
 def _by_worth(budget_w: float, claims: Sequence[Claim]) -> tuple[float, ...]:
     """The least to all, then what targets need, then to whom a watt brings most, then by boards; above the sum of the minima."""
-    boards, least_w = [c.boards for c in claims], [c.least_w for c in claims]
+    least_w = [c.least_w for c in claims]
     needed_w = [_needed_w(c) for c in claims]
     if budget_w <= sum(needed_w):
-        return _fill(budget_w, boards, least_w, needed_w)
+        return _few_short(budget_w, least_w, needed_w)
     shares_w, left_w = needed_w, budget_w - sum(needed_w)
     steepest_first = sorted(
         (s for i, c in enumerate(claims) for s in segments(c, i, needed_w[i])), key=lambda s: -s.worth_per_w
@@ -107,6 +107,16 @@ def _by_worth(budget_w: float, claims: Sequence[Claim]) -> tuple[float, ...]:
             return tuple(shares_w)
         left_w = max(0.0, budget_w - sum(shares_w))
     return _on_top(budget_w, claims, shares_w)
+
+
+def _few_short(budget_w: float, least_w: Sequence[float], needed_w: Sequence[float]) -> tuple[float, ...]:
+    """Where not all needs can be met: those who need least above their least first, so that as few as possible fall short."""
+    shares_w, left_w = list(least_w), budget_w - sum(least_w)
+    for i in sorted(range(len(needed_w)), key=lambda i: needed_w[i] - least_w[i]):
+        more_w = min(left_w, needed_w[i] - least_w[i])
+        shares_w[i] += more_w
+        left_w -= more_w
+    return tuple(shares_w)
 
 
 def _needed_w(claim: Claim) -> float:
