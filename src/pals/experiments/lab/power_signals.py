@@ -114,9 +114,11 @@ def read_signal(path: Path) -> PowerSignal:
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"cannot read the power signal {path}: {e}. Nothing was run") from e
     shares = lines[:1] == [SHARE_HEADER]
-    given = (
-        _shares_of(path, lines[1:]) if shares else parse_budget(f"{path}" if path.suffix == ".csv" else f"{path}.csv")
-    )
+    if not shares and path.suffix != ".csv":
+        raise ConfigError(
+            f"the power signal {path}: a file of watts is named *.csv, and one of shares begins with {SHARE_HEADER}. Nothing was run"
+        )
+    given = _shares_of(path, lines[1:]) if shares else parse_budget(str(path))
     times, values = given.times_s, [w for w in given.watts if w is not None]
     if len(times) < 2 or times[0] != 0.0 or len(values) != len(times):
         raise ConfigError(
