@@ -126,7 +126,7 @@ WASTEFUL = ((200.0, 1000.0), (800.0, 2200.0))  # 2 a watt
         (1400.0, [knowing(2, *EFFICIENT), knowing(2, *WASTEFUL)], (600.0, 800.0)),
         (1800.0, [knowing(2, *EFFICIENT), knowing(2, *WASTEFUL)], (900.0, 900.0)),  # beyond all use
         (700.0, [knowing(2, *EFFICIENT), knowing(2, *WASTEFUL, needed_w=450.0)], (250.0, 450.0)),  # targets first
-        (600.0, [knowing(2, *EFFICIENT, needed_w=600.0), knowing(2, *WASTEFUL, needed_w=600.0)], (300.0, 300.0)),
+        (600.0, [knowing(2, *EFFICIENT, needed_w=450.0), knowing(2, *WASTEFUL, needed_w=350.0)], (250.0, 350.0)),  # few fall short
         (700.0, [knowing(2, *WASTEFUL), knowing(2, *WASTEFUL)], (350.0, 350.0)),  # equals get the same
         (700.0, [knowing(2, *EFFICIENT, idle=True), knowing(2, *WASTEFUL)], (200.0, 500.0)),  # idle: it needs none
         (900.0, [knowing(2, *EFFICIENT), knowing(2, *WASTEFUL), claim(2)], (400.0, 200.0, 300.0)),  # who knows not: a third

@@ -68,7 +68,8 @@ def excess(o: Outlook, a: Asked, slo: Slo, needed: float, margins: Margins, wide
     """What each candidate misses; `wider`: factor on margins while the profile has drifted."""
     nothing = np.full_like(o.cost_j, -FAR)
     can = o.most_per_s if a.kind == OPEN else o.tokens_per_s
-    rate = np.log(needed / np.maximum(can, 1e-9)) + margins.rate if needed > 0 else nothing
+    spare = margins.rate if slo.throughput_tokens_s is not None or slo.throughput_share is not None else 0.0
+    rate = np.log(needed / np.maximum(can, 1e-9)) + spare if needed > 0 else nothing
     tpot, ttft = (
         _over(o.tpot_s, slo.tpot_p95_s, o.tpot99_s, slo.tpot_p99_s), _over(o.ttft_s, slo.ttft_p95_s, o.ttft99_s, slo.ttft_p99_s)
     )  # fmt: skip

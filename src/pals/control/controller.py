@@ -105,6 +105,7 @@ class State(NamedTuple):
     dwell_s: float = 0.0
     surge: Surge | None = None
     surge_hold_s: float = 0.0
+    gave_up: bool = False  # whether the point in force misses a target that no other point keeps
     tested: tuple[bool, bool] = (False, False)  # whether TTFT and TPOT of the point in force are near their targets
     window: Window | None = None
     ceiling_w: float = 0.0
@@ -211,7 +212,10 @@ class PalsPolicy:
         assert engine is not None
         demand = observe(state.demand, engine, now_s, sample.window_s or PERIOD_S)
         in_force, margins = self._in_force(state, sample), state.margins
-        if before is not None and engine.steps >= before.steps and self.settings.use_margins:
+        windable = (
+            self.settings.use_margins and not state.gave_up
+        )  # where no point is better a margin would only wind up
+        if before is not None and engine.steps >= before.steps and windable:
             tested = (in_force and state.tested[0], in_force and state.tested[1])
             margins = learned(margins, before, engine, slo, tested)
             if in_force and now_s - state.moved_s >= self.settings.settle_s:
@@ -270,7 +274,8 @@ class PalsPolicy:
         kind = CLOSED if closed else FULL if asked > 0.97 * most and d.in_flight >= self._launch else OPEN
         queue = self.settings.use_queue
         return Asked(
-            kind, asked, d.output_tokens, d.prompt_tokens, float(d.in_flight), d.running, d.waiting if queue else 0, d.oldest_s if queue else 0.0, tail,
+            kind, asked, d.output_tokens, d.prompt_tokens, float(d.in_flight), d.running, d.waiting if queue else 0, d.oldest_s if queue else 0.0,
+            d.places, tail,
         )  # fmt: skip
 
     def _weigh(self, state: State, a: Asked, slo: Slo, wider: float, now_s: float) -> State:
@@ -307,7 +312,8 @@ class PalsPolicy:
         move = self._decide(state, o, e, a, rows, among, now_s)
         here = self._here(state.lever, state.batch, rows)
         pick = here if move is None else move.pick
-        state = self._remember(state._replace(ceiling_w=rows.ceiling_w), e, pick)
+        gave_up = pick.given_up != ALL and move is not None and move.reason == "hold"
+        state = self._remember(state._replace(ceiling_w=rows.ceiling_w, gave_up=gave_up), e, pick)
         reason = "hold" if move is None else move.reason
         if reason != "hold":
             told = told_move(rows, o, here, pick, a, slo, self._batches, state.lever, reason, self._guard.boards)

@@ -14,7 +14,8 @@ from pals.core.quantities import LATENCY_BOUNDS_S, EngineSample, Slo
 
 SLOW_S, FAST_S = 80.0, 6.0  # memory of the arrival rate
 SURPRISE = 2.5  # standard deviations of a Poisson count by which the fast rate must exceed the slow one to replace it
-REQUESTS = 200.0  # memory of the lengths
+REQUESTS, FEW_REQUESTS = 200.0, 30.0  # memories of the lengths
+CHANGED = 0.35  # share by which the short one must differ to be believed
 FEWEST = 8.0  # requests before lengths mean anything
 STEADY_S = 20.0  # in flight so long the same: clients that send when they are answered
 STEADY = 0.04  # share that may differ then, or one request
@@ -32,6 +33,21 @@ class Counted(NamedTuple):
     output: float = 0.0
     finished: float = 0.0
 
+    @property
+    def prompt_tokens(self) -> float:
+        """Mean of those computed."""
+        return max(1.0, min(self.prompts, self.prefilled) / self.arrived) if self.arrived > 1e-9 else 1.0
+
+    @property
+    def cached_tokens(self) -> float:
+        """Mean of those that a prefix cache had."""
+        return max(0.0, self.prompts / self.arrived - self.prompt_tokens) if self.arrived > 1e-9 else 0.0
+
+    @property
+    def output_tokens(self) -> float:
+        """Mean."""
+        return max(1.0, self.output / self.finished) if self.finished > 1e-9 else 1.0
+
 
 class Late(NamedTuple):
     """Of the requests that told a latency in this period, how many there were and how many came late; parts of a bucket count."""
@@ -47,7 +63,9 @@ class Demand(NamedTuple):
     slow: tuple[float, float] = (0.0, 0.0)  # arrivals, seconds
     fast: tuple[float, float] = (0.0, 0.0)
     counted: Counted = Counted()
+    lately: Counted = Counted()  # by the short memory
     running: float = 0.0  # mean of the last seconds
+    places: float = inf  # sequences that the KV cache has room for
     inside: tuple[int, ...] = ()  # requests in flight at the last ticks
     arrivals: tuple[int, ...] = ()  # cumulative, at the same
     outputs: tuple[tuple[float, int], ...] = ()  # time and output tokens, cumulative, at the last few ticks
@@ -74,20 +92,17 @@ class Demand(NamedTuple):
     @property
     def prompt_tokens(self) -> float:
         """Mean prompt tokens that are computed."""
-        c = self.counted
-        return max(1.0, min(c.prompts, c.prefilled) / max(c.arrived, 1e-9)) if c.arrived > 0 else 1.0
+        return _newer(self.counted.prompt_tokens, self.lately.prompt_tokens)
 
     @property
     def cached_tokens(self) -> float:
         """Mean prompt tokens that a prefix cache had."""
-        c = self.counted
-        return max(0.0, c.prompts / max(c.arrived, 1e-9) - self.prompt_tokens) if c.arrived > 0 else 0.0
+        return self.counted.cached_tokens
 
     @property
     def output_tokens(self) -> float:
-        """Mean output tokens."""
-        c = self.counted
-        return max(1.0, c.output / max(c.finished, 1e-9)) if c.finished > 0 else 1.0
+        """Mean output tokens; of requests that grow longer the tokens show before their ends do."""
+        return _newer(self.counted.output_tokens, self.lately.output_tokens)
 
     @property
     def in_flight(self) -> int:
@@ -124,7 +139,9 @@ def observe(d: Demand, now: EngineSample, now_s: float, period_s: float) -> Dema
         at_s=now_s,
         slow=_faded(d.slow, came, dt, SLOW_S),
         fast=_faded(d.fast, came, dt, FAST_S),
-        counted=_counted(d.counted, a, now),
+        counted=_counted(d.counted, a, now, REQUESTS),
+        lately=_counted(d.lately, a, now, FEW_REQUESTS),
+        places=_places(d.places, now, keep),
         running=now.running + keep * (d.running - now.running),
         inside=(*d.inside, now.running + now.waiting)[-ticks:],
         arrivals=(*d.arrivals, now.arrived_requests)[-ticks:],
@@ -140,11 +157,23 @@ def _faded(pair: tuple[float, float], came: float, dt: float, memory_s: float) -
     return pair[0] * keep + came, pair[1] * keep + dt
 
 
-def _counted(c: Counted, a: EngineSample, b: EngineSample) -> Counted:
+def _newer(slow: float, fast: float) -> float:
+    return fast if abs(fast - slow) > CHANGED * slow else slow
+
+
+def _places(before: float, now: EngineSample, keep: float) -> float:
+    """Sequences that the KV cache has room for, as long as those that run; infinite where it is nearly empty."""
+    if now.kv_usage < 0.1 or now.running == 0:
+        return before
+    seen = now.running / now.kv_usage
+    return seen if before == inf else seen + keep * (before - seen)
+
+
+def _counted(c: Counted, a: EngineSample, b: EngineSample, memory: float) -> Counted:
     came, ended = b.arrived_requests - a.arrived_requests, b.finished_requests - a.finished_requests
     if came == ended == 0 and b.output_tokens == a.output_tokens:
         return c
-    keep_in, keep_out = exp(-came / REQUESTS), exp(-ended / REQUESTS)
+    keep_in, keep_out = exp(-came / memory), exp(-ended / memory)
     return Counted(
         c.arrived * keep_in + came,
         c.prompts * keep_in + b.arrived_prompt_tokens - a.arrived_prompt_tokens,

@@ -19,8 +19,8 @@ SHORT_SHARE, SHORT_GAIN, MOST_SPARE = (
 )  # of periods that may fall short of a throughput target; a step; the most
 START = 1.0  # the pessimistic end of a 90 % interval
 LEAST, MOST = -1.0, 12.0
-AIM = 0.6  # of the share that may come late: the rest is for what comes in bursts
-GAIN = 0.25  # half intervals, for a request that comes late
+AIM = 0.25  # of the share that may come late: the rest is for what comes in bursts
+GAIN = 0.2  # half intervals, for a request that comes late
 NEAR = 0.35  # a margin narrows only where the prediction is so near its target, relative: elsewhere nobody was put to the test
 
 
@@ -29,7 +29,7 @@ class Margins(NamedTuple):
 
     ttft: float = START
     tpot: float = START
-    rate: float = 0.0  # of the logarithm of throughput, above its target
+    rate: float = 0.006  # of the logarithm of throughput, above its target
 
 
 def learn(margin: float, seen: Late, share: float, *, tested: bool) -> float:

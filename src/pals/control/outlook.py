@@ -32,7 +32,7 @@ from pals.models.forecast import FloatArray
 from pals.models.node_power import OFFSET_W, SLOPE
 
 OPEN, CLOSED, FULL = "open", "closed", "full"
-BUSIEST = 0.97  # share of what an engine answers at most that may arrive for good
+BUSIEST = 0.95  # share of what an engine answers at most that may arrive for good
 REST = 0.8  # of a step, that a request which comes in its middle waits longer at p95
 BEYOND = 1.15  # more than the expected crowd's 95th percentile by so much is a surge
 TAIL = 0.414  # from p50 and p95 to p99 of a logarithm: (2.326 - 1.645) / 1.645
@@ -56,6 +56,7 @@ class Asked(NamedTuple):
     running: float  # mean of the last seconds
     waiting: int
     oldest_s: float  # the longest wait so far
+    places: float = np.inf  # sequences that the KV cache has room for
     tail: bool = False  # whether 99th percentiles matter
 
 
@@ -88,8 +89,8 @@ class Outlook(NamedTuple):
 def outlook(rows: Rows, batches: FloatArray, a: Asked, bias: Bias, boards: Boards) -> Outlook:
     """Every lever of `rows` with the first of its batches, shape (batches,)."""
     slots = np.empty((len(rows.levers), len(batches)))
-    slots[:] = batches
-    full = rows.full[:, : len(batches)]
+    slots[:] = np.minimum(batches, a.places)
+    full = rows.full[:, : len(batches)] if a.places >= batches[0] else rows.at(slots)
     most = full[..., TOKENS] / bias.step
     running = _running(rows, slots, a, bias)
     at = rows.at(running)

@@ -12,7 +12,8 @@ from pals.control.lever_table import Rows
 from pals.control.outlook import Outlook
 
 EVERY_S = 2.0  # seconds between two looks
-SAME = 0.03  # a need that moved less stays as it was: watts are not handed to and fro for chance
+SAME = 0.03  # a need that fell less stays as it was: watts are not handed to and fro for chance
+RATE_ROOM = 0.01  # of a logarithm: a throughput target is met in every period, not only on average
 
 
 class Worth(NamedTuple):
@@ -26,15 +27,18 @@ class Worth(NamedTuple):
 def worth_of(before: Worth, rows: Rows, o: Outlook, e: Excess, guard: Guard, now_s: float) -> Worth:
     """From figures of every lever under the limit found, at the launch batch.
 
-    Between two limits what is missed is taken as linear, so that the share needed does not jump from level to level.
+    Where targets are kept by some share, more is worth nothing: it would only be saved. Between two limits what is missed is
+    taken as linear, so that the share needed does not jump from level to level.
     """
     levels = [(float(w) or rows.ceiling_w, i) for i, w in enumerate(rows.limits_w) if w > 0 or i == 0]
     levels.sort()
     shares_w = [guard.share_of([w] * guard.boards) for w, _ in levels]
-    missed = [float(max(e.rate[i, 0], e.ttft[i, 0], e.tpot[i, 0])) for _, i in levels]
+    missed = [float(max(e.rate[i, 0] + RATE_ROOM, e.ttft[i, 0], e.tpot[i, 0])) for _, i in levels]
+    needed_w = _kept(before.needed_w, _needed_w(shares_w, missed))
+    if needed_w is not None:
+        return Worth(now_s, (), needed_w)
     tokens = [float(min(o.tokens_per_s[i, 0], o.most_per_s[i, 0])) for _, i in levels]
-    points = tuple((round(w, 1), round(t, 1)) for w, t in zip(shares_w, tokens, strict=True))
-    return Worth(now_s, points, _kept(before.needed_w, _needed_w(shares_w, missed)))
+    return Worth(now_s, tuple((round(w, 1), round(t, 1)) for w, t in zip(shares_w, tokens, strict=True)))
 
 
 def _needed_w(shares_w: list[float], missed: list[float]) -> float | None:
@@ -47,6 +51,7 @@ def _needed_w(shares_w: list[float], missed: list[float]) -> float | None:
 
 
 def _kept(before_w: float | None, now_w: float | None) -> float | None:
-    if before_w is None or now_w is None:
+    """A need that rises is told at once, one that falls only where it falls by enough."""
+    if before_w is None or now_w is None or now_w > before_w:
         return now_w
-    return before_w if abs(now_w - before_w) <= SAME * before_w else now_w
+    return before_w if before_w - now_w <= SAME * before_w else now_w
