@@ -94,6 +94,15 @@ def test_a_profile_is_learned_once_and_only_of_its_own_plant(place: Path) -> Non
     assert other.simulation().step_model().tables.memory_s[1] != ENGINE.simulation().step_model().tables.memory_s[1]
 
 
+def test_boards_that_never_leave_their_top_clock_have_a_profile_that_can_be_read(place: Path) -> None:
+    case = EngineCase(
+        model="openai-community/gpt2", boards="4xa100-sxm4-80gb", seed=2, prompt_tokens=90.0, output_tokens=96.0
+    )
+    profile = case.profile(place)
+    assert {r.sm_clock_mhz for r in profile.rows if r.sm_clock_lock_mhz is None} == {1410}
+    assert min(profile.calibration.width) > 0
+
+
 def small(cell: PaperCell) -> PaperCell:
     return replace(cell, engine=ENGINE, load=LOOP, targets=(0.65,))
 

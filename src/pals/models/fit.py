@@ -31,6 +31,7 @@ SHARE = 0.9  # of the intervals
 NORMAL_HALF_WIDTH = 1.645  # of a normal law at that share
 WIDEST, NARROWEST = 3.0, 0.4  # what noise may become, relative to FIRST_NOISE
 ENOUGH = 12  # rows of a quantity before its noise and width are its own
+LEAST_WIDTH = 0.1  # where rows agree to the last digit, as a clock that never left its top: others need not
 FEW_ROWS = 2.0  # of which over their number widths grow: a quantile of few rows is itself uncertain
 
 
@@ -184,6 +185,6 @@ def _calibrated(left_out: FloatArray, spread: FloatArray, noise: FloatArray, off
         count = int(known.sum())
         if count >= ENOUGH:
             ratio = np.abs(left_out[q][known]) / np.hypot(spread[q][known], noise[q])
-            width[q] = float(np.quantile(ratio, min(1.0, SHARE * (1.0 + 1.0 / count))))
+            width[q] = max(LEAST_WIDTH, float(np.quantile(ratio, min(1.0, SHARE * (1.0 + 1.0 / count)))))
         width[q] *= 1.0 + FEW_ROWS / count
     return Calibration(noise, width, error, inside)
