@@ -5,7 +5,7 @@ Efficiency goes first, then TPOT, then TTFT, then admission; the budget never, a
 
 from __future__ import annotations
 
-from math import exp
+from math import exp, log
 from typing import NamedTuple
 
 import numpy as np
@@ -64,11 +64,17 @@ def needed_tokens_s(a: Asked, slo: Slo, most_found: float, most_now: float) -> f
     return NO_LOSS * most_now if wanted is None else wanted
 
 
-def excess(o: Outlook, a: Asked, slo: Slo, needed: float, margins: Margins, wider: float) -> Excess:
-    """What each candidate misses; `wider`: factor on margins while the profile has drifted."""
+def spare_of(slo: Slo, needed: float, most_found: float, margins: Margins) -> float:
+    """What throughput must have above a target that was given: at most half of what there is between that and the most."""
+    if slo.throughput_tokens_s is None and slo.throughput_share is None:
+        return 0.0
+    return min(margins.rate, 0.5 * max(0.0, log(most_found / max(needed, 1e-9))))
+
+
+def excess(o: Outlook, a: Asked, slo: Slo, needed: float, margins: Margins, wider: float, spare: float) -> Excess:
+    """What each candidate misses; `wider`: factor on margins while the profile has drifted; `spare`: above the throughput needed."""
     nothing = np.full_like(o.cost_j, -FAR)
     can = o.most_per_s if a.kind == OPEN else o.tokens_per_s
-    spare = margins.rate if slo.throughput_tokens_s is not None or slo.throughput_share is not None else 0.0
     rate = np.log(needed / np.maximum(can, 1e-9)) + spare if needed > 0 else nothing
     tpot, ttft = (
         _over(o.tpot_s, slo.tpot_p95_s, o.tpot99_s, slo.tpot_p99_s), _over(o.ttft_s, slo.ttft_p95_s, o.ttft99_s, slo.ttft_p99_s)

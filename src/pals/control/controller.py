@@ -13,7 +13,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pals.control.choice import ALL, NO_TTFT, Excess, Pick, best, excess, most_waiting, needed_tokens_s, rate_room
+from pals.control.choice import (
+    ALL,
+    NO_TTFT,
+    Excess,
+    Pick,
+    best,
+    excess,
+    most_waiting,
+    needed_tokens_s,
+    rate_room,
+    spare_of,
+)
 from pals.control.correction import Correction
 from pals.control.demand import Demand, observe
 from pals.control.guard import Guard
@@ -212,15 +223,15 @@ class PalsPolicy:
         assert engine is not None
         demand = observe(state.demand, engine, now_s, sample.window_s or PERIOD_S)
         in_force, margins = self._in_force(state, sample), state.margins
-        windable = (
-            self.settings.use_margins and not state.gave_up
-        )  # where no point is better a margin would only wind up
-        if before is not None and engine.steps >= before.steps and windable:
+        windable = not state.gave_up  # where no point is better a margin would only wind up
+        if before is not None and engine.steps >= before.steps and self.settings.use_margins:
             tested = (in_force and state.tested[0], in_force and state.tested[1])
-            margins = learned(margins, before, engine, slo, tested)
+            margins = learned(margins, before, engine, slo, tested, windable=windable)
             if in_force and now_s - state.moved_s >= self.settings.settle_s:
+                pressed = engine.waiting > 0 or demand.closed(sample.window_s or PERIOD_S)
                 wanted = slo.throughput_tokens_s
-                margins = margins._replace(rate=spared(margins.rate, demand.tokens_per_s, wanted, engine.waiting))
+                rate = spared(margins.rate, demand.tokens_per_s, wanted, pressed=pressed, windable=windable)
+                margins = margins._replace(rate=rate)
         state = state._replace(demand=demand, margins=margins)
         return self._learn_bias(state, sample, now_s, in_force) if self.settings.use_bias else state
 
@@ -294,7 +305,8 @@ class PalsPolicy:
         inside = min(float(self._launch), a.inside) if a.kind == CLOSED else float(self._launch)
         most_found, most_now = (r.most_per_s(inside) / state.bias.step for r in (found or rows, rows))
         needed = needed_tokens_s(a, slo, most_found, most_now)
-        return excess(o, a, slo, needed, state.margins if self.settings.use_margins else Margins(0.0, 0.0), wider)
+        margins = state.margins if self.settings.use_margins else Margins(0.0, 0.0, 0.0)
+        return excess(o, a, slo, needed, margins, wider, spare_of(slo, needed, most_found, margins))
 
     def _choose(
         self, state: State, rows: Rows, a: Asked, slo: Slo, now_s: float, wider: float

@@ -24,6 +24,7 @@ LIMIT_LEVELS, CLOCK_LEVELS, RUNNING_LEVELS = 10, 22, 11
 MIX_GRID = 0.125  # of log2 of each length: half a step is 4 %
 WIDTH_GRID = 1.0  # intervals follow the mix slowly, and cost most
 LEAST_HALF = 0.05  # of an interval: a load is known by its means only, whatever the profile is sure of
+MOST_HALF = 0.5  # beyond it an interval says that nothing is known, and experience must
 TABLES, ROWS = 64, 64  # kept
 QUANTITIES = (*OBSERVED, *UNSEEN)  # in the order in which a profile tells them
 POWER, STEP, TOKENS, TPOT, TPOT95, TTFT, TTFT95, CLOCK, NATURAL, PREFILL = range(len(QUANTITIES))
@@ -166,7 +167,7 @@ class LeverTables:
         elastic = (
             np.gradient(np.log(told[TPOT]), np.log(self.levels), axis=1) if len(self.levels) > 1 else 0.0 * told[TPOT]
         )
-        every = np.concatenate([told, np.maximum(half[list(_WIDE)], LEAST_HALF), elastic[None]])
+        every = np.concatenate([told, np.clip(half[list(_WIDE)], LEAST_HALF, MOST_HALF), elastic[None]])
         n, ceiling_w = len(self.limits_w), max(self.limits_w[0], ceiling_w)
         lower = [i for i, w in enumerate(self.limits_w) if w < ceiling_w - 0.5]
         at_ceiling, locked = _at_limit(every, self.limits_w, ceiling_w), every[:, n:]

@@ -44,19 +44,26 @@ def learn(margin: float, seen: Late, share: float, *, tested: bool) -> float:
     return min(MOST, max(LEAST, margin + step))
 
 
-def learned(m: Margins, before: EngineSample, now: EngineSample, slo: Slo, tested: tuple[bool, bool]) -> Margins:
-    """Both margins after one period; `tested`: of TTFT and of TPOT."""
+def learned(
+    m: Margins, before: EngineSample, now: EngineSample, slo: Slo, tested: tuple[bool, bool], *, windable: bool
+) -> Margins:
+    """Both margins after one period; `tested`: of TTFT and of TPOT; `windable`: whether they may grow."""
     counts = {"ttft": (before.ttft_counts, now.ttft_counts), "tpot": (before.tpot_counts, now.tpot_counts)}
     values = {"ttft": m.ttft, "tpot": m.tpot}
     for (q, targets), near in zip(targets_of(slo).items(), tested, strict=True):
         for t in targets:
-            values[q] = learn(values[q], late(*counts[q], t.target_s), t.share, tested=near)
+            value = learn(values[q], late(*counts[q], t.target_s), t.share, tested=near)
+            values[q] = value if windable else min(value, values[q])
     return m._replace(**values)
 
 
-def spared(rate: float, tokens_per_s: float | None, wanted: float | None, waiting: int) -> float:
-    """What throughput must have to spare after one period; it falls short where requests wait and less than `wanted` came out."""
+def spared(rate: float, tokens_per_s: float | None, wanted: float | None, *, pressed: bool, windable: bool) -> float:
+    """What throughput must have to spare after one period; it falls short where less than `wanted` came out though work was there.
+
+    `windable`: whether it may grow; where no point gives more it would only wind up.
+    """
     if wanted is None or tokens_per_s is None:
         return rate
-    short = waiting > 0 and tokens_per_s < wanted
-    return min(MOST_SPARE, max(0.0, rate + SHORT_GAIN * (1.0 - SHORT_SHARE if short else -SHORT_SHARE)))
+    if pressed and tokens_per_s < wanted:
+        return min(MOST_SPARE, rate + SHORT_GAIN * (1.0 - SHORT_SHARE)) if windable else rate
+    return max(0.0, rate - SHORT_GAIN * SHORT_SHARE)

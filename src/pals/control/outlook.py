@@ -117,7 +117,7 @@ def outlook(rows: Rows, batches: FloatArray, a: Asked, bias: Bias, boards: Board
         ttft99_s=_p99(ttft50, ttft) if a.tail else ttft,
         now_s=_first_token_now(slots, a, bias, full),
         tpot_half=at[..., TPOT_HALF],
-        ttft_half=at[..., TTFT_HALF],
+        ttft_half=at[..., TTFT_HALF] * _own_share(first[..., TTFT95] * bias.step, ttft),
         clock_mhz=at[..., CLOCK],
         natural_w=at[..., NATURAL] * bias.power,
     )
@@ -165,6 +165,11 @@ def _first_token(
     ttft50 = (ttft50 + 0.5 * first[..., STEP]) * bias.step
     grows = a.tokens_per_s > BUSIEST * most
     return np.where(grows, np.inf, ttft95), np.where(grows, np.inf, ttft50)
+
+
+def _own_share(own_s: FloatArray, ttft_s: FloatArray) -> FloatArray:
+    """How much of TTFT is what the profile is unsure of: the wait for a slot follows from TPOT and counts."""
+    return np.asarray(np.minimum(1.0, np.divide(own_s, ttft_s, out=np.ones_like(own_s), where=np.isfinite(ttft_s))))
 
 
 def _first_token_now(slots: FloatArray, a: Asked, bias: Bias, full: FloatArray) -> FloatArray:
