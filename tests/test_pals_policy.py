@@ -9,8 +9,9 @@ from functools import cache
 import numpy as np
 import pytest
 
-from pals.control.controller import PalsPolicy, PalsSettings, State
+from pals.control.controller import PalsPolicy
 from pals.control.guard import Guard
+from pals.control.pals_state import PalsSettings, State
 from pals.core.errors import ConfigError
 from pals.core.quantities import Budget, Decision, EngineSample, PowerSample, Slo, TelemetrySample
 from tests.profile_world import whole_profile

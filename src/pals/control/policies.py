@@ -7,11 +7,12 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from pals.control.bandit import BanditPolicy, BanditSettings
-from pals.control.controller import PalsPolicy, PalsSettings
+from pals.control.controller import PalsPolicy
 from pals.control.guard import Guard
 from pals.control.interleaved import Interleaved, Interleaving
 from pals.control.levers import LEVERS, points_of, trim_of
 from pals.control.pals_paper import PaperPolicy, PaperSettings
+from pals.control.pals_state import PalsSettings
 from pals.control.slo_clock import SloClockPolicy, SloClockSettings
 from pals.control.static import StaticPolicy
 from pals.control.vendor_preset import vendor_preset

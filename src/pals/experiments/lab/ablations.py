@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pals.control.controller import PalsPolicy, PalsSettings
+from pals.control.controller import PalsPolicy
 from pals.control.guard import Guard
+from pals.control.pals_state import PalsSettings
 from pals.control.policies import watched
 from pals.core.architecture import ModelShape
 from pals.core.protocols import AnyController
