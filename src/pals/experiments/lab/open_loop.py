@@ -27,10 +27,10 @@ from statistics import median
 from pals.core.architecture import ModelShape
 from pals.core.errors import ConfigError
 from pals.core.quantities import Slo
-from pals.experiments.lab.engines import EngineCase
+from pals.experiments.lab.engines import EngineCase, model_of
 from pals.experiments.lab.experiment import Row, Table, Verdict, Wish, verdict_of
 from pals.experiments.lab.loads import OpenLoop
-from pals.experiments.lab.paper_single_node import known_name, policies_in
+from pals.experiments.lab.paper_single_node import policies_in
 from pals.experiments.lab.ratios import by_seed, ratios
 from pals.experiments.lab.replayed import TRACES, TraceCase, fitting, offered, own_mix
 from pals.experiments.lab.rivals import BASELINE, left_out, policies_of
@@ -194,7 +194,7 @@ def engines_of(wish: Wish, seed: int) -> list[EngineCase]:
     """
     found = list[EngineCase]()
     counts = ANY_COUNTS if wish.models else COUNTS
-    for model in [known_name(m) for m in wish.models] or MODELS:
+    for model in [model_of(m)[0] for m in wish.models] or MODELS:
         fit = (
             [e for e in (_fitting_engine(model, b, seed, counts) for b in BOARDS) if e is not None]
             if not wish.boards

@@ -161,15 +161,6 @@ class PaperSingleNode:
         return ("efficiency-by-target",) if rows else ()
 
 
-def known_name(model: str) -> str:
-    """The full name of a shipped model; a folder stays one.
-
-    Raises:
-        ConfigError: neither.
-    """
-    return model_of(model)[0]
-
-
 def shares_of(rows: Sequence[Row]) -> list[float]:
     """The targets that rows have."""
     return sorted({r["target_share"] for r in rows})

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from pals.core.errors import ConfigError
 from pals.experiments.lab.experiment import Wish
-from pals.experiments.lab.truth import truthful
+from pals.experiments.lab.truth import TRUTHFUL
 from pals.runtime.config import POLICIES
 
 BASELINE = "static"  # as found: highest limit, no lock, launch batch
@@ -22,7 +22,7 @@ def policies_of(wish: Wish, usual: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ConfigError: one that does not exist.
     """
-    known = (*POLICIES, *truthful())
+    known = (*POLICIES, *TRUTHFUL)
     if unknown := [p for p in wish.policies if p not in known]:
         raise ConfigError(f"unknown policy {unknown[0]!r}; known: {', '.join(known)}. Nothing was run")
     wanted = wish.policies or tuple(p for p in usual if p in known)
@@ -31,5 +31,5 @@ def policies_of(wish: Wish, usual: Sequence[str]) -> tuple[str, ...]:
 
 def left_out(usual: Sequence[str]) -> str:
     """A sentence on those of `usual` that do not exist here; empty where there is none."""
-    missing = [p for p in usual if p not in (*POLICIES, *truthful())]
+    missing = [p for p in usual if p not in (*POLICIES, *TRUTHFUL)]
     return f"Left out, since this build has no such policy: {', '.join(missing)}." if missing else ""

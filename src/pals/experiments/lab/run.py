@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,14 +61,11 @@ class RunTask:
         """As a user would write it."""
         held = self.point
         control = ControlConfig(
-            policy=self.policy, period_s=self.period_s, lowering=self.lowering,
+            policy=self.policy, period_s=self.period_s, lowering=self.lowering, objective=self.objective,
             power_limit_w=held.power_limit_w if held is not None else None,
             sm_clock_mhz=held.sm_clock_mhz if held is not None else None,
             active_sequences=held.active_sequences if held is not None else None,
         )  # fmt: skip
-        if "objective" in {f.name for f in fields(ControlConfig)}:
-            told: dict[str, Any] = {"objective": self.objective}
-            control = replace(control, **told)
         return Config(control=control, slo=self.slo, budget=self.budget)
 
 

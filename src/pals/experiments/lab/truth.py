@@ -7,28 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
 
 from pals.core.quantities import Budget, Decision, OperatingPoint, Slo, TelemetrySample
+from pals.experiments.fixed_run import ClosedLoop, RivalTask
 from pals.experiments.lab.loads import OpenLoop
 from pals.experiments.lab.run import RunTask
+from pals.experiments.oracle import oracle
 from pals.experiments.simulated_profile import requests_of_mix
+from pals.experiments.static_best import grid_of, static_best
 from pals.models.node_power import MOST, OFFSET_W, SLOPE, share_of_nodes
 
 STATIC_BEST, ORACLE = "static-best", "oracle"
-SEARCHES = {STATIC_BEST: "pals.experiments.static_best", ORACLE: "pals.experiments.oracle"}
+TRUTHFUL = (STATIC_BEST, ORACLE)
 WARMUP_S, MEASURED_S = 20.0, 60.0  # of a closed loop in a search
 #: Levels that the oracle may choose from in each window, beside the best static point. A closed loop never lacks work: there
 #: a smaller batch or a lower limit has nothing to answer to, and the clock alone is left.
 OPEN_LEVELS: dict[str, int] = {"limits": 2, "clocks": 7, "batches": 2}
 CLOSED_LEVELS: dict[str, int] = {"limits": 1, "clocks": 9, "batches": 1}
-
-
-def truthful() -> tuple[str, ...]:
-    """The rivals that this build has."""
-    return tuple(name for name, module in SEARCHES.items() if find_spec(module) is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +53,16 @@ def with_truth(task: RunTask) -> RunTask:
     Raises:
         ConfigError: no request is answered, or faults are asked for, which these rivals do not know.
     """
-    if task.policy not in SEARCHES:
+    if task.policy not in TRUTHFUL:
         return task
     search = _search_task(task)
-    best: Any = import_module(SEARCHES[STATIC_BEST])
-    held = best.static_best(search)
+    held = static_best(search)
     fixed = replace(task, policy="static", point=held.point)
     if task.policy == STATIC_BEST:
         return fixed
     closed = not isinstance(task.load, OpenLoop)
-    coarse: Sequence[OperatingPoint] = best.grid_of(search.guard, **(CLOSED_LEVELS if closed else OPEN_LEVELS)).points
-    found = import_module(SEARCHES[ORACLE]).oracle(search, tuple(dict.fromkeys((held.point, *coarse))))
+    coarse: Sequence[OperatingPoint] = grid_of(search.guard, **(CLOSED_LEVELS if closed else OPEN_LEVELS)).points
+    found = oracle(search, tuple(dict.fromkeys((held.point, *coarse))))
     if held.rank <= found.rank:  # it decides window by window: where nothing changes, that need not be best
         return fixed
     later_s = task.load.warmup_s - WARMUP_S if closed else 0.0
@@ -79,21 +73,20 @@ def with_truth(task: RunTask) -> RunTask:
     return replace(task, policy="static", controller=taken)
 
 
-def _search_task(task: RunTask) -> Any:
+def _search_task(task: RunTask) -> RivalTask:
     """The same engine, load and targets, as the searches want them."""
-    fixed: Any = import_module("pals.experiments.fixed_run")
     sim, load = task.sim, task.load
     nodes = -(-sim.boards // MOST)  # what the searches count
     if isinstance(load, OpenLoop):
         sim, loop = replace(sim, workload=load.workload), None
     else:
-        loop = fixed.ClosedLoop(
+        loop = ClosedLoop(
             supply=requests_of_mix(load.mix, task.rng()),
             in_flight=load.in_flight,
             warmup_s=WARMUP_S,
             measured_s=MEASURED_S,
         )
-    return fixed.RivalTask(
+    return RivalTask(
         sim=sim, slo=task.slo, budget=task.budget, loop=loop, objective=task.objective, lowering=task.lowering, node_slope=SLOPE,
         node_offset_w=OFFSET_W * share_of_nodes(sim.boards) / nodes,
     )  # fmt: skip
