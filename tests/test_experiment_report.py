@@ -1,4 +1,7 @@
-"""The report on experiments, from rows made by hand: everything promised is in it, and it needs nothing beside it."""
+"""The report on experiments, from rows made by hand: everything promised is in it, and it needs nothing beside it.
+
+Words of a module that name a constant tell its value: a toy run lasts `TOY_S`.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ from pals.views.chart_drawing import drawn
 from pals.views.charts import STYLES, Chart, Cloud, Groups, Mark, Panel, Series, Stat, Traced, styles_of
 
 NAN = float("nan")
+TOY_S = 12.5
 SEEDS = (1, 2, 3)
 
 
@@ -222,6 +226,7 @@ def test_misses_come_first_and_no_cell_says_nan(tmp_path: Path) -> None:
     )
     assert "nan" not in text
     assert "a\\|b" in text
+    assert "a toy run lasts 12.5 s." in text
     page = html_page("t", blocks)
     assert "nan" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
     assert "Toy &lt;1&gt;" in page

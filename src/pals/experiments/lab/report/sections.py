@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,9 +167,16 @@ def section(t: Told, number: int) -> list[Block]:
 
 
 def _words_of(e: Experiment) -> str:
-    """What its module says of how it is made."""
+    """What its module says of how it is made; constants that it names are told by value."""
     module = inspect.getmodule(type(e))
-    return (inspect.getdoc(module) if module is not None else None) or ""
+    text = (inspect.getdoc(module) if module is not None else None) or ""
+
+    def value(named: re.Match[str]) -> str:
+        found = getattr(module, named[1], None)
+        unit = " s" if named[1].endswith("_S") else ""
+        return f"{found:g}{unit}" if isinstance(found, int | float) else named[0]
+
+    return re.sub(r"`([A-Z][A-Z_]*)`", value, text)
 
 
 def method(t: Told) -> Iterator[str]:
