@@ -82,6 +82,18 @@ def test_counters_that_fall_begin_anew() -> None:
     assert observe(d, engine_sample(), 100.0, PERIOD_S).counted.arrived == 0.0
 
 
+@pytest.mark.parametrize(
+    "counter", ["finished_requests", "refused_requests", "arrived_prompt_tokens", "prefill_tokens"]
+)
+def test_one_counter_that_falls_is_another_engine(counter: str) -> None:
+    d = followed([(2, 2)] * 50)
+    assert d.before is not None
+    much = replace(d.before, time_s=25.5, **{counter: 10**6})
+    again = observe(observe(d, much, 25.5, PERIOD_S), replace(much, time_s=26.0, **{counter: 0}), 26.0, PERIOD_S)
+    assert again.counted.arrived == again.counted.finished == 0.0
+    assert again.arrivals_per_s >= 0.0
+
+
 @given(st.lists(st.integers(0, 30), min_size=BUCKETS, max_size=BUCKETS), st.floats(0.002, 100.0))
 def test_late_requests_lie_between_those_surely_late_and_those_maybe(new: list[int], target_s: float) -> None:
     seen = late((0,) * BUCKETS, tuple(new), target_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -99,3 +100,28 @@ def test_the_first_lever_is_no_lever() -> None:
     assert rows.levers[0] == FREE
     assert np.all(np.diff(rows.rates, axis=1) >= 0)
     assert isinstance(CHAT.mix, Mix)
+
+
+def test_a_length_that_no_request_has_has_no_table_even_without_a_hull() -> None:
+    unmeasured = LeverTables(replace(whole_profile().model(), rows=()), GUARD, BATCHES)
+    assert unmeasured.rows(CHAT, 400.0) is not None
+    assert unmeasured.rows(key_of(1200.0, 225.0, 1e14, None), 400.0) is None
+
+
+def test_a_ceiling_below_the_lowest_limit_measured_is_not_raised() -> None:
+    whole = whole_profile().model()
+    high = LeverTables(replace(whole, rows=tuple(r for r in whole.rows if r.power_limit_w >= 200.0)), GUARD, BATCHES)
+    rows = high.rows(CHAT, 120.0)
+    assert rows is not None
+    assert rows.ceiling_w == 120.0
+    assert all(lever.limit_w is None for lever in rows.levers)
+    assert rows.of(0, 64.0) == pytest.approx(high.rows(CHAT, 200.0).of(0, 64.0))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("guard", "told"), [
+    (replace(GUARD, max_limit_w=700.0), "700 W"),
+    (replace(GUARD, launch_sequences=256), "256"),
+])  # fmt: skip
+def test_a_profile_that_ends_before_the_boards_do_is_refused_at_once(guard: Guard, told: str) -> None:
+    with pytest.raises(ValueError, match=f"{told}.*grid steps outside; profile again"):
+        LeverTables(whole_profile().model(), guard, BATCHES)

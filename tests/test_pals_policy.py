@@ -185,6 +185,24 @@ def test_impossible_power_is_not_believed() -> None:
     assert "9000 W" in said[-1].detail
 
 
+def test_boards_that_rest_may_say_the_same_for_long() -> None:
+    world = World()
+    _, state = run(world, 60.0)
+    first = _idle(world)  # the last step ends in this period
+    resting = replace(first.boards[0], energy_j=None, power_w=55.0)
+    for i in range(40):
+        at_s = world.now_s + i * PERIOD_S
+        sample = replace(first, time_s=at_s, boards=(resting,) * 4, power_w=220.0)
+        decision, state = policy().step(state, sample, NO_BUDGET, EASY, at_s)
+        first = replace(first, engine=replace(first.engine, steps=first.engine.steps + (i == 0)))  # type: ignore[type-var,union-attr]
+    assert decision.reason == "idle"
+
+
+def test_a_budget_below_the_boards_minimum_asks_for_the_minimum() -> None:
+    decision, _ = policy().step(policy().initial(), World().tick(), Budget(power_w=80.0), EASY, 0.5)
+    assert decision.point.power_limit_w == GUARD.min_limit_w
+
+
 def test_lengths_outside_the_profile_lead_to_the_safe_point() -> None:
     said, _ = run(World(prompt=90_000, output=4), 60.0)
     assert said[-1].reason == "outside-profile"

@@ -115,6 +115,17 @@ def test_the_guard_never_goes_above_the_limit_it_found() -> None:
     assert checked.reason == "guard-range"
 
 
+@pytest.mark.parametrize("wanted_w", [20.0, 100.0, 400.0])
+def test_a_budget_below_the_minimum_is_the_reason_whatever_was_wanted(wanted_w: float) -> None:
+    guard = Guard.of([board_info(i) for i in range(4)], launch_sequences=64)
+
+    checked = guard.check(Decision(point=OperatingPoint(power_limit_w=wanted_w), reason="r"), Budget(power_w=80.0))
+
+    assert checked.point.power_limit_w == 100.0
+    assert checked.reason == "guard-budget-below-minimum"
+    assert "80 W" in checked.detail
+
+
 def test_a_static_limit_outside_the_range_is_refused_before_anything_is_written() -> None:
     guard = Guard.of([board_info()], launch_sequences=64)
 

@@ -91,7 +91,7 @@ class PalsPolicy:
         self, state: State, sample: TelemetrySample, budget: Budget, slo: Slo, now_s: float, correction: Correction
     ) -> tuple[Decision, State]:
         """The same, knowing whether the profile has drifted."""
-        ceiling_w = self._guard.ceiling_w(budget)
+        ceiling_w = max(self._guard.min_limit_w, self._guard.ceiling_w(budget))
         trust = judge(state.trust, sample, self._guard, now_s)
         state = state._replace(trust=trust)
         if trust.broken is not None:

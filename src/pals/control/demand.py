@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from math import exp, inf, log, sqrt
+from operator import attrgetter
 from typing import NamedTuple
 
 from pals.core.quantities import LATENCY_BOUNDS_S, EngineSample, Slo
@@ -127,9 +128,9 @@ class Demand(NamedTuple):
 
 
 def observe(d: Demand, now: EngineSample, now_s: float, period_s: float) -> Demand:
-    """With one more sample; counters that fell (another engine) begin anew."""
+    """With one more sample; where any counter fell (another engine) all begin anew."""
     a = d.before
-    if a is None or now.arrived_requests < a.arrived_requests or now.output_tokens < a.output_tokens:
+    if a is None or any(after < before for before, after in zip(_counters(a), _counters(now), strict=True)):
         return Demand(at_s=now_s, before=now, inside=(now.running + now.waiting,), arrivals=(now.arrived_requests,))
     dt = max(1e-6, now_s - d.at_s)
     came = now.arrived_requests + now.refused_requests - a.arrived_requests - a.refused_requests
@@ -150,6 +151,16 @@ def observe(d: Demand, now: EngineSample, now_s: float, period_s: float) -> Dema
         oldest_s=now.oldest_waiting_s,
         before=now,
     )
+
+
+_counters = attrgetter(
+    "arrived_requests",
+    "arrived_prompt_tokens",
+    "prefill_tokens",
+    "output_tokens",
+    "finished_requests",
+    "refused_requests",
+)
 
 
 def _faded(pair: tuple[float, float], came: float, dt: float, memory_s: float) -> tuple[float, float]:

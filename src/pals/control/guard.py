@@ -107,7 +107,9 @@ class Guard:
                 detail = f"{limit_w:.0f} W wanted, {ceiling_w:.0f} W allowed"
             limit_w = ceiling_w
         elif limit_w < self.min_limit_w:
-            reason, detail = "guard-range", f"{limit_w:.0f} W wanted, {self.min_limit_w:.0f} W is the board's minimum"
+            if reason != "guard-budget-below-minimum":  # that says why already
+                reason = "guard-range"
+                detail = f"{limit_w:.0f} W wanted, {self.min_limit_w:.0f} W is the board's minimum"
             limit_w = self.min_limit_w
         sequences = wanted.point.active_sequences
         if sequences is not None and not 1 <= sequences <= self.launch_sequences:

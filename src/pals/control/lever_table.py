@@ -6,6 +6,7 @@ that draws less is in effect. Figures are a profile's, so a mix it may not speak
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import log
 from typing import NamedTuple
@@ -25,6 +26,9 @@ MIX_GRID = 0.125  # of log2 of each length: half a step is 4 %
 WIDTH_GRID = 1.0  # intervals follow the mix slowly, and cost most
 LEAST_HALF = 0.05  # of an interval: a load is known by its means only, whatever the profile is sure of
 MOST_HALF = 0.5  # beyond it an interval says that nothing is known, and experience must
+LONGEST = (
+    24.0  # log2 of a length, 16 million tokens: no request is so long, and a profile without rows has no hull to say so
+)
 TABLES, ROWS = 64, 64  # kept
 QUANTITIES = (*OBSERVED, *UNSEEN)  # in the order in which a profile tells them
 POWER, STEP, TOKENS, TPOT, TPOT95, TTFT, TTFT95, CLOCK, NATURAL, PREFILL = range(len(QUANTITIES))
@@ -120,7 +124,7 @@ class LeverTables:
         """Tables for the active-sequence limits `batches`. Levels of each lever are even in its logarithm, between what was measured and what may be asked.
 
         Raises:
-            ValueError: no power limit that was measured may be asked of these boards.
+            ValueError: no power limit that was measured may be asked of these boards, or the profile does not reach their levels.
         """
         self.fitted, self._guard, self._batches = fitted, guard, batches
         top_w = guard.max_limit_w
@@ -139,6 +143,7 @@ class LeverTables:
             for w, mhz in held
             for n in self.levels
         ]
+        _check_reach(fitted, self._points)
         self._held = len(held)
         self._figures = lru_cache(TABLES)(self._make_figures)
         self._half = lru_cache(TABLES)(self._make_half)
@@ -151,6 +156,8 @@ class LeverTables:
         return figures
 
     def _make_half(self, prompt: int, output: int, cached: int) -> FloatArray | None:
+        if max(prompt, output, cached) * WIDTH_GRID > LONGEST:
+            return None
         load = Load(mix=MixKey(*(round(x * WIDTH_GRID / MIX_GRID) for x in (prompt, output, cached))).mix)
         try:
             half = self.fitted.half_widths(self._points, load)
@@ -168,7 +175,7 @@ class LeverTables:
             np.gradient(np.log(told[TPOT]), np.log(self.levels), axis=1) if len(self.levels) > 1 else 0.0 * told[TPOT]
         )
         every = np.concatenate([told, np.clip(half[list(_WIDE)], LEAST_HALF, MOST_HALF), elastic[None]])
-        n, ceiling_w = len(self.limits_w), max(self.limits_w[0], ceiling_w)
+        n = len(self.limits_w)
         lower = [i for i, w in enumerate(self.limits_w) if w < ceiling_w - 0.5]
         at_ceiling, locked = _at_limit(every, self.limits_w, ceiling_w), every[:, n:]
         holds = locked[POWER] > at_ceiling[POWER]  # the ceiling holds the clock below the lock
@@ -188,6 +195,26 @@ class LeverTables:
         return rows._replace(full=rows.at(slots))
 
 
+def _check_reach(fitted: Fitted, points: Sequence[OperatingPoint]) -> None:
+    """Refuse a profile that can speak of no load here, since its limits or sequences end too early.
+
+    Raises:
+        ValueError: even under a mix that was measured some point lies too far outside what was measured.
+    """
+    if fitted.hull is None:
+        return
+    mixes = [fitted.mixes[i] for i in sorted({r.mix for r in fitted.rows})]
+    steps = np.min([fitted.reach(points, Load(mix=m)) for m in mixes], axis=0)
+    if steps.max() <= 1.0 + 1e-9:
+        return
+    h, worst = fitted.hull, points[int(np.argmax(steps))]
+    raise ValueError(
+        f"it was measured at {h.limit_w.low:.0f}..{h.limit_w.high:.0f} W per board and {2**h.sequences.low:.0f}.."
+        f"{2**h.sequences.high:.0f} active sequences, and {worst.power_limit_w:.0f} W with {worst.active_sequences} lie "
+        f"{steps.max():.1f} grid steps outside; profile again at the limits and the launch batch of now"
+    )
+
+
 def _clock_levels(fitted: Fitted, guard: Guard) -> tuple[int, ...]:
     """Locks that may be chosen, rising: even in the logarithm, from the lowest measured to below the top clock."""
     if fitted.hull is None or fitted.hull.clock_mhz is None or not guard.sm_clocks_mhz:
@@ -201,7 +228,7 @@ def _clock_levels(fitted: Fitted, guard: Guard) -> tuple[int, ...]:
 
 
 def _at_limit(figures: FloatArray, limits_w: tuple[float, ...], limit_w: float) -> FloatArray:
-    """Figures at a limit between two levels, linear; shape (quantities, levels)."""
+    """Figures at a limit between two levels, linear, outside those of the nearest level; shape (quantities, levels)."""
     if len(limits_w) == 1:
         return np.asarray(figures[:, 0])
     above = int(np.clip(np.searchsorted(limits_w, limit_w), 1, len(limits_w) - 1))

@@ -45,7 +45,8 @@ def _stuck(t: Trust, sample: TelemetrySample, now_s: float) -> Trust:
     """Follow whether the boards' readings move."""
     assert sample.engine is not None
     said = tuple((b.power_w, b.energy_j) for b in sample.boards)
-    if said != t.said or sample.engine.steps == t.steps:
+    idle = sample.engine.running == 0  # its boards may say the same for long
+    if said != t.said or idle or sample.engine.steps == t.steps:
         return t._replace(said=said, same_s=now_s, steps=sample.engine.steps)
     return t
 
