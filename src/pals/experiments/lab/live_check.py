@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pals.core.errors import ConfigError
 from pals.core.quantities import Slo
 from pals.engines.model_zoo import read_config
 from pals.experiments.lab.experiment import Basis, Row, Table, Verdict, Wish, verdict_of
-from pals.experiments.lab.figures import Figures
 from pals.experiments.lab.live_run import emulate
 from pals.experiments.lab.loads import ClosedLoop
 from pals.experiments.lab.paper_single_node import IN_FLIGHT, LENGTHS
 from pals.experiments.lab.rivals import BASELINE, policies_of
 from pals.experiments.lab.run import RunTask, run
+from pals.experiments.lab.truth import truthful
 from pals.experiments.scenarios import scenario_of
 from pals.experiments.simulated_run import EMPTY, Simulation
 from pals.models.profile import Profile
@@ -30,12 +31,27 @@ from pals.runtime.budgets import BudgetSchedule
 
 MODELS = ("mistralai/Mixtral-8x7B-v0.1", "Qwen/Qwen3-30B-A3B")
 POLICIES = (BASELINE, "pals")
-SHARE = 0.75  # throughput target, of the default's as simulated
-BUDGET = 0.65  # of the default's power as simulated
-TASKS = ("target", "budget")  # as in paper-single-node; the same target under a budget, as qos-budget with one engine
 AT_MOST = 3.0  # percent
 EMULATED, SIMULATED = "emulated", "simulated"
-SHORT_S, LONG_S = (20.0, 40.0), (60.0, 120.0)  # warm-up and span; long ones as in every other experiment
+SHORT_S, LONG_S = (
+    (5.0, 30.0),
+    (5.0, 175.0),
+)  # warm-up and span; where a policy is still deciding counts, as both must decide alike
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What is asked of a policy, as shares of what the default does and draws in the simulation."""
+
+    throughput: float
+    budgets: tuple[float | None, ...] = (None,)  # one after the other, each for an equal part of the span
+
+
+ASKED = {
+    "target": Asked(throughput=0.75),  # as in paper-single-node
+    "budget": Asked(throughput=0.9, budgets=(0.65,)),  # as in qos-budget, with one engine
+    "steps": Asked(throughput=0.9, budgets=(0.8, 0.55, 0.7)),
+}
 JUDGED = (("tokens_per_j_gpu", "GPU tokens/J"), ("tokens_per_s", "tokens/s"))
 SHOWN: tuple[tuple[str, str, float, int], ...] = (
     ("tokens_per_j_gpu", "GPU tokens/J", 1.0, 3),
@@ -55,19 +71,19 @@ Place = tuple[str, str, str]  # engine, task, policy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveCell:
-    """One engine under one task and each policy, emulated and simulated."""
+    """One engine under every task and policy, emulated and simulated."""
 
     model: str
-    task: str  # of `TASKS`
     policies: tuple[str, ...]
     seed: int  # of lengths and boards
+    tasks: tuple[str, ...] = tuple(ASKED)
     warmup_s: float = SHORT_S[0]
     span_s: float = SHORT_S[1]
 
     @property
     def slug(self) -> str:
         """See `Cell`."""
-        return f"{scenario_of(self.model).slug}--{self.task}--{'+'.join(self.policies)}--{self.seed}"
+        return f"{scenario_of(self.model).slug}--{self.span_s:g}s--{'+'.join(self.policies)}--{self.seed}"
 
 
 class LiveCheck:
@@ -92,25 +108,27 @@ class LiveCheck:
 
     def cells(self, wish: Wish) -> list[LiveCell]:
         """See `Experiment`."""
-        models = [scenario_of(m).model for m in wish.models or MODELS]
-        warmup_s, span_s = LONG_S if wish.full else SHORT_S
-        return [
-            LiveCell(
-                model=m, task=t, policies=policies_of(wish, POLICIES), seed=s, warmup_s=warmup_s, span_s=span_s
+        if truth := [p for p in wish.policies if p in truthful()]:
+            raise ConfigError(
+                f"{truth[0]} asks the simulated plant itself, which real vLLM does not have. Nothing was run"
             )
+        models = dict.fromkeys(scenario_of(m).model for m in wish.models or MODELS)
+        policies, (warmup_s, span_s) = policies_of(wish, POLICIES), LONG_S if wish.full else SHORT_S
+        return [
+            LiveCell(model=m, policies=policies, seed=s, warmup_s=warmup_s, span_s=span_s)
             for s in wish.seeds(1, 3)
-            for m in dict.fromkeys(models)
-            for t in TASKS
-        ]  # fmt: skip
+            for m in models
+        ]
 
     def run(self, cell: LiveCell, place: Path) -> list[Row]:
         """See `Experiment`."""
-        tasks, about = tasks_of(cell)
+        runs = runs_of(cell)
+        tasks = [task for _, task in runs]
         found = {EMULATED: emulate(tasks, place), SIMULATED: [run(t).figures for t in tasks]}
         return [
-            about | {"kind": kind, "policy": task.policy} | figures.to_row()
+            about | {"kind": kind} | figures.to_row()
             for kind, of_kind in found.items()
-            for task, figures in zip(tasks, of_kind, strict=True)
+            for (about, _), figures in zip(runs, of_kind, strict=True)
         ]
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
@@ -140,25 +158,40 @@ class LiveCheck:
         return ()
 
 
-def tasks_of(cell: LiveCell) -> tuple[list[RunTask], dict[str, Any]]:
-    """A run for each policy, and what their rows say of them; target and budget are shares of a simulated run as found."""
+def runs_of(cell: LiveCell) -> list[tuple[dict[str, Any], RunTask]]:
+    """What the rows of each run say of it, and the run."""
     scenario = scenario_of(cell.model)
     profile = Profile.from_json(scenario.profile.read_text(encoding="utf-8"), name=str(scenario.profile))
     sim = simulation_of(scenario.model, scenario.boards, profile, cell.seed)
     load = ClosedLoop(mix=LENGTHS, in_flight=IN_FLIGHT, warmup_s=cell.warmup_s, span_s=cell.span_s)
-    found: Figures = run(RunTask(sim=sim, load=load, policy=BASELINE, seed=cell.seed)).figures
-    budget_w = BUDGET * found.mean_power_w if cell.task == "budget" else None
-    slo = Slo(throughput_tokens_s=SHARE * found.tokens_per_s)
-    budget = BudgetSchedule() if budget_w is None else BudgetSchedule((0.0,), (budget_w,))
-    tasks = [
-        RunTask(sim=sim, load=load, policy=p, profile=profile, slo=slo, budget=budget, objective="gpu", seed=cell.seed)
-        for p in cell.policies
-    ]
-    about = {
-        "engine": scenario.slug.replace("-" + scenario.boards, "--" + scenario.boards), "task": cell.task, "seed": cell.seed,
-        "target_tokens_s": slo.throughput_tokens_s, "budget_w": budget_w,
-    }  # fmt: skip
-    return tasks, about
+    found = run(RunTask(sim=sim, load=load, policy=BASELINE, seed=cell.seed)).figures
+    runs = []
+    for name in cell.tasks:
+        slo = Slo(throughput_tokens_s=ASKED[name].throughput * found.tokens_per_s)
+        budget = schedule_of(ASKED[name].budgets, found.mean_power_w, cell.warmup_s, cell.span_s)
+        for policy in cell.policies:
+            about = {
+                "engine": scenario.slug.replace(f"-{scenario.boards}", f"--{scenario.boards}"), "task": name, "policy": policy,
+                "seed": cell.seed, "target_tokens_s": slo.throughput_tokens_s, "budgets_w": list(budget.watts),
+            }  # fmt: skip
+            task = RunTask(
+                sim=sim,
+                load=load,
+                policy=policy,
+                profile=profile,
+                slo=slo,
+                budget=budget,
+                objective="gpu",
+                seed=cell.seed,
+            )
+            runs.append((about, task))
+    return runs
+
+
+def schedule_of(shares: Sequence[float | None], found_w: float, warmup_s: float, span_s: float) -> BudgetSchedule:
+    """Each share of `found_w` for an equal part of the span, the first from the start of the run."""
+    starts_s = [0.0, *(warmup_s + i * span_s / len(shares) for i in range(1, len(shares)))]
+    return BudgetSchedule(tuple(starts_s), tuple(None if s is None else s * found_w for s in shares))
 
 
 def simulation_of(model: str, boards: str, profile: Profile, seed: int) -> Simulation:
