@@ -10,12 +10,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from pals.core.errors import INSTALL, ConfigError, PalsError
 from pals.engines.emulated_world import emulating
@@ -32,7 +32,7 @@ from pals.runtime.config import Config, OutputConfig
 from pals.runtime.tick import TickRecord
 
 if TYPE_CHECKING:
-    from pals.experiments.virtual_run import LiveNode, VirtualNode
+    from pals.experiments.virtual_run import LiveNode
 
 TASKS, FIGURES, PROFILE, JOURNAL = "tasks.pickle", "figures.pickle", "profile.json", "journal.jsonl"
 TOLD_LINES = 12  # of a process that failed
@@ -46,8 +46,7 @@ def emulate(tasks: Sequence[RunTask], place: Path) -> list[Figures]:
         ConfigError: vLLM is not installed.
         PalsError: the process failed; says why.
     """
-    if missing := [name for module, name in NEEDED.items() if find_spec(module) is None]:
-        raise ConfigError(f"{' and '.join(missing)} not installed: real vLLM serves here; {INSTALL}. Nothing was run")
+    check_installed(NEEDED)
     with locked(place / "emulated.lock"), tempfile.TemporaryDirectory(prefix="pals-live-") as scratch:
         folder = Path(scratch)
         (folder / TASKS).write_bytes(pickle.dumps(list(tasks)))
@@ -60,6 +59,12 @@ def emulate(tasks: Sequence[RunTask], place: Path) -> list[Figures]:
             raise PalsError(f"the process with real vLLM ended with exit code {ended.returncode}: {told}")
         found: list[Figures] = pickle.loads((folder / FIGURES).read_bytes())
         return found
+
+
+def check_installed(needed: Mapping[str, str]) -> None:
+    """Raise `ConfigError` where one of these modules (value: its package) is not installed; none is imported."""
+    if missing := [package for module, package in needed.items() if find_spec(module) is None]:
+        raise ConfigError(f"not installed: {', '.join(missing)}, and real vLLM serves here; {INSTALL}. Nothing was run")
 
 
 def serve(task: RunTask, folder: Path) -> Figures:
@@ -76,7 +81,7 @@ def serve(task: RunTask, folder: Path) -> Figures:
         str(sim.max_num_batched_tokens), f"--{'' if sim.prefix_caching else 'no-'}enable-prefix-caching",
     ]  # fmt: skip
     with emulating(sim.model, folder, folder / BANK_FILE):
-        node: VirtualNode = VirtualNode(
+        node = VirtualNode(
             model=local_folder(sim.model, folder.parent / "models"), options=options, spec=sim.spec, count=sim.boards,
             board_seed=sim.board_seed, folder=folder,
         )  # fmt: skip
@@ -99,7 +104,8 @@ class _Watched:
         from pals.experiments.lab.live_plant import LivePlant
 
         plant: Any = LivePlant(live, seed=task.seed)  # a replica for what is asked here
-        self._task, self._plant, self._figures = task, plant, cast("Figures | None", None)
+        self._task, self._plant = task, plant
+        self._figures: Figures | None = None
         self._meter = SpanMeter(plant, task.load.warmup_s)
         self._feed: Feed = task.load.start(plant, task.rng())
 
