@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pals.core.errors import INSTALL, ConfigError, PalsError
 from pals.engines.emulated_world import emulating
@@ -23,16 +23,15 @@ from pals.engines.model_zoo import local_folder
 from pals.engines.vllm_launcher import die_with_parent
 from pals.experiments.lab.engines import locked
 from pals.experiments.lab.figures import Figures, figures_of
+from pals.experiments.lab.live_plant import LivePlant
 from pals.experiments.lab.loads import Feed
 from pals.experiments.lab.meter import SpanMeter
 from pals.experiments.lab.run import RunTask, answers_between
+from pals.experiments.virtual_run import BANK_FILE, LiveNode, VirtualNode, drive, running
 from pals.models.profile import Profile
 from pals.runtime.agent import AgentSetup, open_session
 from pals.runtime.config import Config, OutputConfig
 from pals.runtime.tick import TickRecord
-
-if TYPE_CHECKING:
-    from pals.experiments.virtual_run import LiveNode
 
 TASKS, FIGURES, PROFILE, JOURNAL = "tasks.pickle", "figures.pickle", "profile.json", "journal.jsonl"
 TOLD_LINES = 12  # of a process that failed
@@ -73,8 +72,6 @@ def serve(task: RunTask, folder: Path) -> Figures:
     Raises:
         ConfigError: the profile does not fit this engine, or vLLM refuses an option.
     """
-    from pals.experiments.virtual_run import BANK_FILE, VirtualNode, drive, running
-
     sim = task.sim
     options = [
         "--tensor-parallel-size", str(sim.boards), "--max-num-seqs", str(sim.max_num_seqs), "--max-num-batched-tokens",
@@ -101,8 +98,6 @@ class _Watched:
     """Feeds the load and meters each tick, in the order of a simulated run; is over when the load is."""
 
     def __init__(self, live: LiveNode, task: RunTask) -> None:
-        from pals.experiments.lab.live_plant import LivePlant
-
         plant: Any = LivePlant(live, seed=task.seed)  # a replica for what is asked here
         self._task, self._plant = task, plant
         self._figures: Figures | None = None
