@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from pals.core.errors import ConfigError
 from pals.engines.openai_client import RequestSpec
@@ -179,8 +180,17 @@ class Unwatched:
         """Nothing."""
 
 
-def drive(live: LiveNode, session: Session, config: Config, trace: VirtualTrace, stop: threading.Event) -> None:
-    """Serve the trace, with ticks exactly on the grid: between steps, or in the middle of one as an agent beside would."""
+class Ending(Protocol):
+    """A load that knows when it is over."""
+
+    @property
+    def answered(self) -> bool:
+        """Asked between steps."""
+        ...
+
+
+def drive(live: LiveNode, session: Session, config: Config, load: Ending, stop: threading.Event) -> None:
+    """Serve the load, with ticks exactly on the grid: between steps, or in the middle of one as an agent beside would."""
     clock, engine, period_s = live.clock, live.engine, config.control.period_s
     start_s, slot = clock.now_s(), 0
 
@@ -193,7 +203,7 @@ def drive(live: LiveNode, session: Session, config: Config, trace: VirtualTrace,
 
     clock.call_at(start_s, tick)
     try:
-        engine.serve(until_s=float("inf"), done=lambda: stop.is_set() or trace.answered)
+        engine.serve(until_s=float("inf"), done=lambda: stop.is_set() or load.answered)
         engine.serve(until_s=clock.now_s() + TAIL_S, done=stop.is_set)
     finally:
         clock.drop_all()

@@ -29,6 +29,26 @@ class Wish:
         return tuple(range(self.seed, self.seed + (many if self.full else few)))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Basis:
+    """Where an experiment's figures come from, as its page says it."""
+
+    word: str
+    told: str  # one sentence; {seeds} stands for the seeds
+
+
+SIMULATED = Basis(
+    word="simulated",
+    told="Every watt and second here is simulated, on plants with moved constants ({seeds}); each engine has a profile learned on its own plant.",
+)
+
+
+def basis_of(experiment: Experiment) -> Basis:
+    """Its attribute `basis`, which only an experiment that does more than simulate has."""
+    basis: Basis = getattr(experiment, "basis", SIMULATED)
+    return basis
+
+
 class Cell(Protocol):
     """A frozen dataclass that can be pickled."""
 

@@ -1,11 +1,11 @@
-"""An experiment's tables and verdicts as Markdown; it says that everything is simulated, which seeds, and which command."""
+"""An experiment's tables and verdicts as Markdown; it says where the figures come from, which seeds, and which command."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pals.experiments.lab.experiment import Experiment, Row, Verdict
+from pals.experiments.lab.experiment import SIMULATED, Basis, Experiment, Row, Verdict, basis_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,31 +21,31 @@ class Page:
 
 def markdown_of(experiment: Experiment, rows: Sequence[Row], page: Page) -> str:
     """The whole page."""
-    verdicts = experiment.verdicts(rows)
+    verdicts, basis = experiment.verdicts(rows), basis_of(experiment)
     parts = [
-        f"## {experiment.title} (simulated)",
+        f"## {experiment.title} ({basis.word})",
         experiment.question,
         f"Targets, written before the runs: {experiment.targets}",
-        told(page),
+        told(page, basis),
         *(f"{t.caption.strip()}\n\n{grid(t.header, t.lines)}".strip() for t in experiment.tables(rows)),
-        grid(VERDICT_HEADER, [verdict_line(v) for v in verdicts]) if verdicts else "No verdict can be given on these rows.",
+        grid(verdict_header(basis), [verdict_line(v) for v in verdicts]) if verdicts else "No verdict can be given on these rows.",
         summary(verdicts),
     ]  # fmt: skip
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
-def told(page: Page) -> str:
+def told(page: Page, basis: Basis = SIMULATED) -> str:
     """Where the figures come from."""
     seeds = ", ".join(map(str, page.seeds))
     lack = f" {page.missing} of {page.cells} cells have no rows: run the same command to go on." if page.missing else ""
     wall = f" Wall time {page.wall_s:.0f} s." if page.wall_s is not None else ""
-    return (
-        f"Every watt and second here is simulated, on plants with moved constants (seed{'s' * (len(page.seeds) > 1)} {seeds}); "
-        f"each engine has a profile learned on its own plant. Command: `{page.command}`.{wall}{lack}"
-    )
+    sentence = basis.told.format(seeds=f"seed{'s' * (len(page.seeds) > 1)} {seeds}")
+    return f"{sentence} Command: `{page.command}`.{wall}{lack}"
 
 
-VERDICT_HEADER = ("promise (simulated)", "target", "measured", "over seeds", "seeds", "")
+def verdict_header(basis: Basis = SIMULATED) -> tuple[str, ...]:
+    """Of a table of verdicts; the last column holds the words."""
+    return (f"promise ({basis.word})", "target", "measured", "over seeds", "seeds", "")
 
 
 def verdict_line(v: Verdict) -> list[str]:

@@ -15,8 +15,8 @@ from statistics import median
 from typing import Any
 
 from pals.core.errors import ConfigError
-from pals.experiments.lab.experiment import Experiment, Row, Table, Verdict
-from pals.experiments.lab.pages import VERDICT_HEADER, verdict_line
+from pals.experiments.lab.experiment import SIMULATED, Experiment, Row, Table, Verdict, basis_of
+from pals.experiments.lab.pages import verdict_header, verdict_line
 from pals.experiments.lab.report.coverage import Coverage, coverage_of
 from pals.experiments.lab.report.document import Block, Figure, Grid, Heading, Paragraph, Points, blocks_of, grid_of
 from pals.experiments.lab.report.figures import FIGURES
@@ -106,6 +106,11 @@ def _front(told: Sequence[Told], missing: Sequence[Experiment], command: str) ->
         "own. Promises were written down before the runs; a value is the mean over seeds, with the least and the most seed beside it, "
         "unless the promise speaks of the worst case."
     )
+    for other in (t for t in told if basis_of(t.experiment) is not SIMULATED):
+        seeds = f"seeds {seeds_of(sorted({r['seed'] for r in other.rows}))}"
+        yield Paragraph(
+            text=f"An exception, `{other.experiment.name}`: {basis_of(other.experiment).told.format(seeds=seeds)}"
+        )
     yield Paragraph(text=f"Made by `{command}` from rows on disk; nothing was run for it.")
     lines = [_overview(t) for t in told]
     if lines:
@@ -147,7 +152,7 @@ def seeds_of(seeds: Sequence[int]) -> str:
 def section(t: Told, number: int) -> list[Block]:
     """One experiment; its first figure has this number."""
     e = t.experiment
-    blocks: list[Block] = [Heading(text=f"{e.title} (simulated)", level=2, anchor=e.name)]
+    blocks: list[Block] = [Heading(text=f"{e.title} ({basis_of(e).word})", level=2, anchor=e.name)]
     blocks += [
         Paragraph(text=f"**Question.** {e.question}"),
         Paragraph(text=f"**Promised before the runs.** {e.targets[:1].upper()}{e.targets[1:]}."),
@@ -156,7 +161,7 @@ def section(t: Told, number: int) -> list[Block]:
     blocks.append(Heading(text="Verdicts", level=3))
     if t.verdicts:
         lines = [list(map(str, verdict_line(v))) for v in t.verdicts]
-        blocks.append(Grid(header=[*VERDICT_HEADER[:-1], "verdict"], lines=lines))
+        blocks.append(Grid(header=[*verdict_header(basis_of(e))[:-1], "verdict"], lines=lines))
     else:
         blocks.append(Paragraph(text="No verdict can be given on these rows."))
     blocks.append(Heading(text="Figures", level=3))
@@ -182,7 +187,7 @@ def _words_of(e: Experiment) -> str:
 def method(t: Told) -> Iterator[str]:
     """What the rows themselves say of how they were made."""
     rows = t.rows
-    yield f"Simulated: {t.coverage.told} cells, {len(rows)} rows; plant seeds {seeds_of(sorted({r['seed'] for r in rows}))}."
+    yield f"{basis_of(t.experiment).word.capitalize()}: {t.coverage.told} cells, {len(rows)} rows; plant seeds {seeds_of(sorted({r['seed'] for r in rows}))}."
     if t.coverage.there < t.coverage.wanted:
         yield f"**Not complete**: the experiment's own choice has {t.coverage.wanted} cells; verdicts speak of those that are there."
     if t.coverage.outdated:
