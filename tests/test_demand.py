@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,8 +89,10 @@ def test_counters_that_fall_begin_anew() -> None:
 def test_one_counter_that_falls_is_another_engine(counter: str) -> None:
     d = followed([(2, 2)] * 50)
     assert d.before is not None
-    much = replace(d.before, time_s=25.5, **{counter: 10**6})
-    again = observe(observe(d, much, 25.5, PERIOD_S), replace(much, time_s=26.0, **{counter: 0}), 26.0, PERIOD_S)
+    raised: dict[str, Any] = {counter: 10**6}
+    fallen: dict[str, Any] = {counter: 0}
+    much = replace(d.before, time_s=25.5, **raised)
+    again = observe(observe(d, much, 25.5, PERIOD_S), replace(much, time_s=26.0, **fallen), 26.0, PERIOD_S)
     assert again.counted.arrived == again.counted.finished == 0.0
     assert again.arrivals_per_s >= 0.0
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pals.control.controller import PalsPolicy, PalsSettings
+from pals.control.controller import PalsPolicy
 from pals.control.guard import Guard
+from pals.control.pals_state import PalsSettings
 from pals.core.quantities import Budget, Decision, EngineSample, PowerSample, Slo, TelemetrySample
 from tests.profile_world import whole_profile
 from tests.worlds import BUCKETS
@@ -149,7 +150,8 @@ def grown(e: EngineSample, t: Tick, now_s: float) -> EngineSample:
         waiting=t.waiting, oldest_waiting_s=t.oldest_s, kv_usage=t.kv, active_limit=t.active, ttft_counts=tuple(counts),
         tpot_counts=tuple(counts),
     )  # fmt: skip
-    return replace(e, **{FALLING[t.falls]: 0}) if t.falls >= 0 else e
+    fallen: dict[str, Any] = {FALLING[t.falls]: 0} if t.falls >= 0 else {}
+    return replace(e, **fallen)
 
 
 def samples(ticks: list[Tick]) -> list[TelemetrySample]:

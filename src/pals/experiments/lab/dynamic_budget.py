@@ -106,7 +106,11 @@ class DynamicBudget:
             "free_tokens_s": sum(by_engine[e].tokens_per_s for e in cell.engines),
         }  # fmt: skip
         followed = tracking_of(ran.ledger, cell.signal.reserve_w(natural_w))
-        return [about | fleet_columns(ran.ledger, ran.members, members[0].sim.boards) | followed]
+        line = {
+            k: a.round(1).tolist() for k, a in zip(("time_s", "power_w", "budget_w"), ran.ledger.windows(), strict=True)
+        }
+        columns = fleet_columns(ran.ledger, ran.members, members[0].sim.boards)
+        return [about | columns | followed | {"time_line": line}]
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         """See `Experiment`."""

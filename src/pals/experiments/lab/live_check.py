@@ -22,7 +22,7 @@ from pals.experiments.lab.loads import ClosedLoop
 from pals.experiments.lab.paper_single_node import IN_FLIGHT, LENGTHS
 from pals.experiments.lab.rivals import BASELINE, policies_of
 from pals.experiments.lab.run import RunTask, run
-from pals.experiments.lab.truth import truthful
+from pals.experiments.lab.truth import TRUTHFUL
 from pals.experiments.scenarios import scenario_of
 from pals.experiments.simulated_run import EMPTY, Simulation
 from pals.models.profile import Profile
@@ -108,7 +108,7 @@ class LiveCheck:
 
     def cells(self, wish: Wish) -> list[LiveCell]:
         """See `Experiment`."""
-        if truth := [p for p in wish.policies if p in truthful()]:
+        if truth := [p for p in wish.policies if p in TRUTHFUL]:
             raise ConfigError(
                 f"{truth[0]} asks the simulated plant itself, which real vLLM does not have. Nothing was run"
             )
