@@ -3,7 +3,7 @@
 Real vLLM serves on emulated boards in virtual time: its scheduler, KV cache, plugin and shared memory, and NVML's adapter,
 are the live ones, while step times and watts come from the plant of the simulation. So this checks what the simulation adds
 (its scheduler, its boards' events, its shortcuts), never the plant's constants, which are held against silicon elsewhere
-(`pals validate`).
+(`pals plant validate`).
 """
 
 from __future__ import annotations
