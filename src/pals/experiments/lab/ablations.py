@@ -19,6 +19,7 @@ from pals.core.protocols import AnyController
 from pals.core.quantities import Slo
 from pals.experiments.lab.engines import EngineCase
 from pals.experiments.lab.experiment import Row, Table, Verdict, Wish, verdict_of
+from pals.experiments.lab.figures import Figures
 from pals.experiments.lab.loads import ClosedLoop, Load, OpenLoop, arrivals_of, capacity_of
 from pals.experiments.lab.price import engines_of
 from pals.experiments.lab.ratios import Place, by_seed, ratios, told
@@ -121,7 +122,7 @@ class Ablations:
         f = run(task).figures
         about = {
             "engine": cell.engine.name, "demand": cell.demand, "seed": cell.seed, "policy": cell.variant, "budget_w": budget_w,
-            "target_tokens_s": slo.throughput_tokens_s, "missed": 1.0 - f.good_requests / max(1, f.requests),
+            "target_tokens_s": slo.throughput_tokens_s, "missed": missed_in(f, whole_run=cell.demand in OPEN_LOADS),
         }  # fmt: skip
         return [about | f.to_row()]
 
@@ -151,6 +152,13 @@ class Ablations:
     def figures(self, rows: Sequence[Row]) -> Sequence[str]:
         """See `Experiment`."""
         return ("ablations",) if rows else ()
+
+
+def missed_in(figures: Figures, *, whole_run: bool) -> float:
+    """Share of requests that missed a latency target; where the run ends with requests inside, of those whose TPOT is known."""
+    if whole_run:
+        return 1.0 - figures.good_requests / max(1, figures.requests)
+    return figures.tpot_missed or 0.0
 
 
 def default_tokens_s(cell: AblationCell, sim: Simulation) -> float:
