@@ -89,7 +89,7 @@ def test_counters_that_fall_begin_anew() -> None:
 def test_one_counter_that_falls_is_another_engine(counter: str) -> None:
     d = followed([(2, 2)] * 50)
     assert d.before is not None
-    raised: dict[str, Any] = {counter: 10**6}  # type: ignore[arg-type]
+    raised: dict[str, Any] = {counter: 10**6}
     fallen: dict[str, Any] = {counter: 0}
     much = replace(d.before, time_s=25.5, **raised)
     again = observe(observe(d, much, 25.5, PERIOD_S), replace(much, time_s=26.0, **fallen), 26.0, PERIOD_S)

@@ -149,7 +149,7 @@ def grown(e: EngineSample, t: Tick, now_s: float) -> EngineSample:
         refused_requests=e.refused_requests + g.refused, busy_s=e.busy_s + t.busy * max(0.0, t.window_s), running=t.running,
         waiting=t.waiting, oldest_waiting_s=t.oldest_s, kv_usage=t.kv, active_limit=t.active, ttft_counts=tuple(counts),
         tpot_counts=tuple(counts),
-    )  # fmt: skip  # type: ignore[arg-type]
+    )  # fmt: skip
     fallen: dict[str, Any] = {FALLING[t.falls]: 0} if t.falls >= 0 else {}
     return replace(e, **fallen)
 

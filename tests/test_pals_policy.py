@@ -185,6 +185,34 @@ def test_impossible_power_is_not_believed() -> None:
     assert "9000 W" in said[-1].detail
 
 
+def test_what_nobody_watched_teaches_nothing() -> None:
+    still = policy(use_clock=False, use_limit=False, use_batch=False)  # nothing moves: a lesson could span the gap
+    world = World()
+    _, state = run(world, 303.0, p=still)
+    before = state
+    for _ in range(40):
+        sample = replace(world.tick(), absent=(3,), power_w=None)
+        decision, state = still.step(state, sample, NO_BUDGET, EASY, world.now_s)
+    assert decision.reason == "telemetry"
+    late = list(world.engine.ttft_counts)
+    late[BUCKETS - 2] += 500
+    world.engine = replace(world.engine, ttft_counts=tuple(late))
+    said, state = run(world, 12.0, state=state, p=still)
+    assert said[-1].reason != "telemetry"
+    assert state.margins.ttft <= before.margins.ttft
+    assert state.bias.power == pytest.approx(before.bias.power, rel=0.01)
+
+
+@pytest.mark.parametrize(("budget_w", "bounded"), [(600.0, True), (1600.0, False)])
+def test_a_budget_that_does_not_bind_turns_nobody_away(budget_w: float, bounded: bool) -> None:
+    world, state, slo = World(per_tick=8, inside=64), None, Slo(ttft_p95_s=1.0)
+    for _ in range(60):  # the queue grows under either budget
+        world.waiting, world.oldest_s = world.waiting + 4, 4.0
+        said, state = run(world, 1.0, slo=slo, budget=Budget(power_w=budget_w), state=state)
+    assert said[-1].reason == "sacrifice"
+    assert (said[-1].most_waiting is not None) is bounded
+
+
 def test_boards_that_rest_may_say_the_same_for_long() -> None:
     world = World()
     _, state = run(world, 60.0)

@@ -141,7 +141,8 @@ class PalsPolicy:
         s, before, period_s = self.settings, state.demand.before, sample.window_s or PERIOD_S
         demand, in_force = observe(state.demand, engine, now_s, period_s), self._in_force(state, sample, engine)
         state = state._replace(demand=demand)
-        if before is not None and engine.steps >= before.steps and s.use_margins:
+        seen = state.why[0] != "telemetry"  # what came late unseen, at the safe point, is no lesson
+        if before is not None and engine.steps >= before.steps and s.use_margins and seen:
             tested = (in_force and state.tested[0], in_force and state.tested[1])
             windable = not state.gave_up  # where no point is better a margin would only wind up
             margins = learned(state.margins, before, engine, slo, tested, windable=windable)
@@ -252,8 +253,9 @@ class PalsPolicy:
         return state.why[1] if repeated else told_held(scene.outlook, pick, scene.asked, slo)
 
     def _bound(self, state: State, scene: Scene, pick: Pick, slo: Slo) -> tuple[int | None, State]:
-        """Requests that may wait: bounded only while a budget below the limits found leaves TTFT no other way."""
-        a, squeezed = scene.asked, state.ceiling_w < self._guard.max_limit_w - 0.5
+        """Requests that may wait: bounded only while a budget that binds leaves TTFT no other way."""
+        a, natural_w = scene.asked, float(scene.outlook.natural_w[0, 0]) / self._guard.boards
+        squeezed = state.ceiling_w < min(self._guard.max_limit_w - 0.5, natural_w)
         lost = squeezed and pick.given_up == NO_TTFT and a.kind != CLOSED
         since_s = state.refusing_s
         if not lost:
@@ -279,7 +281,9 @@ class PalsPolicy:
         """The safe static point: the limit found, or what the budget leaves of it, no clock lock, the launch batch."""
         if state.lever != FREE or state.batch is not None:
             state = state._replace(lever=FREE, batch=None, moved_s=now_s, window=None, surge=None)
-        state = state._replace(why=(reason, detail), ceiling_w=ceiling_w, tested=(False, False), gave_up=False)
+        state = state._replace(
+            why=(reason, detail), ceiling_w=ceiling_w, tested=(False, False), gave_up=False, window=None
+        )
         return self._decision(state, ceiling_w, reason, detail), state
 
 

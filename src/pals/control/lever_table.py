@@ -136,7 +136,7 @@ class LeverTables:
         count = LIMIT_LEVELS if low_w < top_w else 1
         self.limits_w: tuple[float, ...] = tuple(float(round(w)) for w in np.geomspace(low_w, top_w, count))
         self.clocks_mhz = _clock_levels(fitted, guard)
-        self.levels: FloatArray = np.unique(np.round(np.geomspace(1, guard.launch_sequences, RUNNING_LEVELS)))
+        self.levels: FloatArray = _running_levels(fitted, guard.launch_sequences)
         held = [(w, None) for w in self.limits_w] + [(top_w, mhz) for mhz in self.clocks_mhz]
         self._points = [
             OperatingPoint(power_limit_w=w, sm_clock_mhz=mhz, active_sequences=int(n))
@@ -213,6 +213,13 @@ def _check_reach(fitted: Fitted, points: Sequence[OperatingPoint]) -> None:
         f"{2**h.sequences.high:.0f} active sequences, and {worst.power_limit_w:.0f} W with {worst.active_sequences} lie "
         f"{steps.max():.1f} grid steps outside; profile again at the limits and the launch batch of now"
     )
+
+
+def _running_levels(fitted: Fitted, launch: int) -> FloatArray:
+    """Numbers of running sequences, from the fewest that the profile may speak of; fewer count as those."""
+    sequences = fitted.hull.sequences if fitted.hull is not None else None
+    fewest = max(1.0, np.ceil(2.0 ** (sequences.low - sequences.step))) if sequences is not None else 1.0
+    return np.unique(np.round(np.geomspace(min(fewest, launch), launch, RUNNING_LEVELS)))
 
 
 def _clock_levels(fitted: Fitted, guard: Guard) -> tuple[int, ...]:
