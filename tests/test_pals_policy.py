@@ -213,6 +213,14 @@ def test_a_budget_that_does_not_bind_turns_nobody_away(budget_w: float, bounded:
     assert (said[-1].most_waiting is not None) is bounded
 
 
+def test_a_move_for_throughput_says_so() -> None:
+    world = World()
+    _, state = run(world, 300.0)
+    said, _ = run(world, 10.0, slo=replace(EASY, throughput_tokens_s=1500.0), state=state)
+    moved = next(d for d in said if d.reason == "targets")
+    assert "tokens/s of 1500" in moved.detail
+
+
 def test_boards_that_rest_may_say_the_same_for_long() -> None:
     world = World()
     _, state = run(world, 60.0)
@@ -256,7 +264,7 @@ def _idle(world: World) -> TelemetrySample:
 def test_what_cannot_be_kept_is_given_up_in_the_declared_order() -> None:
     said, _ = run(World(per_tick=1), 100.0, slo=Slo(ttft_p95_s=5.0, tpot_p95_s=0.001))
     assert said[-1].reason == "sacrifice"
-    assert said[-1].detail.startswith("TPOT cannot be kept")
+    assert said[-1].detail.startswith("TPOT cannot surely be kept")
     said, _ = run(World(per_tick=60, inside=64), 100.0, slo=Slo(ttft_p95_s=1.0, tpot_p95_s=5.0))
     assert "TTFT" in said[-1].detail
     assert said[-1].most_waiting is None  # nobody is turned away without a budget
@@ -306,3 +314,14 @@ def test_the_share_that_targets_need_keeps_them_and_less_does_not() -> None:
     assert kept[-1].reason != "sacrifice"
     lost, _ = run(world, 20.0, slo=slo, budget=Budget(power_w=max(420.0, 0.6 * needed_w)), state=state)
     assert lost[-1].reason == "sacrifice"
+
+
+def test_a_bound_on_the_queue_does_not_come_and_go_with_each_request() -> None:
+    world, state = World(per_tick=8, inside=64), None
+    slo, budget, bounded = Slo(ttft_p95_s=1.0), Budget(power_w=500.0), list[bool]()
+    for i in range(120):  # the queue comes and goes every other second
+        world.waiting, world.oldest_s = (40 + i, 4.0) if i % 2 else (0, 0.0)
+        said, state = run(world, 1.0, slo=slo, budget=budget, state=state)
+        bounded.append(said[-1].most_waiting is not None)
+    assert any(bounded)
+    assert sum(a != b for a, b in itertools.pairwise(bounded)) <= 1

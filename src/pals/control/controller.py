@@ -47,7 +47,8 @@ LOCK_SLACK_MHZ = 30  # a lock is in force where no board runs faster
 BATCHES = 7  # levels of the active-sequence limit
 DRIFTED = 1.5  # factor on the margins while the profile has drifted
 NEARLY = 0.97  # of the most output: so much asked, with every slot taken, is more than is answered
-STILL_BOUND_S = 10.0  # a queue stays bounded so long after it was last needed, while requests wait
+STILL_BOUND_S = 10.0  # a queue stays bounded so long after that was last needed
+SQUEEZED_S = 20.0  # requests that were inside while targets could not be kept still end for so long: no lesson
 
 
 class PalsPolicy:
@@ -122,7 +123,9 @@ class PalsPolicy:
         state = state._replace(key=key)
         wider = DRIFTED if correction.told.drift else 1.0
         asked = self._asked(d, rows, state.bias, slo, sample.window_s or PERIOD_S)
-        if budget.power_w is not None and now_s - state.worth.at_s >= EVERY_S:
+        if budget.power_w is None:
+            state = state._replace(worth=Worth())
+        elif now_s - state.worth.at_s >= EVERY_S:
             state = self._weigh(state, asked, slo, wider, now_s)
         return self._choose(state, rows, asked, slo, now_s, wider)
 
@@ -144,7 +147,7 @@ class PalsPolicy:
         seen = state.why[0] != "telemetry"  # what came late unseen, at the safe point, is no lesson
         if before is not None and engine.steps >= before.steps and s.use_margins and seen:
             tested = (in_force and state.tested[0], in_force and state.tested[1])
-            windable = not state.gave_up  # where no point is better a margin would only wind up
+            windable = now_s - state.squeezed_s >= SQUEEZED_S  # where no point is better a margin would only wind up
             margins = learned(state.margins, before, engine, slo, tested, windable=windable)
             if in_force and now_s - state.moved_s >= s.settle_s:
                 pressed = engine.waiting > 0 or demand.closed(period_s)
@@ -227,7 +230,7 @@ class PalsPolicy:
         at = (pick.lever, pick.batch)
         state = state._replace(
             ceiling_w=rows.ceiling_w,
-            gave_up=pick.given_up != ALL and reason == "hold",
+            squeezed_s=now_s if pick.given_up != ALL and reason == "hold" else state.squeezed_s,
             tested=(bool(e.ttft[at] > -NEAR), bool(e.tpot[at] > -NEAR)),
         )
         told = self._told(state, scene, here, pick, reason, slo)
@@ -257,13 +260,11 @@ class PalsPolicy:
         a, natural_w = scene.asked, float(scene.outlook.natural_w[0, 0]) / self._guard.boards
         squeezed = state.ceiling_w < min(self._guard.max_limit_w - 0.5, natural_w)
         lost = squeezed and pick.given_up == NO_TTFT and a.kind != CLOSED
-        since_s = state.refusing_s
-        if not lost:
-            ending = since_s is not None and squeezed and a.waiting > 0 and scene.now_s - since_s < STILL_BOUND_S
-            if not ending:
-                return None, state._replace(refusing_s=None)
+        since_s = scene.now_s if lost else state.refusing_s  # when it was last needed
+        if since_s is None or not squeezed or scene.now_s - since_s >= STILL_BOUND_S:
+            return None, state._replace(refusing_s=None)
         bound = most_waiting(scene.outlook, pick._replace(given_up=NO_TTFT), a, slo)
-        return bound, state._replace(refusing_s=scene.now_s if lost else since_s)
+        return bound, state._replace(refusing_s=since_s)
 
     # ---- points ---------------------------------------------------------------------------------------------------
 
@@ -282,7 +283,7 @@ class PalsPolicy:
         if state.lever != FREE or state.batch is not None:
             state = state._replace(lever=FREE, batch=None, moved_s=now_s, window=None, surge=None)
         state = state._replace(
-            why=(reason, detail), ceiling_w=ceiling_w, tested=(False, False), gave_up=False, window=None
+            why=(reason, detail), ceiling_w=ceiling_w, tested=(False, False), window=None, surge=None
         )
         return self._decision(state, ceiling_w, reason, detail), state
 

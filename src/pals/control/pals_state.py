@@ -85,7 +85,7 @@ class State(NamedTuple):
     dwell_s: float = 0.0
     surge: Surge | None = None
     surge_hold_s: float = 0.0
-    gave_up: bool = False  # whether the point in force misses a target that no other point keeps
+    squeezed_s: float = -1e9  # when the point in force last missed a target that no other point keeps
     tested: tuple[bool, bool] = (False, False)  # whether TTFT and TPOT of the point in force are near their targets
     window: Window | None = None
     ceiling_w: float = 0.0
@@ -94,5 +94,5 @@ class State(NamedTuple):
         "start",
         "nothing is known of the load yet: the limit found, no clock lock, the launch batch",
     )
-    refusing_s: float | None = None  # since when the queue is bounded
+    refusing_s: float | None = None  # when the queue last had to be bounded; None: it is not
     worth: Worth = Worth()

@@ -58,6 +58,8 @@ def _figures(o: Outlook, i: tuple[int, int], j: tuple[int, int], a: Asked, slo: 
         told.append(f"TTFT p95 {_ms(o.ttft_s[i])} → {_ms(o.ttft_s[j])} ms of {1e3 * ttft:.0f}")
     if a.kind in (CLOSED, FULL):
         told.append(f"{o.tokens_per_s[i]:.0f} → {o.tokens_per_s[j]:.0f} tokens/s")
+    elif slo.throughput_tokens_s is not None:
+        told.append(f"at most {o.most_per_s[i]:.0f} → {o.most_per_s[j]:.0f} tokens/s of {slo.throughput_tokens_s:.0f}")
     return ", ".join(told)
 
 
@@ -79,4 +81,4 @@ def told_sacrifice(told: str, pick: Pick, *, only_queue: bool) -> str:
     if only_queue:
         return f"not all who wait now will be in time: {told}"
     lost = "TPOT" if pick.given_up == NO_TPOT else "TTFT or throughput"
-    return f"{lost} cannot be kept under this budget and load: {told}"
+    return f"{lost} cannot surely be kept at this load by any point that the budget and the boards allow: {told}"

@@ -9,7 +9,6 @@ from pals.core.quantities import TelemetrySample
 
 BLIND_S = 3.0  # without power, or with impossible power, for so long: the safe point
 TRUSTED_S = 10.0  # sound for so long before it is believed again
-STUCK_S = 20.0  # the same power on every board to the last digit, while the engine works
 IMPOSSIBLE = 1.35  # of the sum of the limits: more than firmware lets through for a second
 
 
