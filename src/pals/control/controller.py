@@ -234,11 +234,9 @@ class PalsPolicy:
             tested=(bool(e.ttft[at] > -NEAR), bool(e.tpot[at] > -NEAR)),
         )
         told = self._told(state, scene, here, pick, reason, slo)
-        if reason != "hold":
+        if move is not None and reason != "hold":
             batch = int(scene.batches[pick.batch])
-            state = moved(
-                state, rows.levers[pick.lever], None if batch >= self._launch else batch, reason, self.settings, now_s
-            )
+            state = moved(state, scene, move, None if batch >= self._launch else batch, self.settings)
         if pick.given_up != ALL:
             only_queue = pick.given_up == NO_TTFT and bool(e.lasting()[at])
             reason, told = "queue" if only_queue else "sacrifice", told_sacrifice(told, pick, only_queue=only_queue)

@@ -23,8 +23,11 @@ class PalsSettings:
     objective: str = "node"  # whose joules: the node's, estimated, or the boards' alone
     benefit: float = 0.02  # share of the joules per token that a move must save
     dwell_s: float = 8.0  # after a move, before the next one that only saves
-    longest_dwell_s: float = 60.0  # a saving that had to be taken back doubles the dwell, up to here
+    longest_dwell_s: float = 130.0  # a saving that had to be taken back doubles the dwell, up to here
     calm_s: float = 60.0  # a saving that stood for so long was no mistake
+    floor_s: float = 600.0  # a clock that was too slow is not tried again for so long, twice as long if it was again
+    longest_floor_s: float = 3600.0
+    less: float = 0.85  # of the demand then: below it the floor does not hold
     room: float = 0.07  # of a logarithm: so far below its targets a point must stay to be moved to for a saving
     rise: float = 0.12  # the same for a move that targets ask for, where one reaches so far: not step by step
     slowest: float = 0.7  # a move that only saves leaves so much of the clock
@@ -62,6 +65,16 @@ class Surge(NamedTuple):
     since_s: float
 
 
+class Floor(NamedTuple):
+    """A clock that a saving came down to and that targets did not allow: nothing as slow is tried again for a while."""
+
+    clock_mhz: float
+    closed: bool  # whether clients waited for answers
+    size: float  # tokens per second that were asked for, or requests inside a closed loop
+    until_s: float
+    lasts_s: float
+
+
 class Move(NamedTuple):
     """Where to, and why: "targets", "queue", "calm", "efficiency"; "hold" where no better point exists."""
 
@@ -83,6 +96,7 @@ class State(NamedTuple):
     saved_s: float = -1e9  # last move that only saved
     surged_s: float = -1e9  # last move for a queue
     dwell_s: float = 0.0
+    floor: Floor | None = None
     surge: Surge | None = None
     surge_hold_s: float = 0.0
     squeezed_s: float = -1e9  # when the point in force last missed a target that no other point keeps
