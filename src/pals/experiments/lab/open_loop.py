@@ -35,6 +35,7 @@ from pals.experiments.lab.ratios import by_seed, ratios
 from pals.experiments.lab.replayed import TRACES, TraceCase, fitting, offered, own_mix
 from pals.experiments.lab.rivals import BASELINE, left_out, policies_of
 from pals.experiments.lab.run import RunTask, run
+from pals.experiments.lab.truth import with_truth
 from pals.plant.workload import Workload
 
 LAUNCH = 256
@@ -115,9 +116,8 @@ class OpenLoopTraces:
             sim, fitting(cell.trace, sim.context_tokens), load=cell.load, duration_s=cell.warmup_s + cell.span_s, seed=cell.seed
         )  # fmt: skip
         load = OpenLoop(workload=arriving, warmup_s=cell.warmup_s)
-        figures = run(
-            RunTask(sim=sim, load=load, policy=cell.policy, profile=profile, slo=cell.slo, seed=cell.seed)
-        ).figures
+        task = RunTask(sim=sim, load=load, policy=cell.policy, profile=profile, slo=cell.slo, seed=cell.seed)
+        figures = run(with_truth(task)).figures
         about = {
             "engine": cell.engine.name, "trace": cell.trace.name, "load": cell.load, "seed": cell.seed, "policy": cell.policy,
             "most_per_s": most, "ttft_target_s": cell.slo.ttft_p95_s, "tpot_target_s": cell.slo.tpot_p95_s,
