@@ -263,12 +263,7 @@ def steer(
     engines = find()
     bank = bank_of(engines)
     emulated = bank is not None
-    if will_write(config, emulated=emulated):
-        put_back(folder, mend)
-    else:
-        warn_of_left_limits(folder)
-    sweep(folder)
-    warn_of_strangers(config, engines)
+    _tidy(config, folder, engines, emulated=emulated)
     metrics, clock = AgentMetrics(), wall_clock(stop)
     budgets = LiveBudget(config.budget, now_s=clock.now_s, say=say)
     addresses = addresses_of(config)
@@ -305,6 +300,16 @@ def steer(
             budgets=budgets,
         )
         return control_engines(setup, clock)
+
+
+def _tidy(config: Config, folder: Path, engines: Sequence[EngineGroup], *, emulated: bool) -> None:
+    """What agents before left behind, and sections for engines that are not there."""
+    if will_write(config, emulated=emulated):
+        put_back(folder, mend)
+    else:
+        warn_of_left_limits(folder)
+    sweep(folder)
+    warn_of_strangers(config, engines)
 
 
 def addresses_of(config: Config) -> list[str]:

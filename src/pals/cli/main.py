@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import NoReturn
 
 from pals import __version__
@@ -245,60 +246,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+#: Where each command lives; the function of its name there.
+MODULES = {
+    "serve": "serve", "agent": "agent", "profile": "profile_commands", "ab": "ab_command", "emulate": "emulate", "plant": "plant",
+    "simulate": "simulate", "experiment": "experiment", "doctor": "doctor",
+    **dict.fromkeys(("replay", "status", "restore", "models", "dashboard"), "inspect"),
+}  # fmt: skip
+WITH_REST = frozenset({"serve", "emulate"})  # whose further options are vLLM's
+
+
 def dispatch(args: argparse.Namespace, rest: list[str]) -> int:
     """Call the command; each is imported only when asked for, so that `pals --help` needs nothing."""
-    if args.command == "serve":
-        from pals.cli.serve import serve
-
-        return serve(args, rest)
-    if args.command == "agent":
-        from pals.cli.agent import agent
-
-        return agent(args)
-    if args.command == "profile":
-        from pals.cli.profile_commands import profile
-
-        return profile(args)
-    if args.command == "ab":
-        from pals.cli.ab_command import ab
-
-        return ab(args)
-    if args.command == "emulate":
-        from pals.cli.emulate import emulate
-
-        return emulate(args, rest)
-    if args.command == "plant":
-        from pals.cli.plant import plant
-
-        return plant(args)
-    if args.command == "simulate":
-        from pals.cli.simulate import simulate
-
-        return simulate(args)
-    if args.command == "experiment":
-        from pals.cli.experiment import experiment
-
-        return experiment(args)
     if args.command == "demo":
-        from pals.cli.extras import require
+        return _demo(args)
+    command = getattr(import_module(f"pals.cli.{MODULES[args.command]}"), args.command)
+    code: int = command(args, rest) if args.command in WITH_REST else command(args)
+    return code
 
-        require("vllm", "pynvml", "aiohttp", "matplotlib")
-        from pals.experiments.demo import demo
 
-        return demo(model=args.model, seconds=args.seconds, out=args.out)
-    if args.command == "doctor":
-        from pals.cli.doctor import doctor
+def _demo(args: argparse.Namespace) -> int:
+    from pals.cli.extras import require
 
-        return doctor(args)
-    from pals.cli import inspect
+    require("vllm", "pynvml", "aiohttp", "matplotlib")
+    from pals.experiments.demo import demo
 
-    return {
-        "replay": inspect.replay,
-        "status": inspect.status,
-        "restore": inspect.restore,
-        "models": inspect.models,
-        "dashboard": inspect.dashboard,
-    }[args.command](args)
+    return demo(model=args.model, seconds=args.seconds, out=args.out)
 
 
 def say(text: str) -> None:

@@ -102,23 +102,15 @@ class PalsPolicy:
         state = self._learn(state, sample, sample.engine, slo, now_s)
         d = state.demand
         if d.in_flight == 0:
-            return self._decision(state, ceiling_w, "idle", "no request is inside: the point stays"), state._replace(
-                ceiling_w=ceiling_w
-            )
+            idle = self._decision(state, ceiling_w, "idle", "no request is inside: the point stays")
+            return idle, state._replace(ceiling_w=ceiling_w)
         if not d.known:
-            return self._safe(
-                state,
-                ceiling_w,
-                "learning",
-                f"{int(d.counted.finished)} requests have ended so far: their lengths are not known yet",
-                now_s,
-            )
+            told = f"{int(d.counted.finished)} requests have ended so far: their lengths are not known yet"
+            return self._safe(state, ceiling_w, "learning", told, now_s)
         key = key_of(d.prompt_tokens, d.output_tokens, d.cached_tokens, state.key)
         rows = self._tables.rows(key, ceiling_w)
         if rows is None:
-            told = (
-                f"{d.prompt_tokens:.0f} tokens in and {d.output_tokens:.0f} out lie outside what the profile measured"
-            )
+            told = f"{d.prompt_tokens:.0f} tokens in, {d.output_tokens:.0f} out lie outside what the profile measured"
             return self._safe(state._replace(key=key), ceiling_w, "outside-profile", told, now_s)
         state = state._replace(key=key)
         wider = DRIFTED if correction.told.drift else 1.0
@@ -279,7 +271,7 @@ class PalsPolicy:
     def _safe(self, state: State, ceiling_w: float, reason: str, detail: str, now_s: float) -> tuple[Decision, State]:
         """The safe static point: the limit found, or what the budget leaves of it, no clock lock, the launch batch."""
         if state.lever != FREE or state.batch is not None:
-            state = state._replace(lever=FREE, batch=None, moved_s=now_s, window=None, surge=None)
+            state = state._replace(lever=FREE, batch=None, moved_s=now_s)
         state = state._replace(
             why=(reason, detail), ceiling_w=ceiling_w, tested=(False, False), window=None, surge=None
         )

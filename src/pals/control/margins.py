@@ -12,11 +12,9 @@ from typing import NamedTuple
 from pals.control.demand import Late, late, targets_of
 from pals.core.quantities import EngineSample, Slo
 
-SHORT_SHARE, SHORT_GAIN, MOST_SPARE = (
-    0.01,
-    0.01,
-    0.3,
-)  # of periods that may fall short of a throughput target; a step; the most
+SHORT_SHARE = 0.01  # of periods that may fall short of a throughput target
+SHORT_GAIN = 0.01  # of the logarithm of throughput, for a period that does
+MOST_SPARE = 0.3
 START = 1.0  # the pessimistic end of a 90 % interval
 LEAST, MOST = -1.0, 12.0
 AIM = 0.25  # of the share that may come late: the rest is for what comes in bursts
@@ -36,9 +34,8 @@ def learn(margin: float, seen: Late, share: float, *, tested: bool) -> float:
     """The margin after one period; `share` may come late; `tested`: the point in force was near its target."""
     if seen.counted <= 0:
         return margin
-    step: float = (
-        GAIN * (seen.late - AIM * share * seen.counted) * max(1.0, 0.05 / share) ** 0.5
-    )  # rare ones weigh more
+    rare = max(1.0, 0.05 / share) ** 0.5  # what may seldom be late teaches seldom: it weighs more
+    step: float = rare * GAIN * (seen.late - AIM * share * seen.counted)
     if step < 0 and not (tested and margin > LEAST):
         return min(margin, max(START, margin + step)) if margin > START else margin
     return min(MOST, max(LEAST, margin + step))

@@ -31,9 +31,7 @@ class PalsSettings:
     room: float = 0.07  # of a logarithm: so far below its targets a point must stay to be moved to for a saving
     rise: float = 0.12  # the same for a move that targets ask for, where one reaches so far: not step by step
     slowest: float = 0.7  # a move that only saves leaves so much of the clock
-    surge_s: float = (
-        4.0  # a queue is answered at once by more speed, for at least so long; twice as long where it comes again soon
-    )
+    surge_s: float = 4.0  # more speed for a queue lasts at least so long; twice as long where it comes again soon
     longest_surge_s: float = 30.0  # a surge that lasts longer is the load
     settle_s: float = 3.0  # after a move, before its figures teach anything
     bias_window_s: float = 8.0  # one lesson

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
 from pathlib import Path
@@ -208,33 +208,29 @@ def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
 
 def checked(config: Config) -> Config:
     """`config` itself; raises `ConfigError` where values are unknown or out of range."""
-    c, slo, out = config.control, config.slo, config.output
-    if c.policy not in POLICIES:
-        check_keys({c.policy: None}, list(POLICIES), "[control]", "policy")
-    if c.mode is not None and c.mode not in MODES:
-        check_keys({c.mode: None}, list(MODES), "[control]", "mode")
-    if c.canary_baseline not in POLICIES:
-        check_keys({c.canary_baseline: None}, list(POLICIES), "[control]", "canary_baseline")
-    if c.lowering not in LOWERINGS:
-        check_keys({c.lowering: None}, list(LOWERINGS), "[control]", "lowering")
-    if c.objective not in OBJECTIVES:
-        check_keys({c.objective: None}, list(OBJECTIVES), "[control]", "objective")
-    ports = {
-        "[output] metrics_port": out.metrics_port,
-        "[output] dcgm_port": out.dcgm_port,
-        "[budget] port": config.endpoint.port,
-    }
-    rules = [
+    c = config.control
+    chosen: list[tuple[str, str | None, Sequence[str]]] = [
+        ("policy", c.policy, POLICIES),
+        ("mode", c.mode, MODES),
+        ("canary_baseline", c.canary_baseline, POLICIES),
+        ("lowering", c.lowering, LOWERINGS),
+        ("objective", c.objective, OBJECTIVES),
+    ]
+    for name, value, known in chosen:
+        if value is not None and value not in known:
+            check_keys({value: None}, list(known), "[control]", name)
+    for holds, message in (*_control_rules(c), *_slo_rules(config.slo), *_port_rules(config)):
+        if not holds:
+            raise ConfigError(f"{message}. Nothing was started.")
+    return config
+
+
+Rule = tuple[bool, str]  # whether it holds, and what is said where not
+
+
+def _control_rules(c: ControlConfig) -> list[Rule]:
+    return [
         (0.05 <= c.period_s <= 60, f"[control] period_s = {c.period_s} must lie in 0.05..60"),
-        *((0 <= port <= 65535, f"{name} = {port} must lie in 0..65535 (0: off)") for name, port in ports.items()),
-        *(
-            (p == 0 or p != q, f"{a} and {b} are both {p}; they must differ")
-            for (a, p), (b, q) in combinations(ports.items(), 2)
-        ),
-        (
-            config.endpoint.port == 0 or bool(config.endpoint.token),
-            "a budget port needs a token: give --budget-token FILE (or [budget] token)",
-        ),
         (
             SMALLEST_SHARE <= c.canary_share <= 1 - SMALLEST_SHARE,
             f"[control] canary_share = {c.canary_share:g} must lie in {SMALLEST_SHARE:g}..{1 - SMALLEST_SHARE:g}; modes auto and "
@@ -245,20 +241,35 @@ def checked(config: Config) -> Config:
             f"[control] canary_window_s = {c.canary_window_s:g} must be at least {LEAST_WINDOW_PERIODS} control periods",
         ),
         (c.active_sequences is None or c.active_sequences >= 1, "[control] active_sequences must be at least 1"),
+    ]
+
+
+def _slo_rules(slo: Slo) -> list[Rule]:
+    values = {f.name: getattr(slo, f.name) for f in fields(slo)}
+    share = slo.throughput_share
+    return [
+        *((v is None or v > 0, f"[slo] {name} = {v} must be positive") for name, v in values.items()),
+        (share is None or share <= 1, f"[slo] throughput_share = {share} must lie in 0..1, or be a text like '90%'"),
+    ]
+
+
+def _port_rules(config: Config) -> list[Rule]:
+    ports = {
+        "[output] metrics_port": config.output.metrics_port,
+        "[output] dcgm_port": config.output.dcgm_port,
+        "[budget] port": config.endpoint.port,
+    }
+    return [
+        *((0 <= port <= 65535, f"{name} = {port} must lie in 0..65535 (0: off)") for name, port in ports.items()),
         *(
-            (value is None or value > 0, f"[slo] {f.name} = {value} must be positive")
-            for f in fields(slo)
-            for value in [getattr(slo, f.name)]
+            (p == 0 or p != q, f"{a} and {b} are both {p}; they must differ")
+            for (a, p), (b, q) in combinations(ports.items(), 2)
         ),
         (
-            slo.throughput_share is None or slo.throughput_share <= 1,
-            f"[slo] throughput_share = {slo.throughput_share} must lie in 0..1, or be a text like '90%'",
+            config.endpoint.port == 0 or bool(config.endpoint.token),
+            "a budget port needs a token: give --budget-token FILE (or [budget] token)",
         ),
     ]
-    for holds, message in rules:
-        if not holds:
-            raise ConfigError(f"{message}. Nothing was started.")
-    return config
 
 
 def check_complete(config: Config, told: str = "") -> None:

@@ -5,11 +5,9 @@ Each engine is a `Session` of the agent; who may draw what is `pals.runtime.shar
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,10 +17,9 @@ from pals.experiments.lab.figures import Figures, figures_of
 from pals.experiments.lab.fleet_meter import FleetLedger, FleetMeter
 from pals.experiments.lab.loads import Feed
 from pals.experiments.lab.meter import SpanMeter
-from pals.experiments.lab.run import RunTask, answers_between
+from pals.experiments.lab.run import RunTask, answers_between, rigged
 from pals.experiments.simulated_faults import TimedFaults
-from pals.experiments.simulated_node import SimulatedGroup
-from pals.experiments.simulated_run import PolicyTask, quiet_log, rig_of
+from pals.experiments.simulated_run import quiet_log
 from pals.plant.replica import Replica
 from pals.runtime.agent import Session
 from pals.runtime.budgets import BudgetSchedule
@@ -83,7 +80,7 @@ def run_fleet(task: FleetTask) -> FleetRan:
     """
     period_s, warmup_s = _common(task.members)
     with quiet_log():
-        engines = [_engine(member, i, task.steered) for i, member in enumerate(task.members, 1)]
+        engines = [_engine(member, i) for i, member in enumerate(task.members, 1)]
         meter = FleetMeter([e.replica for e in engines], [m.slo for m in task.members], warmup_s)
         _drive(task, engines, meter, period_s)
     return FleetRan(members=tuple(_figures(e) for e in engines), ledger=meter.ledger())
@@ -99,20 +96,13 @@ def _common(members: Sequence[RunTask]) -> tuple[float, float]:
     return both.pop()
 
 
-def _engine(task: RunTask, number: int, steered: bool) -> _Engine:
-    replica = task.sim.replica()
-    group = SimulatedGroup(replica, task.sim.spec, task.sim.boards)
-    named = PolicyTask(
-        name=task.policy, config=task.config, profile=task.profile, ticks=Path(os.devnull), journal=None, command=""
-    )
-    rig = rig_of(task.sim, named, replica, group)
-    if task.controller is not None:
-        rig = replace(rig, controller=task.controller)
+def _engine(task: RunTask, number: int) -> _Engine:
+    replica, rig, faults = rigged(task)
     meter = SpanMeter(replica, task.load.warmup_s)
     return _Engine(
         task=task,
         replica=replica,
-        faults=TimedFaults(task.sim.faults, replica, group, task.sim.step_model),
+        faults=faults,
         feed=task.load.start(replica, np.random.default_rng([task.seed, 10, number])),
         session=Session(
             name=f"{number}-{task.sim.model}", group=SimulatedProcess(info=task.sim.engine, number=number), rig=rig,

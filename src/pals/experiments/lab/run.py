@@ -83,15 +83,7 @@ def run(task: RunTask) -> Ran:
     Raises:
         ConfigError: the policy, its profile or the load does not fit; nothing was simulated.
     """
-    replica = task.sim.replica()
-    group = SimulatedGroup(replica, task.sim.spec, task.sim.boards)
-    named = PolicyTask(
-        name=task.policy, config=task.config, profile=task.profile, ticks=Path(os.devnull), journal=None, command=""
-    )
-    rig = rig_of(task.sim, named, replica, group)
-    if task.controller is not None:
-        rig = replace(rig, controller=task.controller)
-    faults = TimedFaults(task.sim.faults, replica, group, task.sim.step_model)
+    replica, rig, faults = rigged(task)
     meter, line = SpanMeter(replica, task.load.warmup_s), TimeLine(replica) if task.time_line else None
     feed = task.load.start(replica, task.rng())
     with quiet_log():
@@ -100,6 +92,23 @@ def run(task: RunTask) -> Ran:
     answers = answers_between(replica, ledger.time_s[0], ledger.time_s[-1])
     figures = figures_of(answers, ledger, task.slo, boards=task.sim.boards)
     return Ran(figures=figures, time_line=line.columns if line is not None else None)
+
+
+def rigged(task: RunTask) -> tuple[Replica, Rig, TimedFaults]:
+    """A new replica, what `tick` steers of it, and its faults to come.
+
+    Raises:
+        ConfigError: the policy or its profile does not fit.
+    """
+    replica = task.sim.replica()
+    group = SimulatedGroup(replica, task.sim.spec, task.sim.boards)
+    named = PolicyTask(
+        name=task.policy, config=task.config, profile=task.profile, ticks=Path(os.devnull), journal=None, command=""
+    )
+    rig = rig_of(task.sim, named, replica, group)
+    if task.controller is not None:
+        rig = replace(rig, controller=task.controller)
+    return replica, rig, TimedFaults(task.sim.faults, replica, group, task.sim.step_model)
 
 
 def _drive(
