@@ -114,7 +114,7 @@ def check_order(entries: Iterable[dict[str, Any]]) -> list[str]:
         if seq is not None and e["seq"] != seq + 1:
             wrong.append(f"line {e['seq']} follows line {seq}")
         seq = e["seq"]
-        if e["event"] in ("start", "budget"):
+        if "limits_w" in e:
             limits, budgets = dict(e["limits_w"]), e["budgets"]
         elif e["event"] == "write" and e.get("limit_w") is not None:
             before_w = limits.get(e["uuid"])
@@ -127,6 +127,6 @@ def check_order(entries: Iterable[dict[str, Any]]) -> list[str]:
                     wrong.append(
                         f"line {seq}: {e['uuid']} raised to {e['limit_w']:.0f} W, {total_w:.0f} W of {budget['watts']:.0f} W"
                     )
-        elif "limit_w" in e and "uuid" in e:  # another hand, a reload of the driver
+        elif e.get("limit_w") is not None and "uuid" in e:  # another hand, a reload of the driver
             limits[e["uuid"]] = e["limit_w"]
     return wrong

@@ -6,13 +6,13 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pals_capd import __version__
 from pals_capd.audit import Audit
 from pals_capd.driver import Driver, DriverError, Facts
-from pals_capd.ledger import SMALL_RAISE_W, Ask, Board, Ledger, Write, standing
+from pals_capd.ledger import SAME_W, SMALL_RAISE_W, Ask, Board, Ledger, Write, standing
 from pals_capd.policy import SHORTEST_TTL_S, Policy
 from pals_capd.protocol import OPERATIONS
 from pals_capd.record import Record, State, UnreadableError
@@ -109,6 +109,7 @@ class Keeper:
 
     def stop(self, why: str, now_s: float) -> list[str]:
         """Bring every board to its exit policy; what could not be brought there, and why."""
+        self._poll(now_s)  # the driver may have been loaded anew since
         for b in self.ledger.boards.values():
             self.ledger.release(b, why)
             b.retry_s = -math.inf
@@ -201,8 +202,8 @@ class Keeper:
         b = self.ledger.grant(ask, uid=peer.uid, admin=self.policy.may(peer.uid, "admin"), now_s=now_s)
         done = self.reconcile(now_s).get(ask.uuid)
         if isinstance(done, Exception):
-            b.lease = before  # the lease before lives on, if there was one
-            word = done.word if isinstance(done, DriverError) else "state"
+            b.lease = replace(before, watts=None) if before is not None and b.left_alone else before  # that lives on
+            word = done.word if isinstance(done, DriverError | Refused) else "state"
             raise Refused(word, f"{done}. {standing(b)}", **_stands(b, ask))
         return {
             "ok": True,
@@ -278,6 +279,8 @@ class Keeper:
 
     def _perform(self, w: Write, now_s: float) -> Write | Exception:
         b, uuid = self.ledger.boards[w.uuid], w.uuid
+        if (changed := self._look_before(b, w, now_s)) is not None:
+            return changed
         before, first = (b.limit_w, b.ours_w, b.locked), not b.touched
         self.ledger.about_to_write(w)
         raised = b.lease is not None and w.watts is not None and w.watts > b.limit_w
@@ -303,12 +306,25 @@ class Keeper:
         self.ledger.wrote(w, **asdict(now), now_s=now_s)
         self.counters["writes"] += 1
         lease = b.lease
+        self._tell_events()
         self._log(
             "write", uuid=uuid, why=w.why, uid=lease.uid if lease else None, epoch=lease.epoch if lease else None,
             asked_w=w.watts, before_w=before[0], limit_w=now.limit_w if w.watts is not None else None, enforced_w=now.enforced_w,
             lock=w.lock, unlock=w.unlock, sm_clock_mhz=now.sm_clock_mhz,
         )  # fmt: skip
         return w
+
+    def _look_before(self, b: Board, w: Write, now_s: float) -> Exception | None:
+        """Read the board once more: what another hand did since the last look is not written over unseen."""
+        limit_w = b.limit_w
+        try:
+            self.ledger.observe(b, **asdict(self.driver.read(b.uuid)), now_s=now_s)
+        except DriverError as e:
+            self._failed(b, w, e, now_s)
+            return e
+        if abs(b.limit_w - limit_w) < SAME_W:
+            return None
+        return Refused("changed", f"{b.uuid}: another hand set {b.limit_w:.0f} W just now")
 
     def _failed(self, b: Board, w: Write, error: DriverError, now_s: float) -> None:
         """Take note of what the driver would not do, and of how the board stands all the same."""
@@ -324,7 +340,14 @@ class Keeper:
         except DriverError:
             pass
         self._log(
-            "write-failed", uuid=b.uuid, why=w.why, asked_w=w.watts, lock=w.lock, error=error.word, message=str(error)
+            "write-failed",
+            uuid=b.uuid,
+            why=w.why,
+            asked_w=w.watts,
+            limit_w=b.limit_w,
+            lock=w.lock,
+            error=error.word,
+            message=str(error),
         )
 
     def _poll(self, now_s: float) -> None:
@@ -401,17 +424,21 @@ class Keeper:
         )  # fmt: skip
 
     def _report(self) -> None:
-        """Put the ledger's events into the log, and say whether a budget is overdrawn."""
-        events, self.ledger.events = self.ledger.events, []
-        for e in events:
-            self.counters[str(e["event"]).replace("-", "_")] += 1
-            self._log(**e)
+        """Say whether a budget is overdrawn, and what else happened."""
+        self._tell_events()
         if self.ledger.overdrawn():
             self.alarms["budget"] = (
                 "the limits in force exceed the budget: a board does not follow, or another hand raised it"
             )
         else:
             self.alarms.pop("budget", None)
+
+    def _tell_events(self) -> None:
+        """Put the ledger's events into the log, before what is written because of them."""
+        events, self.ledger.events = self.ledger.events, []
+        for e in events:
+            self.counters[str(e["event"]).replace("-", "_")] += 1
+            self._log(**e)
 
     def _log(self, event: str, **facts: object) -> None:
         if self.audit.write(event, **facts):

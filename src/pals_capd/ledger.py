@@ -152,14 +152,15 @@ class Ledger:
         if b is None:
             raise Refused("board", f"there is no board {uuid!r} on this node; boards are named by UUID (see `read`)")
         if self.stopped is not None:
-            raise Refused(
-                "off" if self.stopped.startswith("kill switch") else "state", f"{self.stopped}. {standing(b)}"
-            )
+            raise Refused(self._stop_word(), f"{self.stopped}. {standing(b)}")
         if b.refusal is not None:
             raise Refused("board", f"{b.refusal}. {standing(b)}")
         if b.lost is not None:
             raise Refused("lost", f"{b.lost}. Its limit is unknown; reset the board or restart the node")
         return b
+
+    def _stop_word(self) -> str:
+        return "off" if (self.stopped or "").startswith("kill switch") else "state"
 
     def fence(self, b: Board, uid: int, epoch: int, seq: int, *, admin: bool) -> None:
         """Refuse who is late, and whoever would take a board that another user holds."""
@@ -223,6 +224,8 @@ class Ledger:
         named = frozenset(uuids)
         if unknown := sorted(named - set(self.boards)):
             raise Refused("board", f"there is no board {unknown[0]!r} on this node; the budget is as it was")
+        if watts is not None and self.stopped is not None:
+            raise Refused(self._stop_word(), f"{self.stopped}. The budget is as it was")
         before = self.budget
         looser = before is not None and (watts is None or watts > before.watts or not named >= before.uuids)
         if before is not None and before.uid != uid and looser and not admin:
@@ -315,8 +318,9 @@ class Ledger:
         if watts is not None:
             watts = self._allowed_w(b, watts, now_s)
         lock = clocks if clocks is not None and clocks != b.locked else None
-        if lock is not None and b.locked is not None and lock[1] > b.locked[1] and now_s - b.written_s < RAISE_GAP_S:
-            lock = None  # a clock that rises waits its turn, as a limit does
+        waits = b.lease is not None and now_s - b.written_s < RAISE_GAP_S
+        if lock is not None and b.locked is not None and lock[1] > b.locked[1] and waits:
+            lock = None  # a clock that rises under a lease waits its turn, as a limit does
         unlock = clocks is None and b.locked is not None
         if watts is None and lock is None and not unlock:
             return None
@@ -397,9 +401,10 @@ class Ledger:
         """Take a reading; `reset`: the driver was loaded anew, and what it forgot is no other hand's doing."""
         b.limit_w, b.enforced_w, b.sm_clock_mhz, b.read_s = limit_w, enforced_w, sm_clock_mhz, now_s
         if reset:
-            if b.touched:
-                self._note("driver-reloaded", b, limit_w=limit_w)
-            b.locked, b.ours_w = None, (limit_w,) if b.ours_w else ()
+            b.locked = None
+        if reset and b.ours_w and abs(limit_w - b.default_w) < SAME_W:
+            self._note("driver-reloaded", b, limit_w=limit_w)
+            b.ours_w = (limit_w,)
         elif b.ours_w and not any(abs(limit_w - w) < SAME_W for w in b.ours_w):
             self._other_hand(b, limit_w, now_s)
         elif not b.ours_w and abs(limit_w - b.found_w) >= SAME_W:
