@@ -8,7 +8,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -16,11 +17,13 @@ from typing import Any
 
 from pals.cli.main import say
 from pals.cli.run_folder import bank_of, boards_told, emulated_bank, put_back, sweep
+from pals.cli.writer import Writer, may_mend, will_write, writing
 from pals.core import units
 from pals.core.errors import ConfigError, EngineGoneError, PalsError
 from pals.core.quantities import SAME_LIMIT_W, BoardInfo, BoardWrite, EngineInfo
 from pals.hardware.nvml import Nvml, open_boards
-from pals.hardware.nvml_board import NvmlBoard
+from pals.hardware.nvml_board import NvmlBoard, Setters
+from pals.hardware.zeusd_board import Zeusd, zeusd_path
 from pals.runtime.agent import FOUND_RECORD, AgentSetup, Board, Watcher
 from pals.runtime.channel import find_engines, run_dir
 from pals.runtime.config import BudgetEndpointConfig, Config, load_config
@@ -29,7 +32,6 @@ from pals.runtime.found import forget_found, left_by_dead_agent, read_found
 from pals.runtime.group import EngineGroup, group_ranks
 from pals.runtime.live_budget import LiveBudget
 from pals.runtime.loop import wall_clock
-from pals.runtime.modes import WRITING
 from pals.runtime.node import control_engines
 from pals.runtime.targets import throughput
 from pals.runtime.tick import TickRecord
@@ -59,6 +61,7 @@ def config_of(args: argparse.Namespace) -> Config:
         "control": {
             "policy": args.policy,
             "mode": args.mode,
+            "writer": args.writer,
             "profile": args.profile,
             "accept_mismatch": args.accept_mismatch,
             "period_s": args.period_s,
@@ -158,12 +161,12 @@ def open_boards_of(engine: EngineInfo, nvml: Nvml) -> tuple[NvmlBoard, ...]:
     return nvml.open(engine.boards)
 
 
-def refuse_unwritable(boards: Sequence[NvmlBoard]) -> None:
+def refuse_unwritable(boards: Sequence[Board], writer: Writer) -> None:
     """Raise `ConfigError` where a board must not, or cannot, be written."""
     if refused := [b.refusal for b in boards if b.refusal is not None]:
         raise ConfigError(f"{'; '.join(refused)}. Nothing was changed")
-    if not all(b.can_write() for b in boards):
-        raise ConfigError("this process may not write power limits (needs root); nothing was changed")
+    if not writer.may_write:
+        raise ConfigError(f"{writer.why_not}; nothing was changed")
 
 
 def kinds_of_board(nvml: Nvml) -> set[str]:
@@ -179,8 +182,14 @@ def kinds_of_board(nvml: Nvml) -> set[str]:
     return names
 
 
-def mend(folder: Path, bank: Path | None, *, clock: Callable[[], float] = time.monotonic) -> int:
-    """Put boards back that a dead agent left limited or locked; return how many.
+def mend(
+    folder: Path,
+    bank: Path | None,
+    *,
+    setters: Setters | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    """Put boards back that a dead agent left limited or locked, through `setters` where they are given; return how many.
 
     A board that does not stand where that agent left it was set by somebody else since: its limit is left.
 
@@ -195,6 +204,10 @@ def mend(folder: Path, bank: Path | None, *, clock: Callable[[], float] = time.m
             record.unlink(missing_ok=True)  # that agent had written nothing yet
         return 0
     with open_boards(emulated=bank, clock=clock) as nvml:
+        if setters is not None:
+            setters.check([b.info for b in nvml.boards])
+            for board in nvml.boards:
+                board.write_through(setters)
         mended, refused = _put_back(nvml, left, record)
         unseen = set(left) - {b.info.uuid for b in nvml.boards}
         told_unseen = "; ".join(nvml.failed.values())
@@ -269,6 +282,7 @@ def steer(
     addresses = addresses_of(config)
     with (
         open_boards(emulated=bank, indices=()) as nvml,
+        writing(config.control, nvml, _openable(engines, nvml), bank=bank, say=say) as writer,
         serving_metrics(metrics, config.output.metrics_port),
         dcgm_endpoint(config.output.dcgm_port, emulated=emulated) as dcgm,
         budget_endpoint(config.endpoint, budgets, token_of(config)),
@@ -279,7 +293,7 @@ def steer(
                 raise ConfigError(
                     f"it runs on {boards_told(group.info.bank)}, this agent steers {boards_told(engines[0].info.bank)}"
                 )
-            return open_boards_of(group.info, nvml)
+            return [writer.board(b) for b in open_boards_of(group.info, nvml)]
 
         def watch(name: str, infos: Sequence[BoardInfo]) -> Watcher:
             while addresses:  # told with the first engine: nothing refuses any more
@@ -287,12 +301,17 @@ def steer(
             views = (metrics.engine(name, [b.index for b in infos]), dcgm.engine(infos))
             return Views(*views) if also is None else Views(*views, also)
 
+        if writer.read_capd is not None:
+            metrics.watch_capd(writer.read_capd)
         setup = AgentSetup(
             find=find,
             open_boards=boards,
             config=config,
             emulated=emulated,
-            may_write=nvml.may_write,
+            may_write=writer.may_write,
+            cannot_write=writer.why_not,
+            writer=writer.told,
+            budget_keeper=writer.budget_keeper,
             folder=folder,
             watch=watch,
             say=say,
@@ -304,8 +323,12 @@ def steer(
 
 def _tidy(config: Config, folder: Path, engines: Sequence[EngineGroup], *, emulated: bool) -> None:
     """What agents before left behind, and sections for engines that are not there."""
-    if will_write(config, emulated=emulated):
-        put_back(folder, mend)
+    writes = will_write(config, emulated=emulated)
+    if writes and may_mend(config.control, emulated=emulated):
+        through = Zeusd(zeusd_path(os.environ)) if config.control.writer == "zeusd" else None
+        put_back(folder, partial(mend, setters=through))
+    elif writes:
+        refuse_left_limits(folder)
     else:
         warn_of_left_limits(folder)
     sweep(folder)
@@ -334,10 +357,22 @@ def token_of(config: Config) -> str | None:
     return read_token(Path(endpoint.token)) if endpoint.port and endpoint.token else None
 
 
-def will_write(config: Config, *, emulated: bool) -> bool:
-    """Whether an agent of this process would write power limits of some engine."""
-    modes = {c.control.mode or ("auto" if emulated else "advise") for c in (config, *config.engines.values())}
-    return not modes.isdisjoint(WRITING) and (emulated or os.geteuid() == 0)
+def _openable(engines: Sequence[EngineGroup], nvml: Nvml) -> list[NvmlBoard]:
+    """The boards of those engines whose boards can be opened; what is wrong with the others is said when they are taken up."""
+    boards: list[NvmlBoard] = []
+    for engine in engines:
+        with suppress(PalsError, ValueError):
+            boards += open_boards_of(engine.info, nvml)
+    return boards
+
+
+def refuse_left_limits(folder: Path) -> None:
+    """Raise `ConfigError` where an agent left limits that this process cannot put back, and would take for what was found."""
+    if left := left_by_dead_agent(folder / FOUND_RECORD):
+        raise ConfigError(
+            f"{folder / FOUND_RECORD} says that an agent was killed and left {len(left)} boards limited, which this process cannot "
+            "put back. Nothing was written: run `sudo pals restore` (with this PALS_RUN_DIR) first"
+        )
 
 
 def warn_of_left_limits(folder: Path) -> None:
