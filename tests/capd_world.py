@@ -81,7 +81,9 @@ class Capd:
     """A capd that serves until it is stopped, crashed (the socket goes, boards stay) or hung."""
 
     def __init__(self, boards: Boards, policy: Policy) -> None:
-        self.socket = Path(tempfile.mkdtemp(prefix="capd-")) / "sock"  # a short path: a Unix socket's holds 107 characters
+        self.socket = (
+            Path(tempfile.mkdtemp(prefix="capd-")) / "sock"
+        )  # a short path: a Unix socket's holds 107 characters
         self.policy, self._boards = policy, boards
         self._turn = threading.Lock()  # held by whoever hangs it
         self._asked = threading.Event()

@@ -17,14 +17,14 @@ from pals.views.caps import print_caps, watts
 EXIT_NOT_RELEASED = 1
 
 
-def caps(args: argparse.Namespace) -> int:
+def caps(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> int:
     """Print the table, or release everything; 1 where a board could not be released.
 
     Raises:
         ConfigError: no capd.
         PalsError: it does not answer, or refuses.
     """
-    path = socket_path(os.environ)
+    path = socket_path(environ)
     if not os.path.exists(path):
         raise ConfigError(
             f"there is no capd at {path}, so nothing is held. Start it as root (systemctl start pals-capd, or `pals-capd`), or name "
@@ -44,7 +44,7 @@ def caps(args: argparse.Namespace) -> int:
 def _release(client: CapdClient, *, as_json: bool) -> int:
     """End every lease and the budget a client set; print where each board stands then."""
     told = client.ask("release_all")
-    if told is None or "boards" not in told:
+    if told is None or "failed" not in told:
         raise refused(
             told or {"error": "broken", "message": "the connection broke; look with `pals caps` what is held"}
         )

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pwd import getpwuid
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from pals.views.report import wide_console
 
 
 def print_caps(told: Mapping[str, Any]) -> None:
     """Print capd's answer to `read`."""
-    console = Console(highlight=False)
+    console = wide_console()
     console.print(_boards(told["boards"]))
     for line in caps_lines(told):
         console.print(line, markup=False, soft_wrap=True)
@@ -41,19 +42,22 @@ def caps_lines(told: Mapping[str, Any]) -> list[str]:
 
 def _boards(boards: list[Mapping[str, Any]]) -> Table:
     table = Table(title=f"Boards: {', '.join(sorted({b['name'] for b in boards})) or 'none'}", title_justify="left")
-    table.add_column("board", overflow="fold")
-    for column in ("limit", "enforced", "found", "SM clock", "leased by", "until", "for", "another hand"):
-        table.add_column(column)
+    for column in ("board", "limit/enforced/found", "SM clock", "lease", "another hand"):
+        table.add_column(column, no_wrap=column != "lease", overflow="fold")
     for b in boards:
-        lease = b["lease"]
+        limits = "/".join(f"{b[key]:.0f}" for key in ("limit_w", "enforced_w", "found_w"))
+        other_w = b["other_hand_w"]
         table.add_row(
-            b["uuid"], watts(b["limit_w"]), watts(b["enforced_w"]), watts(b["found_w"]), _clock(b),
-            "nobody" if lease is None else _user(lease["uid"]),
-            "" if lease is None else f"{lease['expires_s']:.1f} s",
-            "" if lease is None else lease["reason"],
-            "" if b["other_hand_w"] is None else watts(b["other_hand_w"]),
-        )  # fmt: skip
+            b["uuid"], f"{limits} W", _clock(b), _lease(b["lease"]), "" if other_w is None else watts(other_w)
+        )
     return table
+
+
+def _lease(lease: Mapping[str, Any] | None) -> str:
+    """ "root, 2.9 s more: pals agent 12"."""
+    if lease is None:
+        return "none"
+    return f"{_user(lease['uid'])}, {lease['expires_s']:.1f} s more: {lease['reason']}"
 
 
 def watts(value: float) -> str:
