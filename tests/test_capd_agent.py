@@ -71,5 +71,6 @@ def test_small_raises_that_capd_holds_back_for_a_while_are_not_taken_for_another
         node, _ = run(tmp_path, exits, budget={"power_w": "0:800,2:804,2.5:808,3:812,3.5:816"})
         (records,) = node.records.values()
 
-        assert records[-1].enforced_limits_w == pytest.approx((0.49 * 816,) * 2, abs=0.5)
+        assert any(min(r.enforced_limits_w) < r.guarded.point.power_limit_w - 0.5 for r in records)  # some waited
+        assert records[-1].enforced_limits_w == (399.0, 399.0)  # half of 98 % of 816 W
         assert not [n for r in records for n in r.notes if "something else" in n]
