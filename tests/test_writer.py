@@ -13,17 +13,22 @@ from typing import Any
 import pytest
 
 from pals.cli.caps import caps
+from pals.cli.mending import mend, refuse_left_limits
 from pals.cli.writer import Writer, may_mend, will_write, writing
 from pals.core.errors import ConfigError, PalsError
 from pals.hardware.capd_board import CapdBoard
 from pals.hardware.capd_client import CapdClient
 from pals.hardware.nvml import Nvml
 from pals.hardware.nvml_board import NvmlBoard
+from pals.hardware.zeusd_board import Zeusd
+from pals.runtime.agent import FOUND_RECORD
 from pals.runtime.config import Config, ControlConfig, load_config
+from pals.runtime.found import left_by_dead_agent
 from pals.views.capd_metrics import CapdCollector
 from pals.views.metrics import AgentMetrics
 from tests.capd_world import Boards, capd_over, point
 from tests.fake_zeusd import zeusd_over
+from tests.found_records import write_record
 from tests.test_capd_client import answering
 
 pytest.importorskip("pynvml")
@@ -280,3 +285,36 @@ def test_capds_counters_are_metrics_asked_for_every_two_seconds_and_absent_witho
         now[0] = 5.0
         assert value("pals_capd_up") == 0.0
         assert value("pals_capd_writes_total") is None
+
+
+def test_what_an_agent_killed_while_zeusd_wrote_left_is_put_back_through_zeusd(unprivileged: World) -> None:
+    boards, path = unprivileged.boards, unprivileged.exits.enter_context(zeusd_over(unprivileged.boards))
+    folder = boards.folder / "run"
+    folder.mkdir()
+    uuid = boards.board(0).info.uuid
+    boards.bank.set_limit(0, 300.0, boards.now)
+    write_record(folder / FOUND_RECORD, {uuid: (650.0, [300.0])})
+
+    with pytest.raises(PalsError, match="no permission"):
+        mend(folder, boards.path, clock=boards.clock)
+    with pytest.raises(PalsError, match="zeusd would not set 650 W"):  # this zeusd may not write either
+        mend(folder, boards.path, setters=Zeusd(path), clock=boards.clock)
+    assert left_by_dead_agent(folder / FOUND_RECORD)[uuid].found_limit_w == 650.0
+
+
+def test_zeusd_mends_and_the_record_goes(world: World) -> None:
+    boards, path = world.boards, world.exits.enter_context(zeusd_over(world.boards))
+    uuid = boards.board(0).info.uuid
+    boards.bank.set_limit(0, 300.0, boards.now)
+    write_record(boards.folder / FOUND_RECORD, {uuid: (650.0, [300.0])})
+
+    assert mend(boards.folder, boards.path, setters=Zeusd(path), clock=boards.clock) == 1
+    assert boards.limit_w(0) == 650.0
+    assert not (boards.folder / FOUND_RECORD).exists()
+
+
+def test_an_agent_that_cannot_mend_does_not_start_on_what_a_killed_one_left(tmp_path: Path) -> None:
+    refuse_left_limits(tmp_path)
+    write_record(tmp_path / FOUND_RECORD, {"GPU-1": (650.0, [300.0])})
+    with pytest.raises(ConfigError, match=r"left 1 boards limited.*sudo pals restore"):
+        refuse_left_limits(tmp_path)

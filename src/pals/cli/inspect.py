@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pals.cli.agent import living, mend
+from pals.cli.agent import living
 from pals.cli.main import say
+from pals.cli.mending import mend
 from pals.cli.run_folder import agent_lives, boards_told, emulated_bank, put_back, read_status
 from pals.control.guard import Guard
 from pals.control.policies import build_policy
