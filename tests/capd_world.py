@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -151,3 +152,4 @@ def capd_over(boards: Boards, policy: Policy | None = None) -> Iterator[Capd]:
     finally:
         if capd._thread.is_alive():
             capd.stop()
+        shutil.rmtree(capd.socket.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -57,6 +58,7 @@ def zeusd_over(boards: Boards, **discover: Any) -> Iterator[Path]:
         finally:
             server.shutdown()
             thread.join()
+            shutil.rmtree(path.parent)
 
 
 def write(boards: Boards, path: str, values: dict[str, str]) -> tuple[int, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -282,3 +283,4 @@ def answering(answer: Callable[[dict[str, Any]], object]) -> Iterator[Path]:
         finally:
             server.shutdown()
             thread.join()
+            shutil.rmtree(path.parent)
