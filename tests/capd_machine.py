@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pals_capd.audit import check_order
 from pals_capd.keeper import Keeper, Peer
-from pals_capd.ledger import Clocks
+from pals_capd.ledger import Clocks, Ledger
 from pals_capd.policy import Exit, Policy
 from pals_capd.refused import ConfigError
 from tests.capd_world import MAX_W, MIN_W, Crash, FakeDriver, Fuse, MemoryAudit, MemoryRecord, Silicon
@@ -218,6 +218,10 @@ class CapdMachine(RuleBasedStateMachine):
             self.survive(lambda: keeper.turn(self.now_s))
             self.sync_budget()
 
+    def after_a_turn(self) -> Ledger | None:
+        self.turn()
+        return None if self.keeper is None else self.keeper.ledger
+
     @rule(uuid=boards, w=foreign_watts)
     def other_hand(self, uuid: str, w: float) -> None:
         s = self.silicon[uuid]
@@ -292,9 +296,12 @@ class CapdMachine(RuleBasedStateMachine):
         assert keeper is not None
         peer = self.peers.get(uid) or Peer(uid=uid)
         self.leases = {u: p for u, p in self.leases.items() if p.expires_s > self.now_s}
-        reply: dict[str, Any] | None = self.survive(
-            lambda: (keeper.turn(self.now_s), keeper.handle(peer, request, self.now_s))[1]
-        )
+
+        def answer() -> dict[str, Any]:
+            keeper.turn(self.now_s)
+            return keeper.handle(peer, request, self.now_s)
+
+        reply: dict[str, Any] | None = self.survive(answer)
         return reply
 
     def sync_budget(self) -> None:
@@ -376,10 +383,9 @@ class CapdMachine(RuleBasedStateMachine):
             return
         if any(s.lost or s.denied for s in self.silicon.values()) or set(self.keeper.ledger.boards) != set(UUIDS):
             return
-        self.turn()
-        if self.keeper is None:
+        ledger = self.after_a_turn()
+        if ledger is None:
             return
-        ledger = self.keeper.ledger
         now_s = self.now_s
         for u, s in self.silicon.items():
             b = ledger.boards[u]
