@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,9 +44,19 @@ BOARDS = "2xa100-sxm4-80gb"
 TTL_S = 1.0
 LOOK_S = 0.04
 SAME_W = 1.0
+ACTS_S = 0.5  # a limit acts so long after it was written, at most
 CLOCK_STEP_MHZ = 15
 CLIENTS = 12
 GIVEN_UP = "the client gave up"
+
+
+class Boards(NamedTuple):
+    """What the boards' registers hold at one moment, of all boards."""
+
+    limits_w: tuple[float, ...]
+    locks_mhz: tuple[tuple[float, float], ...]
+    energy_j: tuple[float, ...]  # as drawn, without the counter's error
+    time_s: float  # of the energy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +64,7 @@ class Look:
     """The boards at one moment, and what capd told of their leases just then; None: it did not answer."""
 
     time_s: float
-    limits_w: tuple[float, ...]
-    locks_mhz: tuple[tuple[float, float], ...]
-    powers_w: tuple[float, ...]
+    boards: Boards
     leases: tuple[dict[str, Any] | None, ...] | None
 
 
@@ -107,12 +115,12 @@ class Node:
             return results, "the server did not end within 30 s"
         return results, ""
 
-    def look(self) -> tuple[tuple[float, ...], tuple[tuple[float, float], ...], tuple[float, ...]]:
-        """Limits, clock locks and power (the sensors' mean), as the boards have them."""
-        now_s = time.monotonic()
-        readings = [self.bank.reading(i, now_s) for i in range(self.bank.count)]
-        limits_w = tuple(r.requested_limit_w for r in readings)
-        return limits_w, self._locks(), tuple(r.power_avg_w for r in readings)
+    def look(self) -> Boards:
+        """Limits, clock locks and energy as the boards have them; the sensor of this board sees 25 ms in 100 ms only."""
+        with self.bank._locked(time.monotonic()):
+            limits_w = tuple(float(w) for w in self.bank._boards["limit_w"])
+            energy_j = tuple(float(e) for e in self.bank._boards["energy_j"])
+            return Boards(limits_w, self._locks(), energy_j, float(self.bank._sections.clockwork[0]["time_s"]))
 
     def _locks(self) -> tuple[tuple[float, float], ...]:
         b = self.bank._boards  # a lock has no getter in NVML, and the bank offers none
@@ -282,28 +290,30 @@ class Scene:
 
     def exit_state(self, look: Look) -> bool:
         """Whether every board stands where it must without a lease."""
-        return all(self._at_exit(look, i) for i in range(len(look.limits_w)))
+        return all(self._at_exit(look, i) for i in range(len(look.boards.limits_w)))
 
     def leased(self, look: Look) -> bool:
         """Whether every board is leased, and stands no higher than that."""
-        return look.leases is not None and all(self._at_lease(look, i) for i in range(len(look.limits_w)))
+        return look.leases is not None and all(self._at_lease(look, i) for i in range(len(look.boards.limits_w)))
 
     def promised(self, look: Look) -> bool:
         """Whether every board stands at its exit policy or within a live lease."""
-        return all(self._at_exit(look, i) or self._at_lease(look, i) for i in range(len(look.limits_w)))
+        return all(self._at_exit(look, i) or self._at_lease(look, i) for i in range(len(look.boards.limits_w)))
 
     def _at_exit(self, look: Look, i: int) -> bool:
-        return abs(look.limits_w[i] - self.exit_w) < SAME_W and look.locks_mhz[i] == self.node.unlocked
+        return abs(look.boards.limits_w[i] - self.exit_w) < SAME_W and look.boards.locks_mhz[i] == self.node.unlocked
 
     def _at_lease(self, look: Look, i: int) -> bool:
         lease = None if look.leases is None else look.leases[i]
         if lease is None or lease["expires_s"] <= 0:
             return False
-        clocks, (low, high) = lease["sm_clock_mhz"], look.locks_mhz[i]
+        clocks, (low, high) = lease["sm_clock_mhz"], look.boards.locks_mhz[i]
         within = clocks is None or high <= clocks[1] + CLOCK_STEP_MHZ
         unlocked = (low, high) == self.node.unlocked
         return (
-            look.limits_w[i] <= (lease["watts"] or self.exit_w) + SAME_W and within and (clocks is not None or unlocked)
+            look.boards.limits_w[i] <= (lease["watts"] or self.exit_w) + SAME_W
+            and within
+            and (clocks is not None or unlocked)
         )
 
     def wait(self, wanted: Any, timeout_s: float, told: str) -> float:
@@ -322,17 +332,9 @@ class Scene:
         while not self._over.wait(LOOK_S):
             before = self.node.look()
             leases = self._leases()
-            limits_w, locks_mhz, powers_w = self.node.look()
-            if (limits_w, locks_mhz) == before[:2]:  # else leases and boards are of different moments
-                self.looks.append(
-                    Look(
-                        time_s=time.monotonic(),
-                        limits_w=limits_w,
-                        locks_mhz=locks_mhz,
-                        powers_w=powers_w,
-                        leases=leases,
-                    )
-                )
+            seen = self.node.look()
+            if seen[:2] == before[:2]:  # else leases and boards are of different moments
+                self.looks.append(Look(time_s=time.monotonic(), boards=seen, leases=leases))
 
     def _leases(self) -> tuple[dict[str, Any] | None, ...] | None:
         """As capd tells them; None where it does not answer at once."""
@@ -365,17 +367,22 @@ class Scene:
     def over_budget(self) -> list[Look]:
         """Moments at which the limits together exceeded the budget."""
         budget_w = self.budget_w
-        return [] if budget_w is None else [k for k in self.looks if sum(k.limits_w) > budget_w + SAME_W]
+        return [] if budget_w is None else [k for k in self.looks if sum(k.boards.limits_w) > budget_w + SAME_W]
 
     def above_limit(self) -> list[tuple[float, float]]:
-        """Mean power of a second, and the highest limit of the 2.5 s around it, where the limit was not kept."""
-        found = []
-        for i, look in enumerate(self.looks):
-            window = [k for k in self.looks[max(0, i - 100) : i + 1] if k.time_s > look.time_s - 2.5]
-            for b, power_w in enumerate(look.powers_w):
-                highest_w = max(k.limits_w[b] for k in window)
-                if look.time_s - window[0].time_s > 2.2 and power_w > self._kept_w(highest_w):
-                    found.append((power_w, highest_w))
+        """Mean power over a second, and the highest limit in it and shortly before, where the limit was not kept."""
+        found, first = list[tuple[float, float]](), 0
+        for last, look in enumerate(self.looks):
+            while look.boards.time_s - self.looks[first + 1].boards.time_s > 1.0 and first + 1 < last:
+                first += 1
+            span_s = look.boards.time_s - self.looks[first].boards.time_s
+            window = [k for k in self.looks[max(0, first - 50) : last + 1] if k.time_s > look.time_s - span_s - ACTS_S]
+            for b, (end_j, start_j) in enumerate(
+                zip(look.boards.energy_j, self.looks[first].boards.energy_j, strict=True)
+            ):
+                highest_w = max(k.boards.limits_w[b] for k in window)
+                if span_s > 1.0 and (end_j - start_j) / span_s > self._kept_w(highest_w):
+                    found.append(((end_j - start_j) / span_s, highest_w))
         return found
 
     def _kept_w(self, limit_w: float) -> float:

@@ -168,7 +168,7 @@ def play(on: Node, cases: Sequence[tuple[Fault, ...]], seed: int) -> tuple[list[
 def judge_scene(world: Scene) -> list[str]:
     """What is wrong at the end of a scene: boards not at their exit policy, budget or limits not kept, log, things left."""
     world.close()
-    limits_w, locks, _ = world.node.look()
+    limits_w, locks = world.node.look()[:2]
     lives, checked = world.manager.lives, world.audit_check()
     print(
         f"{len(lives)} lives of capd, {sum(x.by_watchdog for x in lives)} ended by the watchdog; audit: {checked.stdout.strip()[-60:]}"
