@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pals_capd.audit import check_order
-from pals_capd.keeper import Keeper, Peer
+from pals_capd.keeper import POLL_S, Keeper, Peer
 from pals_capd.ledger import Clocks, Ledger
 from pals_capd.policy import Exit, Policy
 from pals_capd.refused import ConfigError
@@ -64,6 +64,8 @@ class CapdMachine(RuleBasedStateMachine):
         self.budget: tuple[float, frozenset[str]] | None = None
         self.budget_asked: tuple[float, frozenset[str]] | None = None
         self.budget_before: tuple[float, frozenset[str]] | None = None
+        self.unsaved: dict[str, set[float]] = {u: set() for u in UUIDS}  # written since the record could not be
+        self.foreign_s: dict[str, float] = {}  # when another hand came last
         self.quarrel = set[str]()  # boards that another hand set since, and that nobody asked for
         self.seq, self.off = 0, False
         self.keeper: Keeper | None = None
@@ -81,7 +83,7 @@ class CapdMachine(RuleBasedStateMachine):
         try:
             return do()
         except Crash:
-            self.keeper, self.leases = None, {}
+            self.crash_now()
             return None
 
     @precondition(lambda self: not self.alive())
@@ -144,6 +146,8 @@ class CapdMachine(RuleBasedStateMachine):
         peer = self.peers[uid]
         if peer.epoch < 0:
             self.ask(uid, op="hello")
+        if self.keeper is None:
+            return
         self.seq += 1
         seq = max(0, self.seq - 2) if late else self.seq
         self.asking = {uuid: (w, lock)}
@@ -154,8 +158,7 @@ class CapdMachine(RuleBasedStateMachine):
         self.asking = {}
         if reply is None or not reply["ok"]:
             return
-        unseen = uuid in self.quarrel  # capd looks once a second, and before each write
-        assert w is None or unseen or MIN_W <= w <= max(self.found[uuid]) + 0.5, "granted outside the range"
+        assert w is None or MIN_W <= w <= max(self.found[uuid]) + 0.5, "granted outside the range"
         before = self.leases.get(uuid)
         assert before is None or before.uid == uid or before.expires_s <= self.now_s, "another user's lease was taken"
         live = before if before is not None and before.expires_s > self.now_s else Promise(set(), set(), 0.0, uid)
@@ -201,6 +204,8 @@ class CapdMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.alive())
     @rule()
     def release_all(self) -> None:
+        if self.after_a_turn() is None:
+            return
         self.leases, self.budget = {}, None
         self.ask(0, op="release_all")
         self.sync_budget()
@@ -217,6 +222,9 @@ class CapdMachine(RuleBasedStateMachine):
             keeper = self.keeper
             self.survive(lambda: keeper.turn(self.now_s))
             self.sync_budget()
+            self.sync_failure()
+        if self.keeper is not None and not self.record.full:
+            self.unsaved = {u: set() for u in UUIDS}
 
     def after_a_turn(self) -> Ledger | None:
         self.turn()
@@ -228,7 +236,7 @@ class CapdMachine(RuleBasedStateMachine):
         known = [x for x in (*self.found[uuid], *self.written(uuid)) if abs(x - w) < 1.5]
         if s.lost or known:
             return
-        s.limit_w = w
+        s.limit_w, self.foreign_s[uuid] = w, self.now_s
         touched = self.touched(uuid)
         if touched and self.keeper is not None and self.policy.other_hand == "reassert":
             return
@@ -258,7 +266,11 @@ class CapdMachine(RuleBasedStateMachine):
     def driver_reload(self) -> None:
         """The driver forgets limits and locks; NVML must be opened anew."""
         for u, s in self.silicon.items():
-            self.found[u] = {*self.found[u], MAX_W} if self.touched(u) else {MAX_W}  # capd may die before it sees why
+            known = (
+                self.keeper.ledger.boards.get(u) if self.keeper is not None else None
+            )  # may miss the last other hand
+            kept = {*self.found[u], *([known.found_w] if known is not None else [])}
+            self.found[u] = {*kept, MAX_W} if self.touched(u) else {MAX_W}  # capd may die before it sees why
             s.limit_w, s.lock = MAX_W, None
         self.driver.reloaded = True
 
@@ -272,7 +284,10 @@ class CapdMachine(RuleBasedStateMachine):
 
     @rule()
     def crash_now(self) -> None:
+        """What was lowered while the disk was full is known to nobody now: it may stay."""
         self.keeper, self.leases = None, {}
+        for u, unsaved in self.unsaved.items():
+            self.found[u] |= unsaved
 
     @rule(off=st.booleans())
     def kill_switch(self, off: bool) -> None:
@@ -302,7 +317,16 @@ class CapdMachine(RuleBasedStateMachine):
             return keeper.handle(peer, request, self.now_s)
 
         reply: dict[str, Any] | None = self.survive(answer)
+        self.sync_failure()
         return reply
+
+    def sync_failure(self) -> None:
+        """Under `fail` every lease ends when capd sees another hand on a board that is leased or not as found."""
+        stopped = self.keeper is not None and self.keeper.ledger.stopped is not None
+        if stopped and not self.off:
+            assert self.policy.other_hand == "fail", "stopped for no reason"
+            assert self.foreign_s, "stopped though nobody else wrote"
+            self.leases = {}
 
     def sync_budget(self) -> None:
         """Which client budget holds is told by capd; that it keeps it is checked here."""
@@ -313,7 +337,7 @@ class CapdMachine(RuleBasedStateMachine):
     def touched(self, uuid: str) -> bool:
         if self.keeper is not None:
             b = self.keeper.ledger.boards.get(uuid)
-            return b is not None and bool(b.ours_w)
+            return b is not None and (bool(b.ours_w) or (b.lease is not None and b.lease.watts is not None))
         return bool(self.record.state.boards.get(uuid, {}).get("written_w"))
 
     def written(self, uuid: str) -> list[float]:
@@ -321,6 +345,12 @@ class CapdMachine(RuleBasedStateMachine):
         if self.keeper is not None and uuid in self.keeper.ledger.boards:
             ours += self.keeper.ledger.boards[uuid].ours_w
         return ours
+
+    def seen_w(self, uuid: str) -> float:
+        """A board's limit as capd can know it: it looks once a second, and what another hand did since is not its fault."""
+        unseen = self.keeper is not None and self.now_s - self.foreign_s.get(uuid, -1e9) < POLL_S
+        known = self.keeper.ledger.boards.get(uuid) if self.keeper is not None and unseen else None
+        return self.silicon[uuid].limit_w if known is None else min(known.limit_w, self.silicon[uuid].limit_w)
 
     def budgets(self) -> list[tuple[float, frozenset[str]]]:
         standing = [] if self.policy.budget_w is None else [(self.policy.budget_w, frozenset(UUIDS))]
@@ -330,6 +360,8 @@ class CapdMachine(RuleBasedStateMachine):
 
     def check_limit(self, uuid: str, w: float) -> None:
         """No board is told anything but what was found, what a live lease asked for, or its exit policy."""
+        if self.record.full:
+            self.unsaved[uuid].add(w)
         lease, asked, found_w = self.leases.get(uuid), self.asking.get(uuid), max(self.found[uuid])
         limited = [b for b in self.budgets() if uuid in b[1]]
         before = self.budget_before
@@ -348,7 +380,7 @@ class CapdMachine(RuleBasedStateMachine):
         assert w in allowed or cut, f"{uuid} is told {w} W, allowed {allowed}, limited {limited}"
         if w > self.silicon[uuid].limit_w and self.budget_before is None:
             for budget_w, scope in limited:
-                total_w = w + sum(self.silicon[u].limit_w for u in scope if u != uuid and not self.silicon[u].lost)
+                total_w = w + sum(self.seen_w(u) for u in scope if u != uuid and not self.silicon[u].lost)
                 others_lost = any(self.silicon[u].lost for u in scope)
                 assert not scope or others_lost or total_w <= budget_w + 1.0, (
                     f"{uuid} raised to {w}: {total_w} of {budget_w} W"

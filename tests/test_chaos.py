@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import signal
 import sys
@@ -58,6 +59,7 @@ class Outcome:
     agent: str
     budget: bool
     settled_s: float
+    last_bad: str = ""  # how the boards stood just before
     problems: tuple[str, ...] = ()
     lost: int = 0  # requests accepted and not answered
     took_s: float = 0.0  # all of the case, restarts too
@@ -65,17 +67,18 @@ class Outcome:
     def __str__(self) -> str:
         names = " + ".join(map(str, self.faults))
         where = "budget" if self.budget else "as found"
-        return f"{names:32} {self.agent:8} {where:9} {self.settled_s:5.2f} s  (case {self.took_s:.1f} s, {self.lost} cut){''.join(f'  WRONG: {p}' for p in self.problems)}"
+        return f"{names:32} {self.agent:8} {where:9} {self.settled_s:5.2f} s  (case {self.took_s:.1f} s, {self.lost} cut){''.join(f'  WRONG: {p}' for p in self.problems)}{self.last_bad}"
 
 
 def strike(world: Scene, faults: Sequence[Fault], agent: str, rng: random.Random) -> Outcome:
     """Signals at random instants, those that were stopped go on later, all that died is started again; then judge."""
     began_s = time.monotonic()
     world.ready()
+    vllm = world.node.pids()  # one of them may take the other with it
     stopped, down_s, ended_s = dict[int, float](), None, None
     for fault in rng.sample(list(faults), len(faults)):
         time.sleep(rng.uniform(0.0, 0.3))
-        pid = world.pid_of(fault.part)
+        pid = vllm[fault.part] if fault.part in vllm else world.pid_of(fault.part)
         world.signal_safely(pid, fault.number)
         struck_s = time.monotonic()
         ended_s = struck_s if fault.ends_engine and ended_s is None else ended_s
@@ -85,9 +88,10 @@ def strike(world: Scene, faults: Sequence[Fault], agent: str, rng: random.Random
             down_s = struck_s  # for so long that nobody's lease can be alive at the end
     over_s = rest(world, struck_s, stopped, agent_down=down_s is not None)
     problems, lost = recover(world, faults, ended_s)
+    late_s, last_bad = settled_s(world, struck_s, over_s, agent_down=down_s is not None)
     return Outcome(
         faults=tuple(faults), agent=agent, budget=world.budget_w is not None, lost=lost, problems=tuple(problems),
-        settled_s=settled_s(world, struck_s, over_s, agent_down=down_s is not None),
+        settled_s=late_s, last_bad=last_bad if late_s > PROMISED_S else "",
         took_s=time.monotonic() - began_s,
     )  # fmt: skip
 
@@ -108,14 +112,15 @@ def rest(world: Scene, struck_s: float, stopped: dict[int, float], *, agent_down
     return time.monotonic() if over_s == struck_s else over_s
 
 
-def settled_s(world: Scene, struck_s: float, over_s: float, *, agent_down: bool) -> float:
-    """The last moment at which the boards did not stand where promised, after the last fault."""
-    late_s = 0.0
+def settled_s(world: Scene, struck_s: float, over_s: float, *, agent_down: bool) -> tuple[float, str]:
+    """When the boards were first seen to stand where promised for good, after the last fault, and how they stood before."""
+    late_s, last_bad, bad = 0.0, "", False
     for look in world.since(struck_s):
         wanted = world.exit_state if agent_down and look.time_s < over_s else world.promised
-        if not wanted(look):
-            late_s = look.time_s - struck_s
-    return late_s
+        late_s = look.time_s - struck_s if bad else late_s
+        bad = not wanted(look)
+        last_bad = f" {look}" if bad else last_bad
+    return (math.inf if bad else late_s), last_bad
 
 
 def recover(world: Scene, faults: Sequence[Fault], ended_s: float | None) -> tuple[list[str], int]:

@@ -198,6 +198,7 @@ class Keeper:
 
     def _set(self, peer: Peer, request: dict[str, Any], now_s: float) -> dict[str, Any]:
         ask = self._ask(peer, request)
+        self._look(self.ledger.leasable(ask.uuid), now_s)
         before = self.ledger.leasable(ask.uuid).lease
         b = self.ledger.grant(ask, uid=peer.uid, admin=self.policy.may(peer.uid, "admin"), now_s=now_s)
         done = self.reconcile(now_s).get(ask.uuid)
@@ -212,6 +213,13 @@ class Keeper:
             "ttl_s": ask.ttl_s,
             **_stands(b, ask),
         }
+
+    def _look(self, b: Board, now_s: float) -> None:
+        """Read the board: what is answered is as it stands now. Raises `Refused` where it cannot be read."""
+        try:
+            self.ledger.observe(b, **asdict(self.driver.read(b.uuid)), now_s=now_s)
+        except DriverError as e:
+            raise Refused(e.word, f"{e}. Its limit is not known") from e
 
     def _ask(self, peer: Peer, request: dict[str, Any]) -> Ask:
         ttl_s = float(request.get("ttl_s") or self.policy.ttl_s)

@@ -399,15 +399,20 @@ class Ledger:
         self, b: Board, *, limit_w: float, enforced_w: float, sm_clock_mhz: int, now_s: float, reset: bool = False
     ) -> None:
         """Take a reading; `reset`: the driver was loaded anew, and what it forgot is no other hand's doing."""
+        leased = b.lease is not None and b.lease.watts is not None
+        expected_w = b.ours_w or (
+            (b.limit_w,) if leased else ()
+        )  # a lease at what was found wrote nothing, and holds it
         b.limit_w, b.enforced_w, b.sm_clock_mhz, b.read_s = limit_w, enforced_w, sm_clock_mhz, now_s
         if reset:
             b.locked = None
         if reset and b.ours_w and abs(limit_w - b.default_w) < SAME_W:
             self._note("driver-reloaded", b, limit_w=limit_w)
             b.ours_w = (limit_w,)
-        elif b.ours_w and not any(abs(limit_w - w) < SAME_W for w in b.ours_w):
+        elif expected_w and not any(abs(limit_w - w) < SAME_W for w in expected_w):
+            b.ours_w = expected_w
             self._other_hand(b, limit_w, now_s)
-        elif not b.ours_w and abs(limit_w - b.found_w) >= SAME_W:
+        elif not expected_w and abs(limit_w - b.found_w) >= SAME_W:
             self._note("limit-changed", b, was_w=b.found_w, limit_w=limit_w)
             b.found_w = limit_w
         self._suspect(b, now_s)
