@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,7 @@ class CapdMachine(RuleBasedStateMachine):
         self.budget_asked: tuple[float, frozenset[str]] | None = None
         self.budget_before: tuple[float, frozenset[str]] | None = None
         self.unsaved: dict[str, set[float]] = {u: set() for u in UUIDS}  # written since the record could not be
-        self.foreign_s: dict[str, float] = {}  # when another hand came last
+        self.changed_s: dict[str, float] = {}  # when another hand came last, or the board went or came
         self.quarrel = set[str]()  # boards that another hand set since, and that nobody asked for
         self.seq, self.off = 0, False
         self.keeper: Keeper | None = None
@@ -236,7 +237,7 @@ class CapdMachine(RuleBasedStateMachine):
         known = [x for x in (*self.found[uuid], *self.written(uuid)) if abs(x - w) < 1.5]
         if s.lost or known:
             return
-        s.limit_w, self.foreign_s[uuid] = w, self.now_s
+        s.limit_w, self.changed_s[uuid] = w, self.now_s
         touched = self.touched(uuid)
         if touched and self.keeper is not None and self.policy.other_hand == "reassert":
             return
@@ -253,6 +254,7 @@ class CapdMachine(RuleBasedStateMachine):
     @rule(uuid=boards)
     def lose_or_find_board(self, uuid: str) -> None:
         self.silicon[uuid].lost = not self.silicon[uuid].lost
+        self.changed_s[uuid] = self.now_s
 
     @rule(uuid=boards)
     def deny_or_allow_writes(self, uuid: str) -> None:
@@ -284,10 +286,12 @@ class CapdMachine(RuleBasedStateMachine):
 
     @rule()
     def crash_now(self) -> None:
-        """What was lowered while the disk was full is known to nobody now: it may stay."""
+        """What was lowered while the disk was full is known to nobody now and may stay, and so may what another hand set."""
         self.keeper, self.leases = None, {}
         for u, unsaved in self.unsaved.items():
-            self.found[u] |= unsaved
+            limit_w = self.silicon[u].limit_w
+            foreign = self.policy.other_hand == "reassert" and all(abs(limit_w - w) >= 1.0 for w in self.written(u))
+            self.found[u] |= unsaved | ({limit_w} if foreign else set())
 
     @rule(off=st.booleans())
     def kill_switch(self, off: bool) -> None:
@@ -325,7 +329,7 @@ class CapdMachine(RuleBasedStateMachine):
         stopped = self.keeper is not None and self.keeper.ledger.stopped is not None
         if stopped and not self.off:
             assert self.policy.other_hand == "fail", "stopped for no reason"
-            assert self.foreign_s, "stopped though nobody else wrote"
+            assert self.changed_s, "stopped though nobody else wrote"
             self.leases = {}
 
     def sync_budget(self) -> None:
@@ -348,7 +352,7 @@ class CapdMachine(RuleBasedStateMachine):
 
     def seen_w(self, uuid: str) -> float:
         """A board's limit as capd can know it: it looks once a second, and what another hand did since is not its fault."""
-        unseen = self.keeper is not None and self.now_s - self.foreign_s.get(uuid, -1e9) < POLL_S
+        unseen = self.keeper is not None and self.now_s - self.changed_s.get(uuid, -math.inf) < POLL_S
         known = self.keeper.ledger.boards.get(uuid) if self.keeper is not None and unseen else None
         return self.silicon[uuid].limit_w if known is None else min(known.limit_w, self.silicon[uuid].limit_w)
 
@@ -424,7 +428,8 @@ class CapdMachine(RuleBasedStateMachine):
             quiet = abs(b.limit_w - s.limit_w) < 1.0 and now_s >= max(b.retry_s, b.reassert_s)
             leased = u in self.leases and bool(self.leases[u].watts)
             assert (b.lease is not None) == (u in self.leases), f"{u}: lease {b.lease}, promised {self.leases.get(u)}"
-            if not quiet or leased or u in self.quarrel or b.left_alone:
+            unseen = b.lost is not None and self.now_s - self.changed_s.get(u, -math.inf) < POLL_S
+            if unseen or not quiet or leased or u in self.quarrel or b.left_alone:
                 continue
             limited = any(u in scope for _, scope in self.budgets())
             exits = (

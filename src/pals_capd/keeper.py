@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -48,6 +48,7 @@ class Keeper:
     alarms: dict[str, str] = field(default_factory=dict)
     others: tuple[str, ...] = ()
     _epoch: int = 0
+    _orphans: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # left on boards that are not here now
     _saved: State | None = None
     _frozen: bool = False
     _polled_s: float = -math.inf
@@ -114,6 +115,7 @@ class Keeper:
             self.ledger.release(b, why)
             b.retry_s = -math.inf
         failed = [f"{e}" for e in self.reconcile(now_s).values() if isinstance(e, Exception)]
+        failed += [f"{u}: the board cannot be used now; what was written to it stays on record" for u in self._orphans]
         self._log("stop", why=why, failed=failed, **self._sums())
         return failed
 
@@ -137,6 +139,8 @@ class Keeper:
             else:
                 known.lost = None
                 self.ledger.observe(known, **asdict(now), now_s=now_s, reset=reset)
+            if uuid in self._orphans:
+                self.ledger.recover({uuid: self._orphans.pop(uuid)})
 
     def _refusal(self, facts: Facts) -> str | None:
         if facts.mig:
@@ -155,6 +159,7 @@ class Keeper:
             self._frozen, self.ledger.stopped, self.alarms["state"] = True, str(e), str(e)
             self._log("alarm", why=str(e))
             return
+        self._orphans = {u: left for u, left in state.boards.items() if u not in self.ledger.boards}
         self.ledger.recover(state.boards)
         if state.budget_w is not None:
             self.ledger.restore_budget(state.budget_w, state.budget_of, state.budget_uid or 0)
@@ -365,7 +370,7 @@ class Keeper:
                 now = self.driver.read(b.uuid)
             except DriverError as e:
                 if e.word == "reloaded":
-                    self._reopen(now_s)
+                    self._reopen(now_s, reset=True)
                     return
                 if b.lost is None:
                     self._log("board-lost", uuid=b.uuid, why=str(e))
@@ -376,13 +381,15 @@ class Keeper:
             b.lost = None
             self.ledger.observe(b, **asdict(now), now_s=now_s)
         if now_s - self._looked_s >= OTHERS_EVERY_S:
+            if self._orphans:
+                self._reopen(now_s, reset=False)  # perhaps they are back
             self._looked_s, before = now_s, self.others
             self.others = tuple(self.look_for_others())
             if self.others != before:
                 self._log("other-writers", who=list(self.others))
 
-    def _reopen(self, now_s: float) -> None:
-        """The driver went away: open it anew, by UUID, since indices may have changed."""
+    def _reopen(self, now_s: float, *, reset: bool) -> None:
+        """Open the driver anew, by UUID, since indices may have changed; `reset`: it went away, and forgot what it held."""
         try:
             found = self.driver.open()
         except DriverError as e:
@@ -392,7 +399,7 @@ class Keeper:
         self._log("driver-reopened")
         for b in self.ledger.boards.values():
             b.lost = None if b.uuid in found else f"{b.uuid}: the board is not in this node any more"
-        self._adopt(found, now_s, reset=True)
+        self._adopt(found, now_s, reset=reset)
 
     def _heed_kill_switch(self) -> None:
         off, word = self.off(), "kill switch"
@@ -427,7 +434,7 @@ class Keeper:
     def _state(self) -> State:
         budget = self.ledger.budget
         return State(
-            boards=self.ledger.mine(), budget_w=budget.watts if budget else None,
+            boards={**self._orphans, **self.ledger.mine()}, budget_w=budget.watts if budget else None,
             budget_of=tuple(sorted(budget.uuids)) if budget else (), budget_uid=budget.uid if budget else None,
         )  # fmt: skip
 

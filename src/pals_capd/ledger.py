@@ -438,7 +438,8 @@ class Ledger:
             b.lease = replace(b.lease, watts=None)
         if self.policy.other_hand == "fail":
             self.stopped = f"another hand set {limit_w:.0f} W on {b.uuid}, and the policy is to stop then; restart capd to lease again"
-            self.release_all("another hand")
+            for other in self.boards.values():  # budgets hold on
+                self.release(other, "another hand")
         else:
             self.cut()
 
