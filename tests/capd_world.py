@@ -59,6 +59,10 @@ class FakeDriver:
     def open(self) -> dict[str, Facts | str]:
         """All boards, lost ones as unusable."""
         self.reloaded = False
+        return self.enumerate()
+
+    def enumerate(self) -> dict[str, Facts | str]:
+        """All boards, lost ones as unusable."""
         return {u: "lost" if s.lost else self._facts(u, s) for u, s in self.boards.items()}
 
     def _facts(self, uuid: str, s: Silicon) -> Facts:

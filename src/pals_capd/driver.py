@@ -48,6 +48,10 @@ class Driver(Protocol):
         """Open anew; facts of each board by UUID, or why it cannot be used."""
         ...
 
+    def enumerate(self) -> dict[str, Facts | str]:
+        """The same without opening anew: a board that could not be used may be usable now."""
+        ...
+
     def read(self, uuid: str) -> Reading:
         """Read one board."""
         ...
@@ -87,8 +91,12 @@ class NvmlDriver:
         except n.NVMLError as e:
             raise DriverError("reloaded", f"no NVIDIA driver answers ({e})") from e
         self._opened = True
-        found: dict[str, Facts | str] = {}
-        for index in range(n.nvmlDeviceGetCount()):
+        return self.enumerate()
+
+    def enumerate(self) -> dict[str, Facts | str]:
+        """The boards that NVML names now."""
+        n, found = self._nvml, dict[str, Facts | str]()
+        for index in range(self._call("NVML", "count its boards", n.nvmlDeviceGetCount)):
             uuid = f"index {index}"
             try:
                 handle = n.nvmlDeviceGetHandleByIndex(index)
@@ -197,7 +205,7 @@ class DryDriver:
 
     def __init__(self, real: Driver) -> None:
         self._real, self._limits_w, self._locks = real, dict[str, float](), dict[str, Clocks]()
-        self.open = real.open
+        self.open, self.enumerate = real.open, real.enumerate
 
     def read(self, uuid: str) -> Reading:
         """As the real one, with what was not written."""

@@ -49,6 +49,7 @@ class Keeper:
     others: tuple[str, ...] = ()
     _epoch: int = 0
     _orphans: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # left on boards that are not here now
+    _unusable: dict[str, str] = field(default_factory=dict)  # why, by UUID
     _saved: State | None = None
     _frozen: bool = False
     _polled_s: float = -math.inf
@@ -121,14 +122,16 @@ class Keeper:
 
     def _adopt(self, found: dict[str, Facts | str], now_s: float, *, reset: bool = False) -> None:
         """Take the boards that the driver names; those it names no more are lost."""
+        before, self._unusable = self._unusable, {}
         for uuid, facts in found.items():
-            if isinstance(facts, str):
-                self._log("board-unusable", uuid=uuid, why=facts)
-                continue
             try:
                 now = self.driver.read(uuid)
             except DriverError as e:
-                self._log("board-unusable", uuid=uuid, why=str(e))
+                facts = facts if isinstance(facts, str) else str(e)
+            if isinstance(facts, str):
+                self._unusable[uuid] = facts
+                if uuid not in before:
+                    self._log("board-unusable", uuid=uuid, why=facts)
                 continue
             if (known := self.ledger.boards.get(uuid)) is None:
                 self.ledger.boards[uuid] = Board(
@@ -137,7 +140,7 @@ class Keeper:
                     enforced_w=now.enforced_w, sm_clock_mhz=now.sm_clock_mhz, read_s=now_s, found_w=now.limit_w,
                 )  # fmt: skip
             else:
-                known.lost = None
+                known.lost, known.mig, known.refusal = None, facts.mig, self._refusal(facts)
                 self.ledger.observe(known, **asdict(now), now_s=now_s, reset=reset)
             if uuid in self._orphans:
                 self.ledger.recover({uuid: self._orphans.pop(uuid)})
@@ -370,7 +373,7 @@ class Keeper:
                 now = self.driver.read(b.uuid)
             except DriverError as e:
                 if e.word == "reloaded":
-                    self._reopen(now_s, reset=True)
+                    self._reopen(now_s)
                     return
                 if b.lost is None:
                     self._log("board-lost", uuid=b.uuid, why=str(e))
@@ -381,15 +384,22 @@ class Keeper:
             b.lost = None
             self.ledger.observe(b, **asdict(now), now_s=now_s)
         if now_s - self._looked_s >= OTHERS_EVERY_S:
-            if self._orphans:
-                self._reopen(now_s, reset=False)  # perhaps they are back
+            if self._unusable:
+                self._look_for_missing(now_s)
             self._looked_s, before = now_s, self.others
             self.others = tuple(self.look_for_others())
             if self.others != before:
                 self._log("other-writers", who=list(self.others))
 
-    def _reopen(self, now_s: float, *, reset: bool) -> None:
-        """Open the driver anew, by UUID, since indices may have changed; `reset`: it went away, and forgot what it held."""
+    def _look_for_missing(self, now_s: float) -> None:
+        """Boards that could not be used may be usable now; what an earlier capd left on them is undone then."""
+        try:
+            self._adopt(self.driver.enumerate(), now_s)
+        except DriverError as e:
+            self._log("board-unusable", why=str(e))
+
+    def _reopen(self, now_s: float) -> None:
+        """The driver went away: open it anew, by UUID, since indices may have changed."""
         try:
             found = self.driver.open()
         except DriverError as e:
@@ -399,7 +409,7 @@ class Keeper:
         self._log("driver-reopened")
         for b in self.ledger.boards.values():
             b.lost = None if b.uuid in found else f"{b.uuid}: the board is not in this node any more"
-        self._adopt(found, now_s, reset=reset)
+        self._adopt(found, now_s, reset=True)
 
     def _heed_kill_switch(self) -> None:
         off, word = self.off(), "kill switch"
