@@ -139,7 +139,6 @@ def test_where_a_board_takes_no_lock_the_limit_asked_for_with_it_is_in_force(mak
     with pytest.raises(NotSupportedError):
         board.apply(point(400.0, 1200))
     assert board.read().enforced_limit_w == 400.0
-    rig.later()
     assert board.apply(point(300.0)) == point(300.0)
 
 
