@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from pals.core.diagnosis import Finding, NodeFacts, Status
 from pals.views.doctor import boards, engines, software, writers
+from pals.views.doctor.capd import capd
+from pals.views.doctor.trials import trial, verdict
 
 
 def findings(node: NodeFacts) -> list[Finding]:
@@ -14,8 +16,11 @@ def findings(node: NodeFacts) -> list[Finding]:
     return [
         *boards.driver(node.nvml, node.software),
         *(f for b in node.nvml.boards for f in boards.board(b, steered=node.run_dir.writer.alive)),
-        *writers.permissions(node.nvml, node.privilege),
+        *writers.permissions(node.nvml, node.privilege, node.chosen),
         writers.other_writers(node.run_dir.writer),
+        *writers.other_programs(node.programs, node.capd, emulated=bool(node.nvml.emulated)),
+        *capd(node.capd, node.nvml),
+        *(f for t in node.trials or () for f in trial(t)),
         *writers.agents(node.run_dir),
         *engines.engines(node.run_dir),
         *software.packages(node.software, real_boards=bool(infos) and not node.nvml.emulated),
@@ -25,6 +30,7 @@ def findings(node: NodeFacts) -> list[Finding]:
             emulated=bool(node.nvml.emulated),
             mixed_boards=len({i.name for i in infos}) > 1,
         ),
+        *verdict(node),
     ]
 
 
