@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from rich.console import Console
 
 from pals import __version__
 from pals.cli.doctor_trial import trials
-from pals.cli.run_folder import emulated_bank
+from pals.cli.run_folder import BANK_FILE, emulated_bank
 from pals.cli.shared_bank import owner_of
 from pals.cli.writer import writing
 from pals.core.diagnosis import NodeFacts, Status
@@ -24,6 +26,8 @@ from pals.hardware.nvml import open_boards
 from pals.hardware.probe import probe_nvml, probe_privilege
 from pals.hardware.probe_capd import probe_capd
 from pals.hardware.programs import programs
+from pals.plant.bank_layout import STALE_S
+from pals.plant.boards import BoardBank
 from pals.runtime.channel import run_dir
 from pals.runtime.config import ControlConfig
 from pals.runtime.inventory import look_into
@@ -57,7 +61,7 @@ def examine(folder: Path, bank: Path | None, watch_s: float, *, writer: str, env
         nvml=probe_nvml(
             emulated=bank,
             emulator_pid=owner,
-            emulator_alive=owner is not None and process_alive(owner),
+            emulator_alive=kept_fresh(bank) if owner is None else process_alive(owner),
             watch_s=watch_s,
         ),
         privilege=probe_privilege(),
@@ -67,6 +71,17 @@ def examine(folder: Path, bank: Path | None, watch_s: float, *, writer: str, env
         chosen=chosen_writer(bank, writer, environ),
         programs=programs(),
     )
+
+
+def kept_fresh(bank: Path | None) -> bool:
+    """Whether somebody keeps these emulated boards who is no server of the run directory, as `pals emulate nvml` does."""
+    if bank is None or bank.name == BANK_FILE:
+        return False
+    try:
+        with closing(BoardBank.open(bank)) as there:
+            return there.age_s(time.monotonic()) < STALE_S
+    except (OSError, ValueError):  # the finding about the driver says why
+        return False
 
 
 def chosen_writer(bank: Path | None, writer: str, environ: Mapping[str, str]) -> WriterChoice:

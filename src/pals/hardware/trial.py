@@ -17,6 +17,7 @@ from pals.core.quantities import SAME_LIMIT_W, BoardInfo, OperatingPoint, PowerS
 LOWER_W = 5.0
 WRITES = 20
 SAME_CLOCK_MHZ = 30  # two clock steps are noise
+RISE_MHZ = 120
 SETTLE_S = 1.0  # a lock acts within tens of ms
 RAISED_S = 1.5  # capd may hold a raise back for a second
 LOOK_S = 0.02
@@ -91,9 +92,13 @@ def try_board(
 
 
 def pin_target_mhz(present_mhz: int, lockable_mhz: Sequence[int]) -> int:
-    """A clock that can be told from the present one: a tenth below it, or half-way up where it rests near the bottom."""
-    low, high = lockable_mhz[0], lockable_mhz[-1]
-    wish = 0.9 * present_mhz if 0.9 * present_mhz > low + 2 * SAME_CLOCK_MHZ else (low + high) / 2
+    """A clock that can be told from the present one: a tenth below it, or a little above where it rests near the bottom."""
+    low = lockable_mhz[0]
+    wish = (
+        0.9 * present_mhz
+        if 0.1 * present_mhz > 2 * SAME_CLOCK_MHZ and 0.9 * present_mhz > low
+        else present_mhz + RISE_MHZ
+    )
     return min(lockable_mhz, key=lambda mhz: abs(mhz - wish))
 
 

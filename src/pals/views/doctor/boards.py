@@ -64,9 +64,10 @@ def _emulated(nvml: NvmlFacts) -> Finding:
         status, text = WARNING, "EMULATED boards whose server was killed; no real board is looked at"
         remedy = f"rm {nvml.emulated} to see real boards again"
     else:
+        whose = "pals emulate" if nvml.emulator_pid is None else f"pals serve (process {nvml.emulator_pid})"
         text = (
-            f"EMULATED: {count(len(nvml.boards), 'board')} of pals serve (process {nvml.emulator_pid}) beneath NVML; "
-            "no real board is looked at in this run directory"
+            f"EMULATED: {count(len(nvml.boards), 'board')} of {whose} beneath NVML; no real board is looked at in this "
+            f"{'shell' if nvml.emulator_pid is None else 'run directory'}"
         )
     return finding(
         "driver", "nvml", status, text, remedy=remedy,
@@ -90,7 +91,7 @@ def board(facts: BoardFacts, *, steered: bool) -> Iterator[Finding]:
         index=info.index, name=info.name, uuid=info.uuid, driver=info.driver,
     )  # fmt: skip
     yield _limit(subject, info, now, steered=steered)
-    yield _binding(subject, now, settings, facts.meter)
+    yield _binding(subject, info, now, settings, facts.meter)
     yield _clock(subject, info, now, settings)
     yield _energy_counter(subject, now, facts.meter)
     yield _power_window(subject, facts.meter)
@@ -124,14 +125,16 @@ def _limit(subject: str, info: BoardInfo, now: PowerSample, *, steered: bool) ->
     )  # fmt: skip
 
 
-def _binding(subject: str, now: PowerSample, settings: BoardSettings, meter: MeterFacts | None) -> Finding:
+def _binding(
+    subject: str, info: BoardInfo, now: PowerSample, settings: BoardSettings, meter: MeterFacts | None
+) -> Finding:
     power_w = meter.power_w if meter is not None and meter.power_w is not None else now.power_w
     capped = "power limit" in (settings.clock_reasons or ())
     binds = capped or power_w >= (1.0 - BINDS_WITHIN) * now.enforced_limit_w
     means = (
         "binds now: lower slows the work, higher speeds it up"
         if binds
-        else f"does not bind now: down to about {power_w / (1.0 - BINDS_WITHIN):.0f} W it costs no speed"
+        else f"does not bind now: down to about {max(info.min_limit_w, power_w / (1.0 - BINDS_WITHIN)):.0f} W it costs this load no speed"
     )
     return finding(
         "boards", "limit-binds", OK, f"draws {power_w:.0f} W: the limit {means}",
