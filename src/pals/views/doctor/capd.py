@@ -47,10 +47,7 @@ def _reached(facts: CapdFacts, *, needed: bool) -> tuple[Status, str, str | None
     if facts.reach is Reach.MISSING:
         return OK, f"none at {path}; it is for real boards", None
     if facts.reach is Reach.CLOSED:
-        remedy = f"sudo usermod -aG {facts.group or 'pals'} $USER, then log in again"
-        if facts.in_group:
-            remedy = f"log in again, or newgrp {facts.group}: this login is older than the membership"
-        return WARNING, f"this user may not open {path}, which group {facts.group or '(unknown)'} owns", remedy
+        return WARNING, f"this user may not open {path}, which group {facts.group or '(unknown)'} owns", _join(facts)
     if facts.reach is Reach.STALE:
         remedy = "sudo systemctl restart pals-capd (it takes the old file's place); see journalctl -u pals-capd"
         return PROBLEM, f"{path} is there, but nobody listens: capd was killed, or is starting", remedy
@@ -66,6 +63,28 @@ def _reached(facts: CapdFacts, *, needed: bool) -> tuple[Status, str, str | None
     if facts.reach is Reach.TURNED_AWAY:
         return WARNING, f"capd at {path} gives this user no right", GRANT
     return OK, f"capd {facts.version} at {path} answered in {1e3 * (facts.took_s or 0.0):.1f} ms", None
+
+
+def _join(facts: CapdFacts) -> str:
+    """How to get at the socket; nobody is told to join the group root."""
+    if facts.group == "root":
+        return "sudo groupadd -f pals; sudo usermod -aG pals $USER; restart capd (--group pals), then log in again"
+    if facts.in_group:
+        return f"log in again, or newgrp {facts.group}: this login is older than the membership"
+    return f"sudo usermod -aG {facts.group or 'pals'} $USER, then log in again"
+
+
+def why_not(facts: CapdFacts) -> str | None:
+    """In a few words, why capd cannot write for this user; None: there is none, or it can."""
+    if facts.reach is Reach.ANSWERS:
+        return None if facts.rights in ("set", "admin") else f"capd lets this user only {facts.rights}"
+    return {
+        Reach.CLOSED: "this user may not open capd's socket",
+        Reach.STALE: "capd is not running, though its socket's file is there",
+        Reach.SILENT: "capd hangs",
+        Reach.TURNED_AWAY: "capd gives this user no right",
+        Reach.STRANGE: "what is at capd's socket is no capd of this version",
+    }.get(facts.reach)
 
 
 def _rights(facts: CapdFacts) -> Finding:

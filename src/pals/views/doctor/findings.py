@@ -16,7 +16,7 @@ def findings(node: NodeFacts) -> list[Finding]:
     return [
         *boards.driver(node.nvml, node.software),
         *(f for b in node.nvml.boards for f in boards.board(b, steered=node.run_dir.writer.alive)),
-        *writers.permissions(node.nvml, node.privilege, node.chosen),
+        *writers.permissions(node.nvml, node.privilege, node.chosen, node.capd),
         writers.other_writers(node.run_dir.writer),
         *writers.other_programs(node.programs, node.capd, emulated=bool(node.nvml.emulated)),
         *capd(node.capd, node.nvml),

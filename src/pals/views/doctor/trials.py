@@ -8,6 +8,7 @@ from pals.core.diagnosis import BoardFacts, Finding, NodeFacts, Status, finding
 from pals.core.diagnosis_writing import BoardTrial, ClockTrial, LatencyTrial, LimitTrial, Reach
 from pals.core.quantities import SAME_LIMIT_W
 from pals.views.doctor.boards import count
+from pals.views.doctor.capd import why_not
 
 OK, UNKNOWN, WARNING, PROBLEM = Status.OK, Status.UNKNOWN, Status.WARNING, Status.PROBLEM
 SLOW_WRITE_S = 0.25  # half a control period of 0.5 s
@@ -135,8 +136,10 @@ def verdict(node: NodeFacts) -> Iterator[Finding]:
 def _against(node: NodeFacts) -> str | None:
     """What keeps every board from being steered."""
     by_capd = node.chosen.kind == "capd"
+    if node.chosen.kind == "none" and not node.nvml.may_write:
+        return f"this process may not write, and {why_not(node.capd) or 'there is no capd'}"
     if node.chosen.kind == "none":
-        return node.chosen.why or "nobody may write"
+        return why_not(node.capd) or node.chosen.why or "nobody may write"
     if by_capd and node.capd.off:
         return "capd's kill switch is on"
     if by_capd and node.capd.dry_run:

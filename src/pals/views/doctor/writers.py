@@ -7,30 +7,33 @@ from collections.abc import Iterator
 from pals.core.diagnosis import Finding, NvmlFacts, PrivilegeFacts, RunDirFacts, Status, WriterFacts, finding
 from pals.core.diagnosis_writing import CapdFacts, Program, Reach, WriterChoice
 from pals.views.doctor.boards import count
+from pals.views.doctor.capd import why_not
 
 OK, WARNING, PROBLEM = Status.OK, Status.WARNING, Status.PROBLEM
 STALE_S = 3.0
 ADVISE = "PALS can only advise (decisions recorded, nothing written)"
 
 
-def permissions(nvml: NvmlFacts, privilege: PrivilegeFacts, chosen: WriterChoice) -> Iterator[Finding]:
+def permissions(nvml: NvmlFacts, privilege: PrivilegeFacts, chosen: WriterChoice, capd: CapdFacts) -> Iterator[Finding]:
     """Who would write for an agent started here; nothing where there is no board."""
     if not nvml.boards:
         return
-    status, text, remedy = _may_write(nvml, privilege, chosen)
+    status, text, remedy = _may_write(nvml, privilege, chosen, capd)
     yield finding(
         "permissions", "write", status, text, remedy=remedy, writer=chosen.kind, told=chosen.told, why=chosen.why,
         euid=privilege.euid, sys_admin=privilege.sys_admin, may_write=nvml.may_write,
     )  # fmt: skip
 
 
-def _may_write(nvml: NvmlFacts, privilege: PrivilegeFacts, chosen: WriterChoice) -> tuple[Status, str, str | None]:
+def _may_write(
+    nvml: NvmlFacts, privilege: PrivilegeFacts, chosen: WriterChoice, capd: CapdFacts
+) -> tuple[Status, str, str | None]:
     if chosen.kind in ("capd", "zeusd"):
         return OK, f"{chosen.told} would write for an agent started here; this process needs no right of its own", None
     if nvml.emulated and not nvml.may_write:
         return WARNING, f"these emulated boards refuse writes: {ADVISE}", "serve without --unprivileged"
     if chosen.kind == "none" and nvml.may_write:
-        text = f"nobody would write: {chosen.why}; {ADVISE}"
+        text = f"nobody would write: {why_not(capd) or chosen.why}; {ADVISE}"
         return WARNING, text, "see capd below; or pass it by: --writer direct"
     if nvml.emulated:
         return OK, "the emulated boards accept writes: this process would write them", None
