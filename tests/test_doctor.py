@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -44,9 +45,12 @@ from pals.core.diagnosis_writing import (
 from pals.core.quantities import PowerSample
 from pals.engines.installed import fits
 from pals.plant.boards import BoardBank
+from pals.plant.silicon import Load
 from pals.plant.specs import board_specs
+from pals.runtime.processes import process_started
 from pals.views.doctor import as_json, findings, print_findings, worst
 from pals.views.doctor.render import ranges
+from tests.found_records import write_record
 from tests.worlds import board_info, engine_info, engine_sample
 
 DOCS = (Path(__file__).parent.parent / "docs" / "doctor.md").read_text(encoding="utf-8")
@@ -68,7 +72,7 @@ CAPD = CapdFacts(
     path="/run/pals/capd.sock", reach=Reach.ANSWERS, took_s=0.0004, version="0.1.0", rights="set", ttl_s=3.0, max_ttl_s=60.0,
     boards=tuple(CapdBoardFacts(uuid=f"GPU-{i}", exit_policy="restore") for i in range(2)),
 )  # fmt: skip
-NO_CAPD = {f: None for f in ("took_s", "version", "rights", "ttl_s", "max_ttl_s")} | {"boards": ()}
+NO_CAPD = dict.fromkeys(("took_s", "version", "rights", "ttl_s", "max_ttl_s")) | {"boards": ()}
 TRIAL = BoardTrial(
     index=0, writer="capd", found_w=400.0, left_w=400.0,
     clock=ClockTrial(before_mhz=210, target_mhz=330, measured_mhz=330, took_s=0.03, after_mhz=210, idle=True),
@@ -217,6 +221,7 @@ CASES: list[tuple[NodeFacts, str, Status, str]] = [
     (node(programs=(HOST_ENGINE,)), "other-programs", Status.UNKNOWN, "dcgmi config --get"),
     (node(programs=(Program(pid=8, name="nvidia-smi in a loop", writes=False),)), "other-programs", Status.OK, "reads only"),
     (capd(others=("zeusd (process 12)",)), "other-programs", Status.WARNING, "zeusd (process 12)"),
+    (capd(others=("DCGM host engine (process 12)",)), "other-programs", Status.UNKNOWN, "process 12"),
     (node(), "daemon", Status.OK, "answered in 0.4 ms"),
     (capd(Reach.MISSING), "daemon", Status.WARNING, "enable --now pals-capd"),
     (node(nvml=EMULATED, capd={**NO_CAPD, "reach": Reach.MISSING}), "daemon", Status.OK, "for real boards"),
@@ -470,6 +475,57 @@ def test_emulated_boards_are_examined_and_the_killed_server_is_noticed(tmp_path:
     assert by_check["energy-counter"]["status"] == "ok"
     assert by_check["write"]["status"] == "ok"
     assert done.returncode == (1 if report["counts"]["problem"] else 0)
+
+
+def limits_w(bank: BoardBank) -> list[float]:
+    return [bank.reading(i, time.monotonic()).requested_limit_w for i in range(2)]
+
+
+def test_nothing_is_written_unless_it_is_asked_for_and_then_boards_are_left_as_found(
+    tmp_path: Path, bank: BoardBank
+) -> None:
+    bank.set_limit(1, 350.0, time.monotonic())
+    writes = bank._boards["writes"].copy()  # nothing else tells of writes that were undone
+    doctor("--watch-s", "0", run_dir=tmp_path)
+    assert (bank._boards["writes"] == writes).all()
+
+    done = doctor("--try-writes", "--json", "--watch-s", "0", run_dir=tmp_path)
+
+    found = {(f["check"], f["subject"]): f for f in json.loads(done.stdout)["findings"] if f["area"] == "trial"}
+    assert "lock the SM clock for less than 2 s" in done.stderr  # said before it is done
+    assert found["clock-lock", "board 0"]["status"] == "ok"
+    assert found["limit-write", "board 1"]["values"]["enforced_w"] == 345.0
+    assert found["write-latency", "board 0"]["values"]["writes"] == 20
+    assert found["put-back", "board 1"]["status"] == "ok"
+    assert limits_w(bank) == [400.0, 350.0]
+    assert not (tmp_path / "limits-found.json").exists()
+
+
+def test_a_board_at_work_is_tried_only_where_that_is_said(tmp_path: Path, bank: BoardBank) -> None:
+    now_s = time.monotonic()
+    for second in range(60):
+        bank.book([0], now_s + second, now_s + second + 1.0, Load(compute=0.3, memory=0.5), now_s)
+
+    done = doctor("--try-writes", "--json", "--watch-s", "0.5", run_dir=tmp_path)
+
+    tried = {f["subject"]: f for f in json.loads(done.stdout)["findings"] if f["area"] == "trial"}
+    assert "not idle (busy" in tried["board 0"]["text"]
+    assert "--try-writes=busy" in tried["board 0"]["remedy"]
+    assert tried["board 1"]["check"] == "put-back"
+
+
+def test_a_living_agents_boards_are_never_tried(tmp_path: Path, bank: BoardBank) -> None:
+    me = os.getpid()
+    write_record(
+        tmp_path / "limits-found.json", {bank.uuid(0): (400.0, [300.0])}, pid=me, started=process_started(me) or 0
+    )
+    record = (tmp_path / "limits-found.json").read_bytes()
+
+    done = doctor("--try-writes=busy", "--json", "--watch-s", "0", run_dir=tmp_path)
+
+    tried = [f for f in json.loads(done.stdout)["findings"] if f["area"] == "trial"]
+    assert ["another hand" in f["text"] for f in tried] == [True, True]
+    assert (tmp_path / "limits-found.json").read_bytes() == record
 
 
 def test_a_wrong_duration_is_refused(tmp_path: Path) -> None:

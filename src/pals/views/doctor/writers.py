@@ -11,6 +11,7 @@ from pals.views.doctor.capd import why_not
 
 OK, WARNING, PROBLEM = Status.OK, Status.WARNING, Status.PROBLEM
 STALE_S = 3.0
+ONLY_IF_TOLD = ("DCGM", "dcgmi")  # how capd's names begin of those that set limits only where told to
 ADVISE = "PALS can only advise (decisions recorded, nothing written)"
 
 
@@ -71,14 +72,16 @@ def other_programs(programs: tuple[Program, ...] | None, capd: CapdFacts, *, emu
         return
     here = [p for p in programs if not emulated]
     writing = [f"{p.name} (process {p.pid})" for p in here if p.writes]
-    if capd.reach is Reach.ANSWERS:
-        writing += [told for told in capd.others if told not in writing and not _same(told, here)]
+    able = [f"{p.name} (process {p.pid})" for p in here if p.writes is None]
+    for told in capd.others if capd.reach is Reach.ANSWERS else ():
+        if not any(told.endswith(f"(process {p.pid})") for p in here):
+            (able if told.startswith(ONLY_IF_TOLD) else writing).append(told)
     if writing:
         yield _seen(
             WARNING, writing, "it can set limits or clocks, and two writers would fight",
             "let one write: stop it, or have PALS write through it (--writer zeusd), or only advise",
         )  # fmt: skip
-    if able := [f"{p.name} (process {p.pid})" for p in here if p.writes is None]:
+    if able:
         yield _seen(
             Status.UNKNOWN, able, "it sets limits only where it is told to",
             "see that no configuration of it sets power or clocks (dcgmi config --get)",
@@ -87,10 +90,6 @@ def other_programs(programs: tuple[Program, ...] | None, capd: CapdFacts, *, emu
         yield _seen(OK, loops, "it reads only, but takes the driver's time", None)
     if not (writing or able or loops):
         yield _seen(OK, [], "no other program known to write limits or clocks is seen", None)
-
-
-def _same(told: str, here: list[Program]) -> bool:
-    return any(told.endswith(f"(process {p.pid})") for p in here)
 
 
 def _seen(status: Status, who: list[str], what: str, remedy: str | None) -> Finding:
