@@ -13,10 +13,10 @@ from pals.core.diagnosis_writing import BoardTrial
 from pals.core.errors import DeviceLostError, NotSupportedError, PermissionDeniedError
 from pals.hardware.capd_board import CapdBoard
 from pals.hardware.capd_client import CapdClient
+from pals.hardware.nvml_board import NvmlBoard
 from pals.hardware.trial import pin_target_mhz, try_board
 from pals.hardware.zeusd_board import Zeusd, zeusd_board
 from pals.plant.silicon import Load
-from pals.runtime.agent import Board
 from tests.capd_loopback import Boards, Otherwise, capd_over, point
 from tests.fake_zeusd import zeusd_over
 
@@ -27,7 +27,7 @@ POLL_S = 1.1  # capd looks at the boards once a second
 class Rig:
     """One board as a writer gives it, and the world it is in."""
 
-    def __init__(self, boards: Boards, open_one: Callable[[], Board]) -> None:
+    def __init__(self, boards: Boards, open_one: Callable[[], NvmlBoard | CapdBoard]) -> None:
         self.boards, self.bank, self.open = boards, boards.bank, open_one
 
     def later(self, seconds: float = POLL_S) -> None:

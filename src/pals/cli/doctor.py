@@ -44,7 +44,7 @@ def doctor(args: argparse.Namespace) -> int:
     node = examine(folder, bank, args.watch_s, writer=args.writer, environ=environ)
     if args.try_writes and node.nvml.boards and node.nvml.error is None:
         tried = trials(node, folder, bank, writer=args.writer, busy_too=args.try_writes == "busy", environ=environ)
-        node = replace(node, trials=tried)
+        node = replace(node, trials=tried, capd=probe_capd(socket_path(environ)))  # which counted the writes
     found = findings(node)
     emulated = node.nvml.emulated is not None
     if args.json:

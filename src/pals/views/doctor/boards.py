@@ -75,8 +75,8 @@ def _emulated(nvml: NvmlFacts) -> Finding:
     )  # fmt: skip
 
 
-def board(facts: BoardFacts, *, steered: bool) -> Iterator[Finding]:
-    """One board; `steered` says that a living agent sets it."""
+def board(facts: BoardFacts, *, steered: bool, tried: bool) -> Iterator[Finding]:
+    """One board; `steered` says that a living agent sets it, `tried` that a clock lock was tried."""
     subject = f"board {facts.index}"
     info, now, settings = facts.info, facts.now, facts.settings
     if info is None or now is None or settings is None:
@@ -92,7 +92,7 @@ def board(facts: BoardFacts, *, steered: bool) -> Iterator[Finding]:
     )  # fmt: skip
     yield _limit(subject, info, now, steered=steered)
     yield _binding(subject, info, now, settings, facts.meter)
-    yield _clock(subject, info, now, settings)
+    yield _clock(subject, info, now, settings, tried=tried)
     yield _energy_counter(subject, now, facts.meter)
     yield _power_window(subject, facts.meter)
     yield _persistence(subject, settings.persistence_mode)
@@ -134,7 +134,7 @@ def _binding(
     means = (
         "binds now: lower slows the work, higher speeds it up"
         if binds
-        else f"does not bind now: down to about {max(info.min_limit_w, power_w / (1.0 - BINDS_WITHIN)):.0f} W it costs this load no speed"
+        else f"does not bind now: down to about {max(info.min_limit_w, power_w / (1.0 - BINDS_WITHIN)):.0f} W costs no speed"
     )
     return finding(
         "boards", "limit-binds", OK, f"draws {power_w:.0f} W: the limit {means}",
@@ -143,10 +143,10 @@ def _binding(
     )  # fmt: skip
 
 
-def _clock(subject: str, info: BoardInfo, now: PowerSample, settings: BoardSettings) -> Finding:
+def _clock(subject: str, info: BoardInfo, now: PowerSample, settings: BoardSettings, *, tried: bool) -> Finding:
     reasons = settings.clock_reasons or ()
     status, remedy = OK, None
-    lock = "the driver can lock it (not tried)"
+    lock = "the driver can lock it" + ("" if tried else " (not tried)")
     if not settings.clock_lock_api:
         status, lock = WARNING, "this driver cannot lock it"
         remedy = "update the driver, or steer by power limit and active sequences alone"

@@ -12,10 +12,15 @@ from pals.views.doctor.trials import trial, verdict
 
 def findings(node: NodeFacts) -> list[Finding]:
     """Everything worth saying about the node."""
+    tried = {t.index for t in node.trials or () if t.clock is not None}
     infos = [b.info for b in node.nvml.boards if b.info is not None]
-    return [
+    found = [
         *boards.driver(node.nvml, node.software),
-        *(f for b in node.nvml.boards for f in boards.board(b, steered=node.run_dir.writer.alive)),
+        *(
+            f
+            for b in node.nvml.boards
+            for f in boards.board(b, steered=node.run_dir.writer.alive, tried=b.index in tried)
+        ),
         *writers.permissions(node.nvml, node.privilege, node.chosen, node.capd),
         writers.other_writers(node.run_dir.writer),
         *writers.other_programs(node.programs, node.capd, emulated=bool(node.nvml.emulated)),
@@ -30,8 +35,8 @@ def findings(node: NodeFacts) -> list[Finding]:
             emulated=bool(node.nvml.emulated),
             mixed_boards=len({i.name for i in infos}) > 1,
         ),
-        *verdict(node),
     ]
+    return [*found, *verdict(node, found)]
 
 
 def worst(found: Sequence[Finding]) -> Status:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pals.core.diagnosis import BoardFacts, Finding, NodeFacts, Status, finding
 from pals.core.diagnosis_writing import BoardTrial, ClockTrial, LatencyTrial, LimitTrial, Reach
@@ -100,6 +100,9 @@ def _put_back(subject: str, t: BoardTrial) -> Finding:
     if t.left_w is None or t.found_w is None:
         status, text = PROBLEM, "how the board was left could not be read"
         remedy = "nvidia-smi -q -d POWER"
+    elif _still_locked(t.clock):
+        status, text = PROBLEM, "the clock still stands where it was locked, though the lock was released"
+        remedy = f"sudo nvidia-smi -i {t.index} -rgc"
     elif abs(t.left_w - t.found_w) < SAME_LIMIT_W:
         text = f"the board stands as found: {t.left_w:.0f} W in force, our clock lock released"
     else:
@@ -110,8 +113,15 @@ def _put_back(subject: str, t: BoardTrial) -> Finding:
     )
 
 
-def verdict(node: NodeFacts) -> Iterator[Finding]:
-    """Whether PALS can steer these boards, in one line; nothing where there is none."""
+def _still_locked(c: ClockTrial | None) -> bool:
+    """Where the lock took and moved the clock: whether it stands there still. A lock has no getter."""
+    if c is None or c.took_s is None or c.after_mhz is None:
+        return False
+    return abs(c.after_mhz - c.target_mhz) <= abs(c.after_mhz - c.before_mhz)
+
+
+def verdict(node: NodeFacts, found: Sequence[Finding]) -> Iterator[Finding]:
+    """Whether PALS can steer these boards, in one line, with the remedy of what keeps it; nothing where there is none."""
     if not node.nvml.boards:
         return
     against = _against(node)
@@ -121,7 +131,7 @@ def verdict(node: NodeFacts) -> Iterator[Finding]:
     status, remedy = OK, None
     if against is not None:
         status, text = WARNING, f"PALS cannot steer these boards now, only advise: {against}"
-        remedy = "see the findings above that are no ok"
+        remedy = _remedy(found, ("permissions", "capd") if node.chosen.kind == "direct" else ("capd", "permissions"))
     elif len(able) < len(node.nvml.boards):
         status, text = WARNING, f"PALS can steer {told}, by {levers or 'nothing'}, written by {node.chosen.told}"
         remedy = "see the boards that are not usable, have MIG on, or a limit that cannot be moved"
@@ -147,6 +157,13 @@ def _against(node: NodeFacts) -> str | None:
     if node.chosen.kind == "direct" and node.privilege.sys_admin is False and not node.nvml.emulated:
         return "root without CAP_SYS_ADMIN"
     return None
+
+
+def _remedy(found: Sequence[Finding], areas: Sequence[str]) -> str:
+    """That of the worst finding of the first area that has one."""
+    bad = [f for f in found if f.remedy and f.area in areas and f.status in (WARNING, PROBLEM)]
+    bad.sort(key=lambda f: (areas.index(f.area), f.status is not PROBLEM))
+    return next((f.remedy for f in bad if f.remedy), "see the findings above that are no ok")
 
 
 def _unfit(node: NodeFacts, board: BoardFacts) -> bool:
