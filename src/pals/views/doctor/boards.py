@@ -75,7 +75,7 @@ def _emulated(nvml: NvmlFacts) -> Finding:
     )  # fmt: skip
 
 
-def board(facts: BoardFacts, *, steered: bool, tried: bool) -> Iterator[Finding]:
+def board(facts: BoardFacts, *, steered: bool, tried: bool = False) -> Iterator[Finding]:
     """One board; `steered` says that a living agent sets it, `tried` that a clock lock was tried."""
     subject = f"board {facts.index}"
     info, now, settings = facts.info, facts.now, facts.settings
