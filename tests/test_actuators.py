@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from pals.core.diagnosis_writing import BoardTrial
 from pals.core.errors import DeviceLostError, NotSupportedError, PermissionDeniedError
 from pals.hardware.capd_board import CapdBoard
 from pals.hardware.capd_client import CapdClient
+from pals.hardware.nvml_board import NvmlBoard
+from pals.hardware.trial import pin_target_mhz, try_board
 from pals.hardware.zeusd_board import Zeusd, zeusd_board
 from pals.plant.silicon import Load
-from pals.runtime.agent import Board
 from tests.capd_loopback import Boards, Otherwise, capd_over, point
 from tests.fake_zeusd import zeusd_over
 
@@ -25,7 +27,7 @@ POLL_S = 1.1  # capd looks at the boards once a second
 class Rig:
     """One board as a writer gives it, and the world it is in."""
 
-    def __init__(self, boards: Boards, open_one: Callable[[], Board]) -> None:
+    def __init__(self, boards: Boards, open_one: Callable[[], NvmlBoard | CapdBoard]) -> None:
         self.boards, self.bank, self.open = boards, boards.bank, open_one
 
     def later(self, seconds: float = POLL_S) -> None:
@@ -139,7 +141,6 @@ def test_where_a_board_takes_no_lock_the_limit_asked_for_with_it_is_in_force(mak
     with pytest.raises(NotSupportedError):
         board.apply(point(400.0, 1200))
     assert board.read().enforced_limit_w == 400.0
-    rig.later()
     assert board.apply(point(300.0)) == point(300.0)
 
 
@@ -174,3 +175,91 @@ def test_a_board_in_mig_mode_is_never_written(make: Make) -> None:
     with pytest.raises(NotSupportedError, match="MIG mode is enabled"):
         board.apply(point(300.0))
     assert board.read().enforced_limit_w == 700.0
+
+
+def tried(rig: Rig, board: Any) -> BoardTrial:
+    """A trial in the boards' own time."""
+    limit_w = rig.boards.limit_w(0)
+    return try_board(board, limit_w=limit_w, writer="", clock=rig.boards.clock, sleep=rig.boards.sleep)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_trial_sees_what_a_board_obeys_and_leaves_it_as_found(make: Make, hard: bool) -> None:
+    rig = make()
+    rig.bank.set_limit(0, 650.0, rig.boards.now)
+    rig.later()
+    if hard:
+        rig.run_hard()
+        rig.later()
+    board = rig.open()
+    before = board.read()
+
+    done = tried(rig, board)
+    board.restore()
+    rig.later()
+
+    assert done.error is None
+    assert done.clock is not None
+    assert done.clock.took_s is not None
+    assert (
+        abs((done.clock.measured_mhz or 0) - done.clock.target_mhz)
+        <= 30
+        < abs(before.sm_clock_mhz - done.clock.target_mhz)
+    )
+    assert done.limit is not None
+    assert (done.limit.asked_w, done.limit.enforced_w) == (645.0, 645.0)
+    assert done.latency is not None
+    assert 0.0 <= done.latency.p50_s <= done.latency.p99_s
+    assert rig.boards.limit_w(0) == 650.0
+    assert abs(board.read().sm_clock_mhz - before.sm_clock_mhz) <= 60  # no lock of ours holds it
+
+
+def test_a_trial_of_a_board_that_takes_no_lock_or_stands_at_its_minimum_says_so(make: Make) -> None:
+    rig = make()
+    rig.bank.inject(0, "no_clock_lock", 1, rig.boards.now)
+    rig.bank.set_limit(0, 200.0, rig.boards.now)
+    rig.later()
+    board = rig.open()
+
+    done = tried(rig, board)
+
+    assert done.clock is not None
+    assert done.clock.error is not None
+    assert done.limit is not None
+    assert done.limit.asked_w is None
+    assert rig.boards.limit_w(0) == 200.0
+
+
+@pytest.mark.parametrize("looks", [0, 2])
+def test_a_trial_that_is_interrupted_puts_the_board_back_first(make: Make, looks: int) -> None:
+    rig = make()
+    board = rig.open()
+    left = [None] * looks
+
+    def sleep(seconds: float) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        rig.boards.sleep(0.0)  # the lock never seems to act
+
+    with pytest.raises(KeyboardInterrupt):
+        try_board(board, limit_w=700.0, writer="", clock=rig.boards.clock, sleep=sleep)
+    assert rig.boards.limit_w(0) == 700.0
+    rig.later()
+    assert board.read().sm_clock_mhz == 345  # where an idle H100 rests without a lock
+
+
+def test_without_permission_a_trial_changes_nothing_and_says_so(make: Make) -> None:
+    rig = make(writable=False)
+    done = tried(rig, rig.open())
+
+    assert done.clock is not None
+    assert done.limit is not None
+    assert "permission" in (done.clock.error or "").lower()
+    assert "permission" in (done.limit.error or "").lower()
+    assert rig.boards.limit_w(0) == 700.0
+
+
+@pytest.mark.parametrize(("present", "target"), [(210, 330), (1410, 1275), (1980, 1785), (345, 465)])
+def test_the_clock_of_a_trial_can_be_told_from_the_present_one(present: int, target: int) -> None:
+    assert pin_target_mhz(present, range(210, 1981, 15)) == target

@@ -479,7 +479,7 @@ class Keeper:
     def _shown(self, now_s: float) -> dict[str, Any]:
         budget = self.ledger.budget
         return {
-            "boards": [_shown(b, now_s) for b in self.ledger.boards.values()],
+            "boards": [{**_shown(b, now_s), "exit": self.ledger.exit_kind(b)} for b in self.ledger.boards.values()],
             "budget": {"watts": budget.watts if budget else None, "boards": sorted(budget.uuids) if budget else []},
             "node_budget_w": self.policy.budget_w,
             "off": (self.ledger.stopped or "").startswith("kill switch"),

@@ -139,6 +139,8 @@ class Ledger:
             )
         if ask.watts is not None and (b.lease is None or b.lease.asked_w != ask.watts):
             b.reassert_s = min(b.reassert_s, now_s)  # a new wish does not wait out a quarrel over the old one
+        if b.lease is None or (b.lease.asked_w, b.lease.sm_clock_mhz) != (ask.watts, ask.sm_clock_mhz):
+            b.retry_s = min(b.retry_s, now_s)  # nor what the driver refused of it: only renewals wait
         b.lease = Lease(
             uid=uid, epoch=ask.epoch, watts=ask.watts, asked_w=ask.watts, sm_clock_mhz=ask.sm_clock_mhz,
             expires_s=now_s + ask.ttl_s, reason=ask.reason,
@@ -329,10 +331,10 @@ class Ledger:
     def target(self, b: Board) -> tuple[float | None, Clocks | None, str]:
         """Where the board should stand, W and MHz, and why; None: its limit is left."""
         lease, chosen = b.lease, self.policy.exit_of(b.uuid)
-        limited = any(b.uuid in budget.uuids for budget in self.budgets())
+        limited = self._limited(b)
         if lease is not None and lease.watts is not None:
             return lease.watts, lease.sm_clock_mhz, lease.reason
-        kind = chosen.exit or ("safe" if limited else "restore")
+        kind = self.exit_kind(b)
         clocks = lease.sm_clock_mhz if lease is not None else b.locked if kind == "hold" else chosen.sm_clock_mhz
         if lease is None and not b.touched:
             clocks = None
@@ -343,6 +345,13 @@ class Ledger:
             return (min(b.limit_w, self._fair_w(b)) if self.overdrawn() else None), clocks, why
         safe_w = b.found_w if kind == "restore" or chosen.safe_w is None else chosen.safe_w
         return max(b.min_w, min(self._fair_w(b), safe_w)), clocks, why
+
+    def exit_kind(self, b: Board) -> str:
+        """What the board goes to when nobody leases it: restore, safe or hold."""
+        return self.policy.exit_of(b.uuid).exit or ("safe" if self._limited(b) else "restore")
+
+    def _limited(self, b: Board) -> bool:
+        return any(b.uuid in budget.uuids for budget in self.budgets())
 
     def _fair_w(self, b: Board) -> float:
         """The most this board may stand at with nobody's lease on it: found, or its part of each budget, if that is less."""

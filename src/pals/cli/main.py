@@ -66,6 +66,19 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--watch-s", type=float, default=2.0, metavar="S", help="how long to watch the meters (default 2; 0: not)"
     )
+    doctor.add_argument(
+        "--try-writes",
+        nargs="?",
+        const="idle",
+        choices=("idle", "busy"),
+        help="write to idle boards for a moment, to see what they obey (=busy: also to boards at work); docs/doctor.md",
+    )
+    doctor.add_argument(
+        "--writer",
+        choices=("auto", "capd", "direct", "zeusd"),
+        default="auto",
+        help="who would write boards (default auto)",
+    )
     restore = commands.add_parser("restore", help="put boards back that a killed agent left limited")
     restore.add_argument("--writer", choices=("direct", "zeusd"), default="direct", help="who writes (default direct)")
     add_caps(commands)

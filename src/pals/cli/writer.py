@@ -19,7 +19,7 @@ from pals.hardware.capd_client import CapdClient, Hello, Reply, socket_path
 from pals.hardware.nvml import Nvml
 from pals.hardware.nvml_board import NvmlBoard
 from pals.hardware.zeusd_board import NO_DEAD_MAN, Zeusd, zeusd_board, zeusd_path
-from pals.runtime.agent import Board, BudgetKeeper
+from pals.runtime.agent import BudgetKeeper
 from pals.runtime.config import Config, ControlConfig
 from pals.runtime.modes import WRITING
 from pals.runtime.tick import LEASE_PERIODS
@@ -32,12 +32,17 @@ Say = Callable[[str], None]
 class Writer:
     """How boards are written; where `may_write` is not, `why_not` says why."""
 
-    may_write: bool
+    kind: str  # capd, direct, zeusd or none
     told: str  # who, and whether there is a dead-man
     why_not: str = ROOT_ONLY
-    board: Callable[[NvmlBoard], Board] = lambda board: board
+    board: Callable[[NvmlBoard], NvmlBoard | CapdBoard] = lambda board: board
     budget_keeper: BudgetKeeper | None = None
     read_capd: Callable[[], Reply] | None = None  # for the metrics; to be called from one thread at a time
+
+    @property
+    def may_write(self) -> bool:
+        """Whether anybody writes."""
+        return self.kind != "none"
 
 
 def may_mend(control: ControlConfig, *, emulated: bool) -> bool:
@@ -101,13 +106,13 @@ def _capd_or_direct(
         raise ConfigError(f"--writer capd: {why}. Nothing was written")
     if fights:
         told = f"{why}; capd may hold these boards, and two writers would fight"
-        return Writer(may_write=False, told="nobody", why_not=told)
+        return Writer(kind="none", told="nobody", why_not=told)
     if not nvml.may_write:
-        return Writer(may_write=False, told="nobody", why_not=f"{ROOT_ONLY}, and {why}")
+        return Writer(kind="none", told="nobody", why_not=f"{ROOT_ONLY}, and {why}")
     say(
         f"boards are written by this process, without a dead-man: {why}. After a kill -9, `pals restore` puts them back"
     )
-    return Writer(may_write=True, told="this process (no dead-man)")
+    return Writer(kind="direct", told="this process (no dead-man)")
 
 
 def _unusable(
@@ -151,7 +156,7 @@ def _capd(client: CapdClient, least_s: float, say: Say) -> Writer:
             watching.close()
 
     return Writer(
-        may_write=True,
+        kind="capd",
         told=f"capd{' (dry run)' if hello.dry_run else ''} (dead-man: capd, {ttl_s:g} s)",
         board=lambda board: CapdBoard(board, client, ttl_s=ttl_s, reason=f"pals agent {os.getpid()}"),
         budget_keeper=CapdBudget(client, say),
@@ -161,7 +166,7 @@ def _capd(client: CapdClient, least_s: float, say: Say) -> Writer:
 
 def _direct(nvml: Nvml, client: CapdClient, boards: Sequence[NvmlBoard], say: Say) -> Writer:
     if not nvml.may_write:
-        return Writer(may_write=False, told="nobody")
+        return Writer(kind="none", told="nobody")
     if os.path.exists(client.path):
         try:
             theirs = [b.info.index for b in boards if client.board(b.info.uuid) is not None]
@@ -172,7 +177,7 @@ def _direct(nvml: Nvml, client: CapdClient, boards: Sequence[NvmlBoard], say: Sa
                 f"capd at {client.path} knows these boards too (--writer direct passes it by): it takes what this process writes for "
                 "another hand's, and may write over it"
             )
-    return Writer(may_write=True, told="this process (no dead-man)")
+    return Writer(kind="direct", told="this process (no dead-man)")
 
 
 def _zeusd(boards: Sequence[NvmlBoard], path: Path, say: Say) -> Writer:
@@ -182,4 +187,4 @@ def _zeusd(boards: Sequence[NvmlBoard], path: Path, say: Say) -> Writer:
     except PalsError as e:
         raise ConfigError(f"--writer zeusd: {e}") from e
     say(f"boards are written by zeusd at {path}. {NO_DEAD_MAN}")
-    return Writer(may_write=True, told="zeusd (no dead-man)", board=lambda board: zeusd_board(board, zeusd))
+    return Writer(kind="zeusd", told="zeusd (no dead-man)", board=lambda board: zeusd_board(board, zeusd))

@@ -104,6 +104,19 @@ class CapdBoard:
         self._held = (limit_w, clock_mhz)
         return OperatingPoint(power_limit_w=float(reply["watts"]["enforced"]), sm_clock_mhz=clock_mhz)
 
+    def pin_clock(self, mhz: int) -> None:
+        """Lease the SM clock at this one, and leave the limit; nobody renews it, so it ends by itself. Raises as `apply`."""
+        self._check(OperatingPoint(power_limit_w=self._found_w, sm_clock_mhz=mhz))
+        self._held = None
+        reply = self._lease(None, [mhz, mhz])
+        if not reply["ok"]:
+            raise refused(reply)
+
+    def write_again(self) -> None:
+        """Ask once more for what is leased: nothing changes, but how long it takes can be seen. Raises as `apply`."""
+        if self._held is not None and not (reply := self._set(*self._held))["ok"]:
+            raise refused(reply)
+
     def restore(self) -> None:
         """End the lease: the board goes to capd's exit policy at once. One that another agent steers now is left to it.
 
@@ -141,11 +154,11 @@ class CapdBoard:
 
     def _set(self, limit_w: float, clock_mhz: int | None) -> Reply:
         low_mhz = self._info.lockable_clocks_mhz[0]
+        return self._lease(limit_w, None if clock_mhz is None else [low_mhz, clock_mhz])
+
+    def _lease(self, limit_w: float | None, clocks_mhz: list[int] | None) -> Reply:
         self._renewed_s = self._client.now_s()
-        reply = self._ask_leased(
-            "set", watts=limit_w, sm_clock_mhz=None if clock_mhz is None else [low_mhz, clock_mhz],
-            ttl_s=self._ttl_s, reason=self._reason,
-        )  # fmt: skip
+        reply = self._ask_leased("set", watts=limit_w, sm_clock_mhz=clocks_mhz, ttl_s=self._ttl_s, reason=self._reason)
         if (ceiling_w := reply.get("ceiling_w")) is not None:
             self._ceiling_w = float(ceiling_w)
         return reply

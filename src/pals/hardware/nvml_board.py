@@ -81,7 +81,7 @@ class NvmlBoard:
         self._label = f"board {index} ({self._info.name})"
         self._mig = self._mig_mode() is True
         self._owner = LimitOwner(self._info.uuid, self._info.found_limit_w)
-        self._locked_at_mhz: int | None = None
+        self._locked_mhz: tuple[int, int] | None = None
         self._write_ahead: Callable[[BoardWrite], None] = lambda write: None
         self._announced = self._owner.told(clock_locked=False)
         self._setters: Setters | None = None
@@ -182,18 +182,29 @@ class NvmlBoard:
         self._check(wanted)
         set_w, clock_mhz = self._limit_now_w(), wanted.sm_clock_mhz
         limit_w = self._owner.capped(wanted.power_limit_w)
+        lock = None if clock_mhz is None else (self._info.lockable_clocks_mhz[0], clock_mhz)
         # a lock has no getter: what we asked last is all that can be known
-        locks = clock_mhz is not None and clock_mhz != self._locked_at_mhz
+        locks = lock is not None and lock != self._locked_mhz
         if abs(set_w - limit_w) >= 0.5:
             self._write_limit(limit_w, locks=locks)
         elif locks:
             self._announce(locks=True)
-        if clock_mhz is None:
+        if lock is None:
             self._release_clock()
         elif locks:
-            self._lock_clock(self._info.lockable_clocks_mhz[0], clock_mhz)
-            self._locked_at_mhz = clock_mhz
+            self._lock_clock(*lock)
         return OperatingPoint(power_limit_w=self._enforced_w(), sm_clock_mhz=clock_mhz)
+
+    def pin_clock(self, mhz: int) -> None:
+        """Lock the SM clock at this one, until the next `apply` or `restore`; the limit is left. Raises as `apply`."""
+        self._check(OperatingPoint(power_limit_w=self._info.found_limit_w, sm_clock_mhz=mhz))
+        self._announce(locks=True)
+        self._lock_clock(mhz, mhz)
+
+    def write_again(self) -> None:
+        """Write the limit that is set once more: nothing changes, but how long it takes can be seen. Raises as `apply`."""
+        self._check(OperatingPoint(power_limit_w=self._info.found_limit_w))
+        self._write_limit(self._limit_now_w(), locks=False)
 
     def _check(self, wanted: OperatingPoint) -> None:
         """Refuse what must not be written, before anything is."""
@@ -226,7 +237,7 @@ class NvmlBoard:
         self._owner.wrote(limit_w)
 
     def _announce(self, *, locks: bool) -> None:
-        write = self._owner.told(clock_locked=locks or self._locked_at_mhz is not None)
+        write = self._owner.told(clock_locked=locks or self._locked_mhz is not None)
         if write != self._announced:
             self._write_ahead(write)
             self._announced = write
@@ -239,7 +250,7 @@ class NvmlBoard:
         Raises:
             PalsError: the driver refused; the message says what is in force.
         """
-        unlock = self._locked_at_mhz is not None
+        unlock = self._locked_mhz is not None
         try:
             limit_w = self._limit_to_put_back()
         except (PalsError, ValueError):
@@ -273,9 +284,9 @@ class NvmlBoard:
         try:
             if unlock:
                 self._reset_clock()
-                self._locked_at_mhz = None
+                self._locked_mhz = None
         except NotSupportedError:
-            self._locked_at_mhz = None  # a board without locks holds none
+            self._locked_mhz = None  # a board without locks holds none
         except (PalsError, ValueError) as e:
             refused.append(str(e))
         if refused:
@@ -292,9 +303,9 @@ class NvmlBoard:
         return tuple(sorted(int(mhz) for mhz in listed))
 
     def _release_clock(self) -> None:
-        if self._locked_at_mhz is not None:
+        if self._locked_mhz is not None:
             self._reset_clock()
-            self._locked_at_mhz = None
+            self._locked_mhz = None
 
     def _set_limit(self, doing: str, limit_w: float) -> None:
         if self._setters is not None:
@@ -308,6 +319,7 @@ class NvmlBoard:
         else:
             doing = f"lock its SM clock at {high_mhz} MHz"
             self._call(doing, self._nvml.nvmlDeviceSetGpuLockedClocks, self._handle, low_mhz, high_mhz)
+        self._locked_mhz = (low_mhz, high_mhz)
 
     def _reset_clock(self) -> None:
         if self._setters is not None:
