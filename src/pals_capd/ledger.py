@@ -362,7 +362,8 @@ class Ledger:
                 left_w = budget.watts - sum(o.limit_w for o in self._of(budget) if not self._steerable(o))
                 least_w, most_w = sum(o.min_w for o in free), sum(o.found_w for o in free)
                 part = min(1.0, max(0.0, (left_w - least_w) / (most_w - least_w))) if most_w > least_w else 1.0
-                fair_w = min(fair_w, float(math.floor(b.min_w + part * (b.found_w - b.min_w))))
+                if part < 1.0:
+                    fair_w = min(fair_w, float(math.floor(b.min_w + part * (b.found_w - b.min_w))))
         return fair_w
 
     def _allowed_w(self, b: Board, watts: float, now_s: float) -> float | None:
