@@ -139,8 +139,9 @@ class Ledger:
             )
         if ask.watts is not None and (b.lease is None or b.lease.asked_w != ask.watts):
             b.reassert_s = min(b.reassert_s, now_s)  # a new wish does not wait out a quarrel over the old one
+        granted_w = None if ask.watts is None else min(ask.watts, b.found_w)  # the range is kind to a rounded number
         b.lease = Lease(
-            uid=uid, epoch=ask.epoch, watts=ask.watts, asked_w=ask.watts, sm_clock_mhz=ask.sm_clock_mhz,
+            uid=uid, epoch=ask.epoch, watts=granted_w, asked_w=ask.watts, sm_clock_mhz=ask.sm_clock_mhz,
             expires_s=now_s + ask.ttl_s, reason=ask.reason,
         )  # fmt: skip
         b.epoch, b.seq, b.left_alone = ask.epoch, ask.seq, b.left_alone and ask.watts is None
