@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,7 +80,7 @@ def _last_seq(path: Path) -> int:
         except OSError:
             continue
         if candidate == path and tail and not tail.endswith(b"\n"):
-            with candidate.open("ab") as f:
+            with contextlib.suppress(OSError), candidate.open("ab") as f:  # the first line to be written will tell
                 f.write(b"\n")
         numbers = [e["seq"] for line in tail.splitlines() if (e := _parsed(line)) is not None]
         if numbers:
@@ -89,9 +91,10 @@ def _last_seq(path: Path) -> int:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("seq"), int) else None
+    seq = entry.get("seq") if isinstance(entry, dict) else None
+    return entry if isinstance(seq, int) and 0 <= seq < 1 << 63 else None
 
 
 def read_audit(path: Path) -> Iterator[dict[str, Any]]:
@@ -109,24 +112,38 @@ def check_order(entries: Iterable[dict[str, Any]]) -> list[str]:
 
     The limits of all boards are told at each start (`boards`), and each change of one is a line; so the sum can be followed.
     """
-    wrong, limits, budgets, seq = list[str](), dict[str, float](), list[dict[str, Any]](), None
+    wrong, sums, seq = list[str](), _Sums(), None
     for e in entries:
         if seq is not None and e["seq"] != seq + 1:
             wrong.append(f"line {e['seq']} follows line {seq}")
         seq = e["seq"]
+        try:
+            wrong += [f"line {seq}: {told}" for told in sums.follow(e)]
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as why:  # a damaged disk
+            wrong.append(f"line {seq} cannot be understood ({type(why).__name__})")
+    return wrong
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What the boards stand at together, as a log tells it."""
+
+    limits: dict[str, float] = field(default_factory=dict)
+    budgets: list[dict[str, Any]] = field(default_factory=list)
+
+    def follow(self, e: dict[str, Any]) -> Iterator[str]:
+        """Take one line; what is wrong with it."""
+        limits = self.limits
         if "limits_w" in e:
-            limits, budgets = dict(e["limits_w"]), e["budgets"]
+            self.limits, self.budgets = dict(e["limits_w"]), list(e["budgets"])
         elif e["event"] == "write" and e.get("limit_w") is not None:
             before_w = limits.get(e["uuid"])
             if before_w is not None and abs(before_w - e["before_w"]) >= 1.0:
-                wrong.append(f"line {seq}: {e['uuid']} stood at {before_w:.0f} W, not at {e['before_w']:.0f} W")
+                yield f"{e['uuid']} stood at {before_w:.0f} W, not at {e['before_w']:.0f} W"
             limits[e["uuid"]] = e["limit_w"]
-            for budget in budgets if e["limit_w"] > e["before_w"] + 0.5 else ():
+            for budget in self.budgets if e["limit_w"] > e["before_w"] + 0.5 else ():
                 total_w = sum(limits[u] for u in budget["uuids"] if u in limits)
                 if e["uuid"] in budget["uuids"] and total_w > budget["watts"] + 1.0:
-                    wrong.append(
-                        f"line {seq}: {e['uuid']} raised to {e['limit_w']:.0f} W, {total_w:.0f} W of {budget['watts']:.0f} W"
-                    )
+                    yield f"{e['uuid']} raised to {e['limit_w']:.0f} W, {total_w:.0f} W of {budget['watts']:.0f} W"
         elif e.get("limit_w") is not None and "uuid" in e:  # another hand, a reload of the driver
             limits[e["uuid"]] = e["limit_w"]
-    return wrong

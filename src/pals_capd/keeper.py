@@ -15,7 +15,7 @@ from pals_capd.driver import Driver, DriverError, Facts
 from pals_capd.ledger import SAME_W, SMALL_RAISE_W, Ask, Board, Ledger, Write, standing
 from pals_capd.policy import SHORTEST_TTL_S, Policy
 from pals_capd.protocol import OPERATIONS
-from pals_capd.record import Record, State, UnreadableError
+from pals_capd.record import NOT_KNOWN, Record, State, UnreadableError
 from pals_capd.refused import ConfigError, Refused
 
 POLL_S = 1.0
@@ -158,6 +158,7 @@ class Keeper:
     def _recover(self) -> None:
         try:
             state = self.record.load()
+            self._refuse_impossible(state)
         except UnreadableError as e:
             self._frozen, self.ledger.stopped, self.alarms["state"] = True, str(e), str(e)
             self._log("alarm", why=str(e))
@@ -166,6 +167,15 @@ class Keeper:
         self.ledger.recover(state.boards)
         if state.budget_w is not None:
             self.ledger.restore_budget(state.budget_w, state.budget_of, state.budget_uid or 0)
+
+    def _refuse_impossible(self, state: State) -> None:
+        for uuid, left in state.boards.items():
+            b = self.ledger.boards.get(uuid)
+            if b is not None and not b.min_w - SAME_W <= left["found_w"] <= b.max_w + SAME_W:
+                raise UnreadableError(
+                    f"the state file says that {uuid} was found at {left['found_w']:.0f} W, outside its {b.min_w:.0f}..{b.max_w:.0f} W, "
+                    f"so {NOT_KNOWN}"
+                )
 
     # --- requests ---
 
@@ -236,11 +246,7 @@ class Keeper:
                 "range",
                 f"ttl_s = {ttl_s:g} lies outside {SHORTEST_TTL_S:g}..{self.policy.max_ttl_s:g}. Nothing was changed",
             )
-        if request["epoch"] != peer.epoch:
-            raise Refused(
-                "stale",
-                f"epoch {request['epoch']} was not given to this connection; say hello again. Nothing was changed",
-            )
+        _own_epoch(peer, request)
         watts, clocks = request.get("watts"), request.get("sm_clock_mhz")
         return Ask(
             uuid=request["uuid"], watts=None if watts is None else float(watts),
@@ -258,6 +264,7 @@ class Keeper:
 
     def _release(self, peer: Peer, request: dict[str, Any], now_s: float) -> dict[str, Any]:
         b = self.ledger.leasable(request["uuid"])
+        _own_epoch(peer, request)
         self.ledger.fence(b, peer.uid, request["epoch"], request["seq"], admin=self.policy.may(peer.uid, "admin"))
         b.epoch, b.seq = request["epoch"], request["seq"]
         self.ledger.release(b, "released")
@@ -485,6 +492,15 @@ class Keeper:
             "off": (self.ledger.stopped or "").startswith("kill switch"),
             "alarm": "; ".join(self.alarms.values()) or self.ledger.stopped,
         }
+
+
+def _own_epoch(peer: Peer, request: dict[str, Any]) -> None:
+    """Refuse an epoch that was made up: boards remember the highest, and would refuse everybody after it."""
+    if request["epoch"] != peer.epoch:
+        raise Refused(
+            "stale",
+            f"epoch {request['epoch']} was not given to this connection; say hello again. Nothing was changed",
+        )
 
 
 def _stands(b: Board, ask: Ask | None = None) -> dict[str, Any]:

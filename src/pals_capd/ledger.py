@@ -141,8 +141,9 @@ class Ledger:
             b.reassert_s = min(b.reassert_s, now_s)  # a new wish does not wait out a quarrel over the old one
         if b.lease is None or (b.lease.asked_w, b.lease.sm_clock_mhz) != (ask.watts, ask.sm_clock_mhz):
             b.retry_s = min(b.retry_s, now_s)  # nor what the driver refused of it: only renewals wait
+        granted_w = None if ask.watts is None else min(ask.watts, b.found_w)  # the range is kind to a rounded number
         b.lease = Lease(
-            uid=uid, epoch=ask.epoch, watts=ask.watts, asked_w=ask.watts, sm_clock_mhz=ask.sm_clock_mhz,
+            uid=uid, epoch=ask.epoch, watts=granted_w, asked_w=ask.watts, sm_clock_mhz=ask.sm_clock_mhz,
             expires_s=now_s + ask.ttl_s, reason=ask.reason,
         )  # fmt: skip
         b.epoch, b.seq, b.left_alone = ask.epoch, ask.seq, b.left_alone and ask.watts is None

@@ -18,6 +18,7 @@ from pals_capd.refused import ConfigError
 RIGHTS = ("none", "read", "set", "admin")  # each may do what those before it may
 EXITS = ("restore", "safe", "hold")
 OTHER_HANDS = ("yield", "reassert", "fail")
+LARGEST_BYTES = 1 << 20
 LONGEST_TTL_S, SHORTEST_TTL_S = 600.0, 0.1
 EXAMPLE = """\
 # Who may do what: user name or uid = "read" | "set" | "admin". Root is always admin.
@@ -80,7 +81,9 @@ def load_policy(path: Path) -> Policy:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as f:
             _refuse_foreign(path, os.fstat(f.fileno()))
             _refuse_foreign(path.parent, os.stat(path.parent))
-            return parse_policy(f.read(1 << 20).decode(), str(path))
+            if len(text := f.read(LARGEST_BYTES + 1)) > LARGEST_BYTES:
+                raise ConfigError(f"the policy file {path} is longer than {LARGEST_BYTES} bytes; nothing was changed")
+            return parse_policy(text.decode(), str(path))
     except FileNotFoundError:
         return Policy()
     except (OSError, UnicodeDecodeError) as e:
@@ -103,9 +106,12 @@ def parse_policy(text: str, source: str) -> Policy:
         ConfigError: no TOML, an unknown key, a value of a wrong type or out of range.
     """
     try:
-        data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        return _policy_of(tomllib.loads(text), source)
+    except (ValueError, OverflowError, RecursionError) as e:  # also numbers and tables that are too large to be told
         raise ConfigError(f"{source}: {e}; nothing was changed") from e
+
+
+def _policy_of(data: Mapping[str, Any], source: str) -> Policy:
     _known(data, ("rights", "node", "board"), source)
     rights, node, boards = (_table(data, name, source) for name in ("rights", "node", "board"))
     _known(node, ("budget_w", "exit", "safe_w", "sm_clock_mhz", "other_hand", "ttl_s", "max_ttl_s"), f"{source} [node]")

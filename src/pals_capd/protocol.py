@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,7 +65,7 @@ def _watts(data: Mapping[str, Any]) -> None:
 
 def _positive(data: Mapping[str, Any], key: str) -> None:
     value = data[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 < value < 1e7:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e7:  # neither is NaN
         raise _malformed(f"{key} must be a positive number")
 
 

@@ -6,7 +6,6 @@ It is of one boot: limits do not survive a reboot. One that cannot be understood
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 FORMAT = "pals-capd-state/1"
+NOT_KNOWN = (
+    "what an earlier capd wrote is not known: no board is written. Check the limits (nvidia-smi -q -d POWER), set them by hand "
+    "where they are too low, remove the file and restart capd"
+)
 
 
 class UnreadableError(Exception):
@@ -62,9 +65,7 @@ class FileRecord:
             return State()
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise UnreadableError(
-                f"the state file {self._path} cannot be understood ({type(e).__name__}: {e}), so what an earlier capd wrote is "
-                "not known: no board is written. Check the limits (nvidia-smi -q -d POWER), set them by hand where they are too "
-                "low, remove the file and restart capd"
+                f"the state file {self._path} cannot be understood ({type(e).__name__}: {e}), so {NOT_KNOWN}"
             ) from e
 
     def save(self, state: State, *, sure: bool) -> None:
@@ -106,19 +107,27 @@ def parse(data: Any) -> State:
         if not isinstance(left["locked"], bool):
             raise TypeError(f"locked {left['locked']!r}")
         boards[str(uuid)] = {
-            "found_w": _watts(left["found_w"]), "written_w": [_watts(w) for w in left["written_w"]], "locked": left["locked"],
+            "found_w": _watts(left["found_w"]), "written_w": [_watts(w) for w in _list(left["written_w"])],
+            "locked": left["locked"],
         }  # fmt: skip
     budget_w = None if data["budget_w"] is None else _watts(data["budget_w"])
-    budget_uid = None if data["budget_uid"] is None else int(data["budget_uid"])
-    return State(
-        boards=boards, budget_w=budget_w, budget_of=tuple(str(u) for u in data["budget_of"]), budget_uid=budget_uid
-    )
+    budget_uid = data["budget_uid"]
+    if budget_uid is not None and (isinstance(budget_uid, bool) or not isinstance(budget_uid, int)):
+        raise TypeError(f"budget_uid {budget_uid!r}")
+    budget_of = tuple(str(u) for u in _list(data["budget_of"]))
+    return State(boards=boards, budget_w=budget_w, budget_of=budget_of, budget_uid=budget_uid)
 
 
 def _watts(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e7:  # neither is NaN
         raise ValueError(f"{value!r} are no watts")
     return float(value)
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is no list")
+    return value
 
 
 def boot_id() -> str:
