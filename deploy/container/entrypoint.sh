@@ -7,11 +7,13 @@ policy=${PALS_CAPD_POLICY:-/etc/pals/capd.toml}
 state=${PALS_CAPD_STATE:-/var/lib/pals-capd}
 dry_run=${PALS_CAPD_DRY_RUN:+--dry-run}
 
-capd=
-trap '[ -z "$capd" ] || kill -TERM "$capd" 2>/dev/null' TERM INT
-trap '[ -z "$capd" ] || kill -HUP "$capd" 2>/dev/null' HUP
+capd= stopped=
+tell() { [ -z "$capd" ] || kill "$1" "$capd" 2>/dev/null; }
+trap 'stopped=1; tell -TERM' TERM INT
+trap 'tell -HUP' HUP
 python3 -m pals_capd.main --policy "$policy" --state "$state" $dry_run "$@" &
 capd=$!
+[ -z "$stopped" ] || tell -TERM
 # A signal ends `wait` early; it is over when capd is gone.
 while :; do
 	wait "$capd"
