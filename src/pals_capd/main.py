@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_options(p)
     p.add_argument("--socket", default=SOCKET, metavar="PATH", help=f"default {SOCKET}")
     p.add_argument(
-        "--group", default="pals", help="who may open the socket; what they may do says the policy file (default pals)"
+        "--group",
+        default="pals",
+        help="name or number; who may open the socket, while the policy file says what they may do (default pals)",
     )
     p.add_argument(
         "--check",
@@ -119,11 +121,14 @@ def reload_policy(args: argparse.Namespace, keeper: Keeper) -> None:
 
 def start_release(args: argparse.Namespace) -> None:
     """Let another process put the boards back: this one hangs, and holds the lock until it is gone."""
-    command = [sys.executable, "-m", "pals_capd.release", "--policy", args.policy, "--state", args.state, "--wait", "5"]
+    python = [sys.executable, "-P"]  # not what lies in the working directory: this is root
+    command = [*python, "-m", "pals_capd.release", "--policy", args.policy, "--state", args.state, "--wait", "5"]
     subprocess.Popen([*command, *(["--dry-run"] if args.dry_run else [])], start_new_session=True)
 
 
 def _group(name: str) -> int | None:
+    if name.isascii() and name.isdigit():  # a container does not know the node's names
+        return int(name)
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError:
