@@ -28,7 +28,21 @@ POD = KUBERNETES["DaemonSet"]["spec"]["template"]["spec"]
 (CONTAINER,) = POD["containers"]
 PLACES = (options.POLICY_FILE, options.SOCKET, options.STATE_FOLDER)
 MOST_EXPOSED = 2.0
-analyzed = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed here")
+OFFLINE_SINCE = 250
+
+
+def systemd_version() -> int:
+    """The version of systemd-analyze; 0: there is none."""
+    if not shutil.which("systemd-analyze"):
+        return 0
+    told = subprocess.run(["systemd-analyze", "--version"], capture_output=True, text=True, check=True).stdout
+    return int(told.split()[1])
+
+
+analyzed = pytest.mark.skipif(
+    systemd_version() < OFFLINE_SINCE,
+    reason=f"systemd-analyze of systemd {OFFLINE_SINCE} or later is not installed here",
+)
 
 
 def command(unit: Path, key: str) -> list[str]:
@@ -124,7 +138,7 @@ def test_the_capd_unit_waits_long_enough_and_has_one_capability() -> None:
         ["main"],
         ["CAP_SYS_ADMIN"],
     )
-    assert capd.NOTIFY_EVERY_S * 5 <= float(unit["WatchdogSec"][0].removesuffix("s"))
+    assert float(unit["WatchdogSec"][0].removesuffix("s")) >= capd.NOTIFY_EVERY_S * 5
     wait_s = float(command(CAPD, "ExecStopPost")[-1])
     assert wait_s < float(unit["TimeoutStopSec"][0])
 
