@@ -1,7 +1,8 @@
 """Runs a command as a systemd unit would: `python -m tests.unit_sandbox UNIT GID WRITABLE COMMAND…`, as root, without systemd.
 
 It takes from the unit what the kernel alone can enforce: capabilities, no_new_privs, the system call filter, no writable and
-executable memory, no network, a file system that is read-only but for one folder. Not done: device cgroup, /proc and /home.
+executable memory, no network, a file system that is read-only but for one folder. Not done: the device cgroup,
+RestrictNamespaces, what hides /home, /tmp and parts of /proc.
 """
 
 from __future__ import annotations
