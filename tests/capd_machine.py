@@ -205,10 +205,12 @@ class CapdMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.alive())
     @rule()
     def release_all(self) -> None:
-        if self.after_a_turn() is None:
-            return
-        self.leases, self.budget = {}, None
-        self.ask(0, op="release_all")
+        self.budget, self.budget_before = None, self.budget  # either may hold while it is handled
+        try:
+            self.ask(0, op="release_all")
+        finally:
+            self.budget_before = None
+        self.leases = {}
         self.sync_budget()
 
     @rule(seconds=st.sampled_from([0.05, 0.3, 1.1, 2.0, 5.0, 3600.0]))
@@ -386,7 +388,9 @@ class CapdMachine(RuleBasedStateMachine):
         most_w = max(granted, default=found_w) if lease is not None else found_w
         cut = bool(limited or (before is not None and uuid in before[1])) and MIN_W <= w <= max(most_w, found_w)
         assert MIN_W <= w <= MAX_W, f"{uuid} is told {w} W"
-        assert any(abs(w - a) < 1.0 for a in allowed) or cut, f"{uuid} is told {w} W, allowed {allowed}, limited {limited}"
+        assert any(abs(w - a) < 1.0 for a in allowed) or cut, (
+            f"{uuid} is told {w} W, allowed {allowed}, limited {limited}"
+        )
         if w > self.silicon[uuid].limit_w and self.budget_before is None:
             for budget_w, scope in limited:
                 total_w = w + sum(self.seen_w(u) for u in scope if u != uuid and not self.silicon[u].lost)

@@ -344,8 +344,7 @@ class Ledger:
             return None, clocks, why
         if kind == "hold":
             return (min(b.limit_w, self._fair_w(b)) if self.overdrawn() else None), clocks, why
-        safe_w = b.found_w if kind == "restore" or chosen.safe_w is None else chosen.safe_w
-        return max(b.min_w, min(self._fair_w(b), safe_w)), clocks, why
+        return self._fair_w(b), clocks, why
 
     def exit_kind(self, b: Board) -> str:
         """What the board goes to when nobody leases it: restore, safe or hold."""
@@ -354,17 +353,24 @@ class Ledger:
     def _limited(self, b: Board) -> bool:
         return any(b.uuid in budget.uuids for budget in self.budgets())
 
+    def _exit_w(self, b: Board) -> float:
+        """Where a board without a lease stands if no budget forbids it."""
+        safe_w = self.policy.exit_of(b.uuid).safe_w
+        if safe_w is None or self.exit_kind(b) != "safe":
+            return b.found_w
+        return max(b.min_w, min(b.found_w, safe_w))
+
     def _fair_w(self, b: Board) -> float:
-        """The most this board may stand at with nobody's lease on it: found, or its part of each budget, if that is less."""
-        fair_w = b.found_w
+        """The most this board may stand at with nobody's lease on it: its exit, or its part of each budget, if that is less."""
+        fair_w = self._exit_w(b)
         for budget in self.budgets():
             if b.uuid in budget.uuids:
                 free = [o for o in self._of(budget) if self._steerable(o)]
                 left_w = budget.watts - sum(o.limit_w for o in self._of(budget) if not self._steerable(o))
-                least_w, most_w = sum(o.min_w for o in free), sum(o.found_w for o in free)
+                least_w, most_w = sum(o.min_w for o in free), sum(self._exit_w(o) for o in free)
                 part = min(1.0, max(0.0, (left_w - least_w) / (most_w - least_w))) if most_w > least_w else 1.0
                 if part < 1.0:
-                    fair_w = min(fair_w, float(math.floor(b.min_w + part * (b.found_w - b.min_w))))
+                    fair_w = min(fair_w, float(math.floor(b.min_w + part * (self._exit_w(b) - b.min_w))))
         return fair_w
 
     def _allowed_w(self, b: Board, watts: float, now_s: float) -> float | None:
