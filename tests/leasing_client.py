@@ -18,9 +18,9 @@ EVERY_S = 0.3
 class Talk:
     """One connection to capd."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, timeout_s: float = 1.0) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(1.0)
+        self.sock.settimeout(timeout_s)
         self.sock.connect(path)
         self.answers = self.sock.makefile("rb")
         self.hello = self.ask(op="hello")

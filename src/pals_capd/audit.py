@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 LARGEST_BYTES, KEPT = 64 << 20, 4
+LARGEST_SEQ = 1 << 53  # that is gone on from: whatever says more is damaged
 
 
 class Audit(Protocol):
@@ -84,7 +85,7 @@ def _last_seq(path: Path) -> int:
                 f.write(b"\n")
         numbers = [e["seq"] for line in tail.splitlines() if (e := _parsed(line)) is not None]
         if numbers:
-            return int(max(numbers))
+            return min(max(map(int, numbers)), LARGEST_SEQ)
     return 0
 
 

@@ -171,7 +171,7 @@ class Keeper:
     def _refuse_impossible(self, state: State) -> None:
         for uuid, left in state.boards.items():
             b = self.ledger.boards.get(uuid)
-            if b is not None and not b.min_w - SAME_W <= left["found_w"] <= b.max_w + SAME_W:
+            if b is not None and not b.min_w <= left["found_w"] <= b.max_w:
                 raise UnreadableError(
                     f"the state file says that {uuid} was found at {left['found_w']:.0f} W, outside its {b.min_w:.0f}..{b.max_w:.0f} W, "
                     f"so {NOT_KNOWN}"

@@ -336,7 +336,9 @@ class Ledger:
         if lease is not None and lease.watts is not None:
             return lease.watts, lease.sm_clock_mhz, lease.reason
         kind = self.exit_kind(b)
-        clocks = lease.sm_clock_mhz if lease is not None else b.locked if kind == "hold" else chosen.sm_clock_mhz
+        clocks = (
+            lease.sm_clock_mhz if lease is not None else b.locked if kind == "hold" else _within(chosen.sm_clock_mhz, b)
+        )
         if lease is None and not b.touched:
             clocks = None
         why = f"exit policy {kind}" if lease is None else lease.reason
@@ -504,6 +506,14 @@ class Ledger:
             elif written and abs(b.limit_w - float(left["found_w"])) >= SAME_W:
                 self._note("other-hand", b, ours_w=written[-1], limit_w=b.limit_w, policy="left so after a crash")
                 b.other_hand_w = b.limit_w
+
+
+def _within(clocks: Clocks | None, b: Board) -> Clocks | None:
+    """What the board takes of the lock to leave on exit: the operator names one for boards of all kinds."""
+    if clocks is None or b.clock_range is None:
+        return None
+    low, high = b.clock_range
+    return min(max(clocks[0], low), high), min(max(clocks[1], low), high)
 
 
 def standing(b: Board) -> str:

@@ -20,6 +20,7 @@ from pals_capd.refused import ConfigError, Refused
 
 TURN_S = 0.05
 MOST_CLIENTS = 256
+NEW_A_TURN = 32  # clients taken on
 LINES_A_TURN = 16  # of one client, before the others and the boards have their turn
 MOST_MALFORMED = 100
 MOST_UNREAD = 64 << 10
@@ -47,18 +48,24 @@ class Server:
         self._waiting = False  # some client's lines wait for the next round
 
     def round(self) -> None:
-        """Wait for at most one turn's time, give the boards their turn, then each client a few lines."""
+        """Wait for at most one turn's time, give the boards their turn, then for as long each client a few lines."""
         ready = self._selector.select(0.0 if self._waiting else TURN_S)
         self._keeper.turn(self._now_s())
         self._keeper.counters["clients"] = len(self._clients)
         for key, mask in ready:
             if key.fileobj is self._listening:
-                self._accept()
+                for _ in range(NEW_A_TURN):
+                    if not self._accept():
+                        break
             elif (client := self._clients.get(key.fd)) is not None:
                 self._transfer(client, mask)
-        self._waiting = False
-        for client in list(self._clients.values()):
-            self._answer(client)
+        self._waiting, end_s = False, self._now_s() + TURN_S
+        for fd in list(self._clients):
+            if self._now_s() >= end_s:  # boards come first; the next round begins with who was not heard in this one
+                self._waiting = True
+                break
+            client = self._clients[fd] = self._clients.pop(fd)
+            self._answer(client, end_s)
 
     def close(self) -> None:
         """Let all clients go."""
@@ -67,11 +74,12 @@ class Server:
         self._selector.close()
         self._listening.close()
 
-    def _accept(self) -> None:
+    def _accept(self) -> bool:
+        """Take a client on, or turn it away; whether there was one."""
         try:
             sock, _ = self._listening.accept()
-        except OSError:  # gone again, or no file descriptor is left
-            return
+        except OSError:  # none, gone again, or no file descriptor is left
+            return False
         sock.setblocking(False)
         pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
         client = _Client(sock=sock, peer=Peer(uid=uid, pid=pid))
@@ -84,6 +92,7 @@ class Server:
         else:
             self._clients[sock.fileno()] = client
             self._selector.register(sock, selectors.EVENT_READ)
+        return True
 
     def _turn_away(self, client: _Client, why: Refused) -> None:
         with contextlib.suppress(OSError):
@@ -103,19 +112,19 @@ class Server:
         except OSError:
             self._drop(client)
 
-    def _answer(self, client: _Client) -> None:
+    def _answer(self, client: _Client, end_s: float) -> None:
         """Answer a few of its lines; drop it where it is hopeless."""
         for _ in range(LINES_A_TURN):
             line, found, rest = client.received.partition(b"\n")
-            if not found or len(line) > LONGEST_LINE:
+            if not found or len(line) > LONGEST_LINE or self._now_s() >= end_s:
                 break
             client.received = rest
             client.to_send += _line(self._reply(client, bytes(line)))
+        if client.to_send:  # only what it would not take counts as unread
+            self._transfer(client, selectors.EVENT_WRITE)
         line, more, _ = client.received.partition(b"\n")
         hopeless = len(line) > LONGEST_LINE or client.malformed >= MOST_MALFORMED or len(client.to_send) > MOST_UNREAD
-        if client.to_send and not hopeless:
-            self._transfer(client, selectors.EVENT_WRITE)
-        if hopeless or (client.ended and not more):
+        if hopeless or (client.ended and not more and not client.to_send):
             self._keeper.counters["dropped"] += hopeless
             self._drop(client)
         elif client.sock.fileno() >= 0:
@@ -171,7 +180,7 @@ def listen(path: Path, gid: int | None) -> socket.socket:
         if gid is not None:
             os.chown(path, -1, gid)
             path.chmod(0o660)
-        sock.listen(128)
+        sock.listen(MOST_CLIENTS)  # one more finds no room where it does not wait (EAGAIN)
         sock.setblocking(False)
     except OSError as e:
         sock.close()
