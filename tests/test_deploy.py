@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ import yaml  # type: ignore[import-untyped]  # vLLM brings it; its stubs are not
 from pals.cli.main import parser
 from pals_capd import main as capd
 from pals_capd import options, release
+from pals_capd.audit import FileAudit
 from pals_capd.policy import parse_policy
 from tests.unit_sandbox import allowed_calls, settings
 
@@ -260,3 +262,12 @@ def test_the_release_that_a_hanging_capd_starts_is_not_taken_from_the_working_di
 
     subprocess.run([sys.executable, "-P", "-c", script], cwd=tmp_path, check=True)
     assert not (tmp_path / "planted").exists()
+
+
+def test_the_log_of_a_dry_run_is_shown_and_checked_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    FileAudit(tmp_path / "audit.jsonl").write("real")
+    FileAudit(tmp_path / "audit.dry-run.jsonl").write("dry")
+
+    for options_given, event in ((["--dry-run"], "dry"), ([], "real")):
+        assert capd.main(["audit", "--state", str(tmp_path), *options_given]) == 0
+        assert [json.loads(line)["event"] for line in capsys.readouterr().out.splitlines()] == [event]
