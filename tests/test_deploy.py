@@ -23,6 +23,7 @@ from tests.unit_sandbox import allowed_calls, settings
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 CAPD, AGENT = (DEPLOY / f"systemd/{name}.service" for name in ("pals-capd", "pals-agent"))
+DOCS = (DEPLOY.parent / "docs/capd.md").read_text()
 CONTAINERFILE = (DEPLOY / "container/Containerfile").read_text()
 COMPOSE = yaml.safe_load((DEPLOY / "container/compose.yaml").read_text())["services"]["capd"]
 KUBERNETES = {d["kind"]: d for d in yaml.safe_load_all((DEPLOY / "container/daemonset.yaml").read_text())}
@@ -249,6 +250,30 @@ def test_group_and_policy_of_the_daemon_set_need_no_names_of_the_node() -> None:
     assert CONTAINER["args"] == ["--group", str(CONTAINER["securityContext"]["runAsGroup"])]
     assert parse_policy(KUBERNETES["ConfigMap"]["data"]["capd.toml"], "ConfigMap").rights == {1000: "set"}
     assert capd._group("990") == 990  # a number needs no entry in /etc/group
+
+
+def test_docker_run_in_the_docs_says_what_the_compose_file_says() -> None:
+    told = re.search(r"docker run -d (.*?)\n```", DOCS.replace("\\\n", " "), re.DOTALL)
+    assert told is not None
+    words = told[1].split()
+
+    pairs = {
+        "--user": "0:$PALS_GID", "--userns": COMPOSE["userns_mode"], "--cap-drop": "ALL", "--cap-add": "SYS_ADMIN",
+        "--security-opt": "no-new-privileges", "--network": COMPOSE["network_mode"], "--memory": COMPOSE["mem_limit"],
+        "--pids-limit": str(COMPOSE["pids_limit"]), "--oom-score-adj": str(COMPOSE["oom_score_adj"]), "--runtime": COMPOSE["runtime"],
+        "--restart": COMPOSE["restart"], "--stop-timeout": COMPOSE["stop_grace_period"].removesuffix("s"),
+    }  # fmt: skip
+    assert {key: words[words.index(key) + 1] for key in pairs} == pairs
+    assert [words[i + 1] for i, w in enumerate(words) if w == "-v"] == COMPOSE["volumes"]
+    assert "--read-only" in words
+    assert "--privileged" not in words
+
+
+def test_the_docs_name_files_that_are_there_and_the_defaults() -> None:
+    for path in re.findall(r"(?:deploy|tests)/[\w./-]+[\w]", DOCS):
+        assert (DEPLOY.parent / path).exists(), path
+    for place in PLACES:
+        assert place in DOCS
 
 
 # --- capd itself ---
