@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -16,11 +17,13 @@ import yaml  # type: ignore[import-untyped]  # vLLM brings it; its stubs are not
 from pals.cli.main import parser
 from pals_capd import main as capd
 from pals_capd import options, release
+from pals_capd.audit import FileAudit
 from pals_capd.policy import parse_policy
 from tests.unit_sandbox import allowed_calls, settings
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 CAPD, AGENT = (DEPLOY / f"systemd/{name}.service" for name in ("pals-capd", "pals-agent"))
+DOCS = (DEPLOY.parent / "docs/capd.md").read_text()
 CONTAINERFILE = (DEPLOY / "container/Containerfile").read_text()
 COMPOSE = yaml.safe_load((DEPLOY / "container/compose.yaml").read_text())["services"]["capd"]
 KUBERNETES = {d["kind"]: d for d in yaml.safe_load_all((DEPLOY / "container/daemonset.yaml").read_text())}
@@ -249,6 +252,30 @@ def test_group_and_policy_of_the_daemon_set_need_no_names_of_the_node() -> None:
     assert capd._group("990") == 990  # a number needs no entry in /etc/group
 
 
+def test_docker_run_in_the_docs_says_what_the_compose_file_says() -> None:
+    told = re.search(r"docker run -d (.*?)\n```", DOCS.replace("\\\n", " "), re.DOTALL)
+    assert told is not None
+    words = told[1].split()
+
+    pairs = {
+        "--user": "0:$PALS_GID", "--userns": COMPOSE["userns_mode"], "--cap-drop": "ALL", "--cap-add": "SYS_ADMIN",
+        "--security-opt": "no-new-privileges", "--network": COMPOSE["network_mode"], "--memory": COMPOSE["mem_limit"],
+        "--pids-limit": str(COMPOSE["pids_limit"]), "--oom-score-adj": str(COMPOSE["oom_score_adj"]), "--runtime": COMPOSE["runtime"],
+        "--restart": COMPOSE["restart"], "--stop-timeout": COMPOSE["stop_grace_period"].removesuffix("s"),
+    }  # fmt: skip
+    assert {key: words[words.index(key) + 1] for key in pairs} == pairs
+    assert [words[i + 1] for i, w in enumerate(words) if w == "-v"] == COMPOSE["volumes"]
+    assert "--read-only" in words
+    assert "--privileged" not in words
+
+
+def test_the_docs_name_files_that_are_there_and_the_defaults() -> None:
+    for path in re.findall(r"(?:deploy|tests)/[\w./-]+[\w]", DOCS):
+        assert (DEPLOY.parent / path).exists(), path
+    for place in PLACES:
+        assert place in DOCS
+
+
 # --- capd itself ---
 
 
@@ -260,3 +287,12 @@ def test_the_release_that_a_hanging_capd_starts_is_not_taken_from_the_working_di
 
     subprocess.run([sys.executable, "-P", "-c", script], cwd=tmp_path, check=True)
     assert not (tmp_path / "planted").exists()
+
+
+def test_the_log_of_a_dry_run_is_shown_and_checked_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    FileAudit(tmp_path / "audit.jsonl").write("real")
+    FileAudit(tmp_path / "audit.dry-run.jsonl").write("dry")
+
+    for options_given, event in ((["--dry-run"], "dry"), ([], "real")):
+        assert capd.main(["audit", "--state", str(tmp_path), *options_given]) == 0
+        assert [json.loads(line)["event"] for line in capsys.readouterr().out.splitlines()] == [event]

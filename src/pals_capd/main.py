@@ -17,7 +17,7 @@ from pals_capd import __version__
 from pals_capd.audit import check_order, read_audit
 from pals_capd.keeper import Keeper
 from pals_capd.life import ServiceManager, Watchdog, take_lock
-from pals_capd.options import AUDIT_FILE, SOCKET, add_options, keeper_of
+from pals_capd.options import SOCKET, add_options, audit_path, keeper_of
 from pals_capd.policy import EXAMPLE, load_policy
 from pals_capd.refused import ConfigError
 from pals_capd.server import Server, listen
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def audit(args: argparse.Namespace) -> int:
     """Print the log, or check it."""
-    entries = [e for e in read_audit(Path(args.state) / AUDIT_FILE) if e["seq"] > args.since]
+    entries = [e for e in read_audit(audit_path(args)) if e["seq"] > args.since]
     if not args.check:
         for e in entries:
             print(json.dumps(e))

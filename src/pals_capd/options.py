@@ -27,6 +27,11 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dry-run", action="store_true", help="do everything but write to boards")
 
 
+def audit_path(args: argparse.Namespace) -> Path:
+    """The audit log; a dry run has one of its own."""
+    return Path(args.state) / (AUDIT_FILE.replace(".jsonl", ".dry-run.jsonl") if args.dry_run else AUDIT_FILE)
+
+
 def keeper_of(args: argparse.Namespace, policy: Policy) -> Keeper:
     """The keeper of this node's boards.
 
@@ -38,7 +43,7 @@ def keeper_of(args: argparse.Namespace, policy: Policy) -> Keeper:
     return Keeper(
         driver=DryDriver(driver) if args.dry_run else driver,
         record=FileRecord(state / f"state{dry}.json", boot_id()),
-        audit=FileAudit(state / AUDIT_FILE.replace(".jsonl", f"{dry}.jsonl")),
+        audit=FileAudit(audit_path(args)),
         policy=policy,
         dry_run=args.dry_run,
         off=(state / OFF_FILE).exists,
