@@ -9,9 +9,11 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from pals_capd.answers import Peer, answer
 from pals_capd.audit import check_order
-from pals_capd.keeper import POLL_S, Keeper, Peer
-from pals_capd.ledger import Clocks, Ledger
+from pals_capd.board import Clocks
+from pals_capd.keeper import POLL_S, Keeper
+from pals_capd.ledger import Ledger
 from pals_capd.policy import Exit, Policy
 from pals_capd.refused import ConfigError
 from tests.capd_world import MAX_W, MIN_W, Crash, FakeDriver, Fuse, MemoryAudit, MemoryRecord, Silicon
@@ -321,11 +323,11 @@ class CapdMachine(RuleBasedStateMachine):
         peer = self.peers.get(uid) or Peer(uid=uid)
         self.leases = {u: p for u, p in self.leases.items() if p.expires_s > self.now_s}
 
-        def answer() -> dict[str, Any]:
+        def turn_and_answer() -> dict[str, Any]:
             keeper.turn(self.now_s)
-            return keeper.handle(peer, request, self.now_s)
+            return answer(keeper, peer, request, self.now_s)
 
-        reply: dict[str, Any] | None = self.survive(answer)
+        reply: dict[str, Any] | None = self.survive(turn_and_answer)
         self.sync_failure()
         return reply
 

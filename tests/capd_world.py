@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from pals_capd.board import Clocks
 from pals_capd.driver import DriverError, Facts, Reading
-from pals_capd.ledger import Clocks
 from pals_capd.record import State, UnreadableError
 
 MIN_W, MAX_W = 100.0, 400.0

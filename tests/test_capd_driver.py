@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from pals_capd.answers import Peer, answer
 from pals_capd.audit import check_order, read_audit
-from pals_capd.keeper import Peer
 from tests.capd_loopback import Boards, Capd, Otherwise, capd_over
 
 pytest.importorskip("pynvml")
@@ -67,7 +67,7 @@ class World:
         self.epoch, self.seq = self.ask(op="hello")["epoch"], 0
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        return self.keeper.handle(ROOT, request, self.boards.now)
+        return answer(self.keeper, ROOT, request, self.boards.now)
 
     def lease(self, uuid: str, watts: float) -> dict[str, Any]:
         self.seq += 1

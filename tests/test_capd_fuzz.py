@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pals_capd.answers import Peer, answer
 from pals_capd.audit import FileAudit, check_order, read_audit
-from pals_capd.keeper import Keeper, Peer
-from pals_capd.ledger import Clocks
+from pals_capd.board import Clocks
+from pals_capd.keeper import Keeper
 from pals_capd.policy import RIGHTS, Policy, load_policy
 from pals_capd.protocol import OPERATIONS, parse_request
 from pals_capd.record import FileRecord, State
@@ -95,7 +96,7 @@ def answered(keeper: Keeper, peer: Peer, line: bytes, now_s: float) -> tuple[str
         request = parse_request(line)
     except Refused as e:
         return None, {"ok": False, "error": e.word}
-    reply = keeper.handle(peer, request, now_s)
+    reply = answer(keeper, peer, request, now_s)
     text = json.dumps(reply, allow_nan=False)
     assert "\n" not in text
     assert reply["ok"] or (reply.get("error") or reply["failed"])
@@ -106,7 +107,7 @@ def no_rights_write_nothing(lines: list[tuple[int, bytes]]) -> None:
     w = World.made()
     w.keeper.start(NOW_S)
     peers = {uid: Peer(uid=uid) for uid in (999, 1000, 1001)}
-    w.keeper.handle(peers[1001], {"op": "hello"}, NOW_S)
+    answer(w.keeper, peers[1001], {"op": "hello"}, NOW_S)
     for n, (uid, line) in enumerate(lines):
         op, reply = answered(w.keeper, peers[uid], line, NOW_S + 0.1 * n)
         assert not reply["ok"] or (uid == 1001 and op in ("hello", "read"))
@@ -121,7 +122,7 @@ def set_rights_write_within_range(lines: list[tuple[int, bytes]]) -> None:
     w = World.made()
     w.keeper.start(NOW_S)
     peers = {uid: Peer(uid=uid) for uid in (1001, 1002, 1003)}
-    w.keeper.handle(peers[1002], {"op": "hello"}, NOW_S)
+    answer(w.keeper, peers[1002], {"op": "hello"}, NOW_S)
     for n, (uid, line) in enumerate(lines):
         now_s = NOW_S + 0.3 * n
         w.keeper.turn(now_s)
@@ -131,10 +132,10 @@ def set_rights_write_within_range(lines: list[tuple[int, bytes]]) -> None:
     now_s = NOW_S + 700.0
     w.keeper.turn(now_s)
     later = Peer(uid=1002)
-    w.keeper.handle(peers[1003], {"op": "release_all"}, now_s)
-    epoch = w.keeper.handle(later, {"op": "hello"}, now_s)["epoch"]
+    answer(w.keeper, peers[1003], {"op": "release_all"}, now_s)
+    epoch = answer(w.keeper, later, {"op": "hello"}, now_s)["epoch"]
     for uuid in FOUND_W:
-        reply = w.keeper.handle(later, {**SET, "uuid": uuid, "watts": 150.0, "epoch": epoch}, now_s)
+        reply = answer(w.keeper, later, {**SET, "uuid": uuid, "watts": 150.0, "epoch": epoch}, now_s)
         assert reply["ok"], reply
     w.keeper.turn(now_s + 10.0)
     assert {u: s.limit_w for u, s in w.driver.boards.items()} == FOUND_W
@@ -186,7 +187,7 @@ def a_policy_is_whole_or_refused(data: bytes) -> None:
 def assert_serves(keeper: Keeper) -> None:
     """A lease, its end, and the end of capd: answered, and within range (which the driver asserts)."""
     peer = Peer(uid=0)
-    epoch = keeper.handle(peer, {"op": "hello"}, NOW_S)["epoch"]
+    epoch = answer(keeper, peer, {"op": "hello"}, NOW_S)["epoch"]
     answered(keeper, peer, json.dumps({**SET, "epoch": epoch}).encode(), NOW_S)
     for n in range(1, 4):
         keeper.turn(NOW_S + 2.0 * n)
@@ -290,19 +291,19 @@ def test_an_epoch_that_was_made_up_takes_a_board_from_nobody() -> None:
     w.keeper.start(NOW_S)
     peers = Peer(uid=1002), Peer(uid=1002)
     for peer in peers:
-        w.keeper.handle(peer, {"op": "hello"}, NOW_S)
+        answer(w.keeper, peer, {"op": "hello"}, NOW_S)
     release = {"op": "release", "uuid": "GPU-a", "epoch": (1 << 63) - 1, "seq": 1}
-    assert w.keeper.handle(peers[0], release, NOW_S)["error"] == "stale"
-    assert w.keeper.handle(peers[1], {**SET, "epoch": peers[1].epoch}, NOW_S)["ok"]
+    assert answer(w.keeper, peers[0], release, NOW_S)["error"] == "stale"
+    assert answer(w.keeper, peers[1], {**SET, "epoch": peers[1].epoch}, NOW_S)["ok"]
 
 
 def test_a_lease_a_fraction_above_what_was_found_is_granted_what_was_found() -> None:
     w = World.made()
     w.keeper.start(NOW_S)
     peer = Peer(uid=1002)
-    w.keeper.handle(peer, {"op": "hello"}, NOW_S)
+    answer(w.keeper, peer, {"op": "hello"}, NOW_S)
     for seq, watts in enumerate((200.0, 400.4)):
-        reply = w.keeper.handle(peer, {**SET, "watts": watts, "seq": seq, "epoch": peer.epoch}, NOW_S + 5.0 * seq)
+        reply = answer(w.keeper, peer, {**SET, "watts": watts, "seq": seq, "epoch": peer.epoch}, NOW_S + 5.0 * seq)
     assert reply["ok"]
     assert w.driver.boards["GPU-a"].limit_w == 400.0
 

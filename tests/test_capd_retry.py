@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pals_capd.keeper import RETRY_S, Keeper, Peer
+from pals_capd.answers import Peer, answer
+from pals_capd.keeper import RETRY_S, Keeper
 from pals_capd.policy import Policy
 from tests.capd_world import FakeDriver, MemoryAudit, MemoryRecord, Silicon
 
@@ -21,12 +22,12 @@ class World:
         self.keeper = Keeper(driver=self.driver, record=MemoryRecord(), audit=self.audit, policy=policy or Policy())
         self.now_s, self.seq, self.peer = 100.0, 0, Peer(uid=0)
         self.keeper.start(self.now_s)
-        self.keeper.handle(self.peer, {"op": "hello"}, self.now_s)
+        answer(self.keeper, self.peer, {"op": "hello"}, self.now_s)
 
     def set(self, watts: float, clocks: list[int] | None = None) -> dict[str, Any]:
         self.seq += 1
         request = {"op": "set", "uuid": UUID, "watts": watts, "sm_clock_mhz": clocks, "epoch": self.peer.epoch}
-        return self.keeper.handle(self.peer, {**request, "seq": self.seq, "reason": "a test"}, self.now_s)
+        return answer(self.keeper, self.peer, {**request, "seq": self.seq, "reason": "a test"}, self.now_s)
 
     def refused(self) -> int:
         """How often the driver was asked and would not."""

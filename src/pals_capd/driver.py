@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, NoReturn, Protocol
 
-from pals_capd.ledger import Clocks
+from pals_capd.board import Clocks
 from pals_capd.refused import ConfigError
 
 

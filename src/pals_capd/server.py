@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pals_capd.keeper import Keeper, Peer
+from pals_capd.answers import Peer, answer
+from pals_capd.keeper import Keeper
 from pals_capd.protocol import LONGEST_LINE, parse_request
 from pals_capd.refused import ConfigError, Refused
 
@@ -149,7 +150,7 @@ class Server:
             client.malformed += 1
             self._keeper.counters["malformed"] += 1
             return {"ok": False, "error": e.word, "message": str(e)}
-        return self._keeper.handle(client.peer, request, self._now_s())
+        return answer(self._keeper, client.peer, request, self._now_s())
 
     def _drop(self, client: _Client) -> None:
         fd = client.sock.fileno()
