@@ -87,8 +87,11 @@ def python(module: str, *options: str) -> Sequence[str]:
 
 
 @contextmanager
-def emulated_node(cache: Path) -> Iterator[EmulatedNode]:
-    """The boards at their default limits; nothing of it is left at the end. The library is built in `cache` where it is not yet."""
+def emulated_node(cache: Path | None) -> Iterator[EmulatedNode]:
+    """The boards at their default limits; nothing of it is left at the end.
+
+    The library is built in `cache` where it is not yet; None: in the node's folder.
+    """
     folder = Path(tempfile.mkdtemp(prefix="capd-"))
     folder.chmod(0o755)
     spec, count = parse_boards(BOARDS)
@@ -99,7 +102,7 @@ def emulated_node(cache: Path) -> Iterator[EmulatedNode]:
         bank = BoardBank.open(path)
         exits.callback(bank.close)
         outside = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-        built = library(cache, os.environ)
+        built = library(cache or folder, os.environ)
         made = EmulatedNode(folder, bank, {**outside, **environment(built, path, outside)})
         exits.callback(made.close)
         yield made
