@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.emulated_node import emulated_node
-from tests.leasing_client import Talk
+from tests.emulated_node import emulated_node, until
 from tests.systemd_box import Box, box, can_box
 
 pytest.importorskip("pynvml")
@@ -64,10 +61,7 @@ def node_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
 def leased(node_box: Box) -> Box:
     """capd runs, and every board is leased at 200 W for a minute."""
     assert until(lambda: node_box.show("pals-capd", "ActiveState") == "active" and Path(node_box.socket).exists())
-    with closing(Talk(node_box.socket)) as talk:
-        for board in talk.hello["boards"]:
-            assert talk.lease(board["uuid"], 200.0, 1000, ttl_s=60.0)["outcome"] == "written"
-    assert node_box.node.limits_w() == (200.0, 200.0)
+    node_box.node.lower_all(node_box.socket)
     return node_box
 
 
@@ -120,13 +114,3 @@ def test_an_agent_without_privilege_steers_through_capd_and_is_put_right_when_ki
     node_box.run("systemctl", "stop", "pals-agent")
     assert node_box.node.limits_w() == node_box.node.found_w
     assert node_box.run("ls", "/var/lib/pals").count("journal-") == 2
-
-
-def until(true: Callable[[], bool], timeout_s: float = 20.0) -> bool:
-    """Whether it becomes true in time."""
-    end_s = time.monotonic() + timeout_s
-    while not true():
-        if time.monotonic() > end_s:
-            return False
-        time.sleep(0.05)
-    return True
