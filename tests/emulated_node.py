@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,13 @@ class EmulatedNode:
         with closing(Talk(str(self.socket))) as talk:
             return talk.ask(**request)
 
+    def lower_all(self, socket: str) -> None:
+        """Lease every board at 200 W, for a minute."""
+        with closing(Talk(socket)) as talk:
+            for board in talk.hello["boards"]:
+                assert talk.lease(board["uuid"], 200.0, 1000, ttl_s=60.0)["outcome"] == "written"
+        assert self.limits_w() == (200.0, 200.0)
+
     def told(self, word: str) -> None:
         """Wait until capd told its service manager so."""
         while word not in self._notify.recv(4096).decode():
@@ -87,8 +94,11 @@ def python(module: str, *options: str) -> Sequence[str]:
 
 
 @contextmanager
-def emulated_node(cache: Path) -> Iterator[EmulatedNode]:
-    """The boards at their default limits; nothing of it is left at the end. The library is built in `cache` where it is not yet."""
+def emulated_node(cache: Path | None) -> Iterator[EmulatedNode]:
+    """The boards at their default limits; nothing of it is left at the end.
+
+    The library is built in `cache` where it is not yet; None: in the node's folder.
+    """
     folder = Path(tempfile.mkdtemp(prefix="capd-"))
     folder.chmod(0o755)
     spec, count = parse_boards(BOARDS)
@@ -99,7 +109,17 @@ def emulated_node(cache: Path) -> Iterator[EmulatedNode]:
         bank = BoardBank.open(path)
         exits.callback(bank.close)
         outside = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-        built = library(cache, os.environ)
+        built = library(cache or folder, os.environ)
         made = EmulatedNode(folder, bank, {**outside, **environment(built, path, outside)})
         exits.callback(made.close)
         yield made
+
+
+def until(true: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+    """Whether it becomes true in time."""
+    end_s = time.monotonic() + timeout_s
+    while not true():
+        if time.monotonic() > end_s:
+            return False
+        time.sleep(0.02)
+    return True

@@ -249,7 +249,6 @@ def test_the_containers_mount_what_capd_reads_and_writes() -> None:
 def test_group_and_policy_of_the_daemon_set_need_no_names_of_the_node() -> None:
     assert CONTAINER["args"] == ["--group", str(CONTAINER["securityContext"]["runAsGroup"])]
     assert parse_policy(KUBERNETES["ConfigMap"]["data"]["capd.toml"], "ConfigMap").rights == {1000: "set"}
-    assert capd._group("990") == 990  # a number needs no entry in /etc/group
 
 
 def test_docker_run_in_the_docs_says_what_the_compose_file_says() -> None:

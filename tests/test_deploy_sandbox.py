@@ -9,15 +9,12 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.emulated_node import ROOT, EmulatedNode, emulated_node, python
-from tests.leasing_client import Talk
+from tests.emulated_node import ROOT, EmulatedNode, emulated_node, python, until
 
 pytest.importorskip("pynvml")
 UNIT = ROOT / "deploy/systemd/pals-capd.service"
@@ -56,14 +53,6 @@ def release(node: EmulatedNode) -> list[str]:
     return [*python("pals_capd.release", "--policy", str(node.policy), "--state", str(node.state))]
 
 
-def lower_all(node: EmulatedNode) -> None:
-    """Lease every board at 200 W, for a minute."""
-    with closing(Talk(str(node.socket))) as talk:
-        for board in talk.hello["boards"]:
-            assert talk.lease(board["uuid"], 200.0, 1000, ttl_s=60.0)["outcome"] == "written"
-    assert node.limits_w() == (200.0, 200.0)
-
-
 def as_user(uid: int, gid: int, do: Callable[[], bool]) -> bool:
     """Whether another user succeeds, in a process of its own."""
     child = os.fork()
@@ -95,7 +84,7 @@ def test_in_the_sandbox_of_its_unit_capd_serves_its_group_and_reads_its_policy_a
         assert stat.S_IMODE(node.state.stat().st_mode) == 0o700
         assert as_user(READER, GID, lambda: node.ask(op="hello")["rights"] == "read")
         assert not as_user(READER, GID + 1, lambda: bool(node.ask(op="hello")["ok"]))
-        lower_all(node)
+        node.lower_all(str(node.socket))
         node.policy.write_text("[node]\nttl_s = 7.0\n")
         capd.send_signal(signal.SIGHUP)
         node.told("WATCHDOG=1")
@@ -111,7 +100,7 @@ def test_in_the_sandbox_of_its_unit_capd_serves_its_group_and_reads_its_policy_a
 def test_in_the_sandbox_of_its_unit_capd_release_puts_back_what_a_killed_capd_left(node: EmulatedNode) -> None:
     capd = node.start(*in_sandbox(node, *daemon(node)))
     node.told("READY=1")
-    lower_all(node)
+    node.lower_all(str(node.socket))
     capd.kill()
     capd.communicate()
 
@@ -160,7 +149,7 @@ print([refused(do) for do in (
 
 def test_in_a_container_boards_are_put_back_when_capd_is_killed(node: EmulatedNode) -> None:
     container = start_container(node)
-    lower_all(node)
+    node.lower_all(str(node.socket))
     os.kill(capd_below(container.pid), signal.SIGKILL)
 
     said, _ = container.communicate(timeout=20)
@@ -171,7 +160,8 @@ def test_in_a_container_boards_are_put_back_when_capd_is_killed(node: EmulatedNo
 
 def test_in_a_container_signals_reach_capd(node: EmulatedNode) -> None:
     container = start_container(node)
-    lower_all(node)
+    assert stat.S_IMODE(node.socket.stat().st_mode) == 0o660
+    node.lower_all(str(node.socket))
     node.policy.write_text("[node]\nttl_s = 7.0\n")
     container.send_signal(signal.SIGHUP)
     assert until(lambda: node.ask(op="hello")["ttl_s"] == 7.0)
@@ -185,7 +175,7 @@ def test_in_a_container_signals_reach_capd(node: EmulatedNode) -> None:
 
 def test_a_container_that_was_killed_as_a_whole_is_mended_by_the_next_start(node: EmulatedNode) -> None:
     container = start_container(node)
-    lower_all(node)
+    node.lower_all(str(node.socket))
     capd = capd_below(container.pid)
     container.kill()
     os.kill(capd, signal.SIGKILL)
@@ -200,7 +190,9 @@ def start_container(node: EmulatedNode) -> subprocess.Popen[str]:
     """The container's first process, until capd is ready."""
     where = {"PALS_CAPD_POLICY": str(node.policy), "PALS_CAPD_STATE": str(node.state)}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    container = node.start("/bin/sh", str(ENTRYPOINT), "--socket", str(node.socket), PATH=path, **where)
+    container = node.start(
+        "/bin/sh", str(ENTRYPOINT), "--socket", str(node.socket), "--group", str(os.getgid()), PATH=path, **where
+    )
     node.told("READY=1")
     return container
 
@@ -208,13 +200,3 @@ def start_container(node: EmulatedNode) -> subprocess.Popen[str]:
 def capd_below(pid: int) -> int:
     """The daemon that a container's first process started."""
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
-
-
-def until(true: Callable[[], bool], timeout_s: float = 20.0) -> bool:
-    """Whether it becomes true in time."""
-    end_s = time.monotonic() + timeout_s
-    while not true():
-        if time.monotonic() > end_s:
-            return False
-        time.sleep(0.02)
-    return True
