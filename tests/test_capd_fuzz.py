@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pals_capd.audit import FileAudit, check_order, read_audit
 from pals_capd.keeper import Keeper, Peer
 from pals_capd.ledger import Clocks
-from pals_capd.policy import RIGHTS, Policy, load_policy
+from pals_capd.policy import RIGHTS, Exit, Policy, load_policy
 from pals_capd.protocol import OPERATIONS, parse_request
 from pals_capd.record import FileRecord, State
 from pals_capd.refused import ConfigError, Refused
@@ -305,6 +305,14 @@ def test_a_lease_a_fraction_above_what_was_found_is_granted_what_was_found() -> 
         reply = w.keeper.handle(peer, {**SET, "watts": watts, "seq": seq, "epoch": peer.epoch}, NOW_S + 5.0 * seq)
     assert reply["ok"]
     assert w.driver.boards["GPU-a"].limit_w == 400.0
+
+
+@pytest.mark.parametrize(("left", "locked"), [((1, 2), (210, 210)), ((300, 9000), (300, 1410))])
+def test_the_lock_to_leave_on_exit_is_one_that_the_board_takes(left: Clocks, locked: Clocks) -> None:
+    w = World.made(Policy(node=Exit(sm_clock_mhz=left)))
+    w.keeper.start(NOW_S)
+    assert_serves(w.keeper)
+    assert w.driver.boards["GPU-a"].lock == locked
 
 
 # --- how often ---
