@@ -323,7 +323,7 @@ JSON_LINES = st.lists(near_json([json.loads(line) for line in AUDIT.splitlines()
 PROMISES: Sequence[tuple[Callable[[Any], None], st.SearchStrategy[Any], int]] = (
     (no_rights_write_nothing, TALKS, 200),
     (set_rights_write_within_range, FULL_TALKS, 300),
-    (a_policy_is_whole_or_refused, any_bytes(near_toml(POLICY)), 400),
+    (a_policy_is_whole_or_refused, any_bytes(near_toml(POLICY)), 250),
     (a_record_is_understood_or_nothing_is_written, any_bytes(near_json([STATE])), 400),
     (a_damaged_log_is_gone_on_with, any_bytes(JSON_LINES), 200),
 )
