@@ -213,7 +213,6 @@ class Keeper:
         self.ledger.wrote(w, **asdict(now), now_s=now_s)
         self.counters["writes"] += 1
         lease = b.lease
-        self._tell_events()
         self.log(
             "write", uuid=uuid, why=w.why, uid=lease.uid if lease else None, epoch=lease.epoch if lease else None,
             asked_w=w.watts, before_w=before[0], limit_w=now.limit_w if w.watts is not None else None, enforced_w=now.enforced_w,
@@ -349,13 +348,6 @@ class Keeper:
         else:
             self.alarms.pop("budget", None)
 
-    def _tell_events(self) -> None:
-        """Put the ledger's events into the log, before what is written because of them."""
-        events, self.ledger.events = self.ledger.events, []
-        for e in events:
-            self.counters[str(e["event"]).replace("-", "_")] += 1
-            self.log(**e)
-
     def log_refusal(self, now_s: float, **facts: object) -> None:
         """One line for a refused request; where there are too many in a second, the next line says how many have none."""
         self.counters["refused"] += 1
@@ -370,7 +362,17 @@ class Keeper:
         self.log("refused", **facts, **more)
 
     def log(self, event: str, **facts: object) -> None:
-        """One line in the audit log; that it cannot be written is an alarm."""
+        """One line in the audit log, after what the ledger saw before it; that it cannot be written is an alarm."""
+        self._tell_events()
+        self._append(event, **facts)
+
+    def _tell_events(self) -> None:
+        events, self.ledger.events = self.ledger.events, []
+        for e in events:
+            self.counters[str(e["event"]).replace("-", "_")] += 1
+            self._append(**e)
+
+    def _append(self, event: str, **facts: object) -> None:
         if self.audit.write(event, **facts):
             self.alarms.pop("audit", None)
         else:
