@@ -193,10 +193,8 @@ class Keeper:
         raised = b.lease is not None and w.watts is not None and w.watts > b.limit_w
         if (unsaved := self._save(sure=first)) and (first or raised):
             _, b.ours_w, b.locked = before
-            b.retry_s = now_s + RETRY_S
-            return (
-                unsaved  # what could not be undone after a crash is not done; what lowers a board, or puts it back, is
-            )
+            b.retry_s, b.trouble = now_s + RETRY_S, unsaved
+            return unsaved  # what could not be undone after a crash is not done; what lowers or puts back is
         began_s = time.perf_counter()
         try:
             if w.watts is not None:
@@ -235,7 +233,7 @@ class Keeper:
     def _failed(self, b: Board, w: Write, error: DriverError, now_s: float) -> None:
         """Take note of what the driver would not do, and of how the board stands all the same."""
         self.counters["failed"] += 1
-        b.retry_s = now_s + RETRY_S
+        b.retry_s, b.trouble = now_s + RETRY_S, error
         if error.word == "lost":
             b.lost = str(error)
         if error.word == "not_supported" and (w.lock is not None or w.unlock):
