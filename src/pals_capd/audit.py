@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import time
@@ -106,7 +105,7 @@ def read_audit(path: Path) -> Iterator[dict[str, Any]]:
     """
     there = [p for n in range(KEPT, -1, -1) if (p := _older(path, n)).exists()]
     if not there:
-        raise FileNotFoundError(errno.ENOENT, "there is no audit log", str(path))
+        raise FileNotFoundError(f"there is no {path}")
     for part in there:
         with part.open("rb") as f:
             yield from (entry for line in f if (entry := _parsed(line)) is not None)
