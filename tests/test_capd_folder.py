@@ -56,7 +56,7 @@ def test_who_finds_the_lock_taken_is_told_by_whom(node: EmulatedNode) -> None:
     capd = start(node)
     with leased(node):
         code, said = run(node, *python("pals_capd.main", *files(node), "--socket", f"{node.socket}.second"))
-        assert (code, f"another capd holds {node.state}/lock (process {capd.pid})" in said) == (2, True), said
+        assert (code, f"another capd (process {capd.pid}) holds {node.state}/lock" in said) == (2, True), said
         assert node.limits_w() == LOW
     stopped(capd)
 
@@ -107,11 +107,8 @@ def test_on_a_full_disk_leases_end_new_ones_are_refused_and_a_release_still_work
             until(lambda: node.limits_w()[0] == node.found_w[0], "full disk, lease of 1 s: as found")
             assert talk.lease(first, 200.0, 1005)["error"] == "state"
             assert node.limits_w()[0] == node.found_w[0]
-            for _ in range(20):  # also while capd itself tries to raise it
-                told = talk.lease(second, 300.0, 1005, ttl_s=60.0)
-                assert (told["ok"], told["error"]) == (False, "state"), told
-            assert "cannot be written" in node.ask(op="read")["alarm"]
-            assert node.limits_w()[1] == 190.0
+            told = node.ask(op="read")
+            assert "cannot be written" in told["alarm"]
         killed(capd)
 
         code, said = released(node, told="kill -9 and a full disk, boards as found")

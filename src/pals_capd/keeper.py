@@ -286,6 +286,7 @@ class Keeper:
         raised = b.lease is not None and w.watts is not None and w.watts > b.limit_w
         if (unsaved := self._save(sure=first)) and (first or raised):
             _, b.ours_w, b.locked = before
+            b.retry_s = now_s + RETRY_S
             return (
                 unsaved  # what could not be undone after a crash is not done; what lowers a board, or puts it back, is
             )

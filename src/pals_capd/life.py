@@ -32,7 +32,7 @@ def take_lock(state: Path, wait_s: float) -> int:
                 holder = _signed(handle)
                 os.close(handle)
                 raise ConfigError(
-                    f"another capd holds {state}/lock{holder}; two would fight. Nothing was changed: stop it first"
+                    f"another capd{holder} holds {state}/lock; two would fight. Nothing was changed: stop it first"
                 ) from e
             time.sleep(0.02)
         else:
