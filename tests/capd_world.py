@@ -75,7 +75,7 @@ class FakeDriver:
         """As it stands."""
         s = self._board(uuid)
         clock = s.natural_mhz if s.lock is None else min(s.natural_mhz, s.lock[1])
-        return Reading(limit_w=s.limit_w, enforced_w=s.limit_w, sm_clock_mhz=clock)
+        return Reading(limit_w=s.limit_w, enforced_w=s.limit_w, sm_clock_mhz=clock, mig=s.mig)
 
     def set_limit(self, uuid: str, watts: float) -> None:
         """Obey, or refuse as the board is made to."""

@@ -87,3 +87,16 @@ def test_a_board_that_cannot_be_read_is_refused_and_the_other_goes_on(
         assert talk.lease(first, 150.0, 1005, ttl_s=60.0)["ok"]
     stopped(capd)
     assert node.limits_w() == node.found_w
+
+
+def test_a_board_that_was_missing_when_the_driver_came_back_is_found_later(
+    node: EmulatedNode, driver: Unsteady
+) -> None:
+    capd = start_over(node, driver)
+    with leased(node) as talk:
+        driver.be(load=2, order=(0,))
+        until(lambda: any(refusals(node)), "a board is missing")
+        driver.be(load=2, order=(0, 1))
+        until(lambda: not any(refusals(node)), "it is found again", timeout_s=45.0)
+        assert talk.hello["ok"]
+    stopped(capd)

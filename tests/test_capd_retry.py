@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pals_capd.answers import Peer, answer
-from pals_capd.keeper import RETRY_S, Keeper
+from pals_capd.board import SLOWEST_RETRY_S
+from pals_capd.keeper import Keeper
 from pals_capd.policy import Policy
 from tests.capd_world import FakeDriver, MemoryAudit, MemoryRecord, Silicon
 
@@ -69,6 +70,6 @@ def test_renewals_do_not_hammer_a_driver_that_refuses() -> None:
     for _ in range(5):
         world.set(300.0)
     assert world.refused() == tried
-    world.now_s += RETRY_S
+    world.now_s += SLOWEST_RETRY_S
     world.set(300.0)
     assert world.refused() == tried + 1

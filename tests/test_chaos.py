@@ -191,7 +191,7 @@ def judge_scene(world: Scene) -> list[str]:
         f"above their limits: {world.above_limit()[:3]}": bool(world.above_limit()),
         f"capd-release failed: {world.manager.log()[-800:]}": {x.release_code for x in lives} != {0},
         f"audit: {checked.stdout[-800:]}{checked.stderr[-800:]}": checked.returncode != 0,
-        f"left: {left_by(world)}": left_by(world) != {"state.json", "audit.jsonl", "lock"},
+        f"left: {left_by(world)}": left_by(world) != {"state.json", "audit.jsonl", "lock", "policy.toml"},
     }
     return [told for told, is_so in wrong.items() if is_so]
 

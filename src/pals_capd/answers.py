@@ -39,7 +39,7 @@ def answer(keeper: Keeper, peer: Peer, request: Request, now_s: float) -> Reply:
         keeper.counters["requests"] += 1
         reply = _ANSWERS[op](keeper, peer, request, now_s)
     except Refused as e:
-        keeper.log_refusal(now_s, op=op, uuid=request.get("uuid"), uid=peer.uid, pid=peer.pid, error=e.word)
+        keeper.log_refusal(now_s, op=op, uuid=request.get("uuid", "")[:64], uid=peer.uid, pid=peer.pid, error=e.word)
         reply = {"ok": False, "error": e.word, "message": str(e), **e.facts}
     return reply if "id" not in request else {**reply, "id": request["id"]}
 
@@ -61,15 +61,17 @@ def _read(keeper: Keeper, peer: Peer, request: Request, now_s: float) -> Reply:
 
 
 def _set(keeper: Keeper, peer: Peer, request: Request, now_s: float) -> Reply:
-    ask = _asked(keeper, peer, request)
-    _look(keeper, keeper.ledger.leasable(ask.uuid), now_s)
+    ask, admin = _asked(keeper, peer, request), keeper.policy.may(peer.uid, "admin")
+    _look(keeper, keeper.ledger.permit(ask, uid=peer.uid, admin=admin), now_s)  # which costs time, so not for everybody
     before = keeper.ledger.leasable(ask.uuid).lease
-    b = keeper.ledger.grant(ask, uid=peer.uid, admin=keeper.policy.may(peer.uid, "admin"), now_s=now_s)
+    b = keeper.ledger.grant(ask, uid=peer.uid, admin=admin, now_s=now_s)
     done = keeper.reconcile(now_s).get(ask.uuid)
     if done is None and not _obeyed(b):
         done = b.trouble  # tried a moment ago, for this wish or the same one before
     if isinstance(done, Exception):
-        b.lease = replace(before, watts=None) if before is not None and b.left_alone else before  # that lives on
+        if keeper.ledger.stopped is None:  # the one before lives on
+            b.lease = replace(before, watts=None) if before is not None and b.left_alone else before
+            keeper.ledger.cut()
         word = done.word if isinstance(done, DriverError | Refused) else "state"
         raise Refused(word, f"{done}. {standing(b)}", **_stands(b, ask))
     outcome = "dry-run" if keeper.dry_run else _outcome(b, ask, done)
@@ -137,11 +139,12 @@ def _release(keeper: Keeper, peer: Peer, request: Request, now_s: float) -> Repl
 
 
 def _budget(keeper: Keeper, peer: Peer, request: Request, now_s: float) -> Reply:
-    watts, boards = request.get("watts"), request.get("boards", [])
+    watts, boards, before = request.get("watts"), request.get("boards", []), keeper.ledger.budget
     keeper.ledger.set_budget(
         None if watts is None else float(watts), boards, uid=peer.uid, admin=keeper.policy.may(peer.uid, "admin")
     )
-    keeper.log("budget", watts=watts, boards=boards, uid=peer.uid, pid=peer.pid, **keeper.sums())
+    if keeper.ledger.budget != before:
+        keeper.log("budget", watts=watts, boards=boards, uid=peer.uid, pid=peer.pid, **keeper.sums())
     keeper.reconcile(now_s)
     return {"ok": True, "watts": watts, "lowest_w": keeper.ledger.lowest_w(boards)}
 

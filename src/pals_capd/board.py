@@ -9,6 +9,7 @@ SAME_W = 1.0  # limits this close are the same: a driver rounds what it is told
 SMALL_RAISE_W = 5.0
 RAISE_GAP_S, SMALL_RAISE_GAP_S = 0.2, 1.0  # least time since a board's last write before it is raised again
 SLOWEST_REASSERT_S = 60.0
+RETRY_S, SLOWEST_RETRY_S = 0.25, 30.0  # from a write that failed to the same one again, at first and at last
 LOCK_MARGIN_MHZ, LOCK_SETTLE_S = 30, 1.0  # a lock takes tens of ms; two clock steps are noise
 UNKNOWN_LOCK = (0, 0)  # a lock that an earlier capd may have left
 
@@ -69,7 +70,9 @@ class Board:
     other_hand_w: float | None = None
     suspected: str | None = None
     written_s: float = -math.inf
-    retry_s: float = -math.inf  # the driver refused just now; not asked again before
+    retry_s: float = -math.inf  # what was refused just now is not tried again before
+    misses: int = 0  # times in a row that a write did not do what it should
+    missed: Write | None = None  # the newest of them
     trouble: Exception | None = None  # why the newest write was not made
     reassert_s: float = -math.inf
     reassert_gap_s: float = 1.0

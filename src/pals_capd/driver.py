@@ -39,6 +39,7 @@ class Reading:
     limit_w: float
     enforced_w: float
     sm_clock_mhz: int
+    mig: bool = False
 
 
 class Driver(Protocol):
@@ -118,7 +119,7 @@ class NvmlDriver:
             default_w=self._call(uuid, "read its default limit", n.nvmlDeviceGetPowerManagementDefaultLimit, handle)
             / 1000.0,
             clock_range=self._clock_range(handle),
-            mig=self._mig(handle),
+            mig=self._mig(uuid, handle),
         )
 
     def _clock_range(self, handle: Any) -> Clocks | None:
@@ -132,11 +133,13 @@ class NvmlDriver:
         except (n.NVMLError, ValueError, AttributeError):
             return None
 
-    def _mig(self, handle: Any) -> bool:
+    def _mig(self, uuid: str, handle: Any) -> bool:
         try:
-            return bool(self._nvml.nvmlDeviceGetMigMode(handle)[0])
-        except self._nvml.NVMLError:
-            return False
+            return bool(self._call(uuid, "read its MIG mode", self._nvml.nvmlDeviceGetMigMode, handle)[0])
+        except DriverError as e:
+            if e.word == "not_supported":
+                return False
+            raise
 
     def read(self, uuid: str) -> Reading:
         """The limit set, the one enforced, and the SM clock measured: a lock has no getter."""
@@ -145,6 +148,7 @@ class NvmlDriver:
             limit_w=self._call(uuid, "read its limit", n.nvmlDeviceGetPowerManagementLimit, handle) / 1000.0,
             enforced_w=self._call(uuid, "read its enforced limit", n.nvmlDeviceGetEnforcedPowerLimit, handle) / 1000.0,
             sm_clock_mhz=int(self._call(uuid, "read its clock", n.nvmlDeviceGetClockInfo, handle, n.NVML_CLOCK_SM)),
+            mig=self._mig(uuid, handle),
         )
 
     def set_limit(self, uuid: str, watts: float) -> None:

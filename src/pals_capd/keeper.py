@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import Counter, deque
@@ -19,9 +20,8 @@ from pals_capd.record import NOT_KNOWN, Record, State, UnreadableError
 from pals_capd.refused import ConfigError, Refused
 
 POLL_S = 1.0
-RETRY_S = 0.25
-OTHERS_EVERY_S = 30.0
-REFUSALS_A_SECOND = 20  # that are logged: a log is no place for a flood
+MISSING_EVERY_S = 30.0
+REFUSALS_A_SECOND = 20  # of one user that are logged: a log is no place for a flood
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,6 +35,7 @@ class Keeper:
     dry_run: bool = False
     off: Callable[[], bool] = lambda: False  # whether the kill switch is there
     look_for_others: Callable[[], Sequence[str]] = tuple
+    alive: Callable[[], None] = lambda: None  # told after each call to the driver: slow is not hung
     ledger: Ledger = field(init=False)
     counters: Counter[str] = field(default_factory=Counter)
     alarms: dict[str, str] = field(default_factory=dict)
@@ -48,16 +49,19 @@ class Keeper:
     _polled_s: float = -math.inf
     _looked_s: float = -math.inf
     _refusing_s: float = -math.inf  # since when refusals are counted
-    _refusals: int = 0
+    _refusals: Counter[object] = field(default_factory=Counter)  # by user, since then
     _unlogged: int = 0
+    _was_off: bool = False
 
     # --- life ---
 
-    def start(self, now_s: float) -> None:
+    def start(self, now_s: float, *, strict: bool = True) -> None:
         """Find the boards, take over what an earlier capd left, and bring all to where they should stand.
 
+        `strict` refuses a standing budget that cannot be kept; else boards go as low as they can, and it is an alarm.
+
         Raises:
-            ConfigError: no driver, or a standing budget that cannot be kept; nothing was written.
+            ConfigError: no driver, or such a budget; nothing was written.
         """
         try:
             found = self.driver.open()
@@ -67,7 +71,8 @@ class Keeper:
         self.epoch = int(now_s * 1000)
         self._adopt(found, now_s)
         self._recover()
-        self._refuse_budget_below_least(self.policy)
+        if strict:
+            self._refuse_budget_below_least(self.policy)
         self.log("start", version=__version__, dry_run=self.dry_run, policy=asdict(self.policy), **self.sums())
         self._polled_s = now_s
         self.turn(now_s)
@@ -90,7 +95,11 @@ class Keeper:
         self._refuse_budget_below_least(policy)
         self.policy = self.ledger.policy = policy
         for b in self.ledger.boards.values():
-            b.refusal = b.refusal if b.mig else self._left_alone(b.uuid)
+            self.ledger.consider(b)
+            if b.lease is not None and not policy.may(b.lease.uid, "set"):
+                self.ledger.release(b, "its user may set no more")
+        if self.ledger.budget is not None and not policy.may(self.ledger.budget.uid, "set"):
+            self.ledger.budget = None
         self.ledger.cut()
         self.log("policy", policy=asdict(policy))
         self.log("budget", **self.sums())
@@ -112,6 +121,9 @@ class Keeper:
             b.retry_s = -math.inf
         failed = [f"{e}" for e in self.reconcile(now_s).values() if isinstance(e, Exception)]
         failed += [f"{u}: the board cannot be used now; what was written to it stays on record" for u in self._orphans]
+        for b in self.ledger.boards.values():
+            if b.touched and b.lost is not None:
+                failed.append(f"{b.lost}; what was written to it stays on record")
         self.log("stop", why=why, failed=failed, **self.sums())
         return failed
 
@@ -131,29 +143,29 @@ class Keeper:
             if (known := self.ledger.boards.get(uuid)) is None:
                 self.ledger.boards[uuid] = Board(
                     uuid=uuid, name=facts.name, min_w=facts.min_w, max_w=facts.max_w, default_w=facts.default_w,
-                    clock_range=facts.clock_range, mig=facts.mig, refusal=self._refusal(facts), limit_w=now.limit_w,
+                    clock_range=facts.clock_range, mig=now.mig, refusal=None, limit_w=now.limit_w,
                     enforced_w=now.enforced_w, sm_clock_mhz=now.sm_clock_mhz, read_s=now_s, found_w=now.limit_w,
                 )  # fmt: skip
             else:
-                known.lost, known.mig, known.refusal = None, facts.mig, self._refusal(facts)
+                known.lost = None
                 self.ledger.observe(known, **asdict(now), now_s=now_s, reset=reset)
+            self.ledger.consider(self.ledger.boards[uuid])
             if uuid in self._orphans:
-                self.ledger.recover({uuid: self._orphans.pop(uuid)})
+                self._recover_late(uuid, self._orphans.pop(uuid))
+            self.alive()
+        self.ledger.cut()
 
-    def _refusal(self, facts: Facts) -> str | None:
-        if facts.mig:
-            return f"{facts.uuid}: MIG mode is enabled, and one power limit holds for all tenants of the board; capd does not write it"
-        return self._left_alone(facts.uuid)
-
-    def _left_alone(self, uuid: str) -> str | None:
-        if self.policy.exit_of(uuid).steer:
-            return None
-        return f"{uuid}: the policy file says that this board is left alone (steer = false)"
+    def _recover_late(self, uuid: str, left: Mapping[str, Any]) -> None:
+        try:
+            self._refuse_impossible({uuid: left})
+            self.ledger.recover({uuid: left})
+        except UnreadableError as e:
+            self.alarms["state"] = str(e)
 
     def _recover(self) -> None:
         try:
             state = self.record.load()
-            self._refuse_impossible(state)
+            self._refuse_impossible(state.boards)
         except UnreadableError as e:
             self._frozen, self.ledger.stopped, self.alarms["state"] = True, str(e), str(e)
             self.log("alarm", why=str(e))
@@ -163,8 +175,8 @@ class Keeper:
         if state.budget_w is not None:
             self.ledger.restore_budget(state.budget_w, state.budget_of, state.budget_uid or 0)
 
-    def _refuse_impossible(self, state: State) -> None:
-        for uuid, left in state.boards.items():
+    def _refuse_impossible(self, boards: Mapping[str, Mapping[str, Any]]) -> None:
+        for uuid, left in boards.items():
             b = self.ledger.boards.get(uuid)
             if b is not None and not b.min_w <= left["found_w"] <= b.max_w:
                 raise UnreadableError(
@@ -179,6 +191,7 @@ class Keeper:
         done: dict[str, Write | Exception] = {}
         while not self._frozen and (w := self.ledger.next_write(now_s, set(done))) is not None:
             done[w.uuid] = self._perform(w, now_s)
+            self.alive()
         self.ledger.settle()
         self._keep()
         self._report()
@@ -193,12 +206,13 @@ class Keeper:
         raised = b.lease is not None and w.watts is not None and w.watts > b.limit_w
         if (unsaved := self._save(sure=first)) and (first or raised):
             _, b.ours_w, b.locked = before
-            b.retry_s, b.trouble = now_s + RETRY_S, unsaved
+            self.ledger.missed(b, w, unsaved, now_s)
             return unsaved  # what could not be undone after a crash is not done; what lowers or puts back is
-        began_s = time.perf_counter()
+        began_s, locking = time.perf_counter(), False
         try:
             if w.watts is not None:
                 self.driver.set_limit(uuid, w.watts)
+            locking = w.unlock or w.lock is not None
             if w.unlock:
                 self.driver.unlock(uuid)
             if w.lock is not None:
@@ -206,7 +220,7 @@ class Keeper:
             self.durations_s.append(time.perf_counter() - began_s)
             now = self.driver.read(uuid)
         except DriverError as e:
-            self._failed(b, w, e, now_s)
+            self._failed(b, w, e, now_s, no_locks=locking and e.word == "not_supported")
             return e
         self.ledger.wrote(w, **asdict(now), now_s=now_s)
         self.counters["writes"] += 1
@@ -230,19 +244,19 @@ class Keeper:
             return None
         return Refused("changed", f"{b.uuid}: another hand set {b.limit_w:.0f} W just now")
 
-    def _failed(self, b: Board, w: Write, error: DriverError, now_s: float) -> None:
+    def _failed(self, b: Board, w: Write, error: DriverError, now_s: float, *, no_locks: bool = False) -> None:
         """Take note of what the driver would not do, and of how the board stands all the same."""
         self.counters["failed"] += 1
-        b.retry_s, b.trouble = now_s + RETRY_S, error
+        self.ledger.missed(b, w, error, now_s)
         if error.word == "lost":
             b.lost = str(error)
-        if error.word == "not_supported" and (w.lock is not None or w.unlock):
+        if no_locks:
             b.clock_range = b.locked = None  # a board without locks holds none
-        try:
+        with contextlib.suppress(DriverError):
             now = self.driver.read(b.uuid)
             b.limit_w, b.enforced_w, b.sm_clock_mhz, b.read_s = now.limit_w, now.enforced_w, now.sm_clock_mhz, now_s
-        except DriverError:
-            pass
+            if w.watts is not None and any(abs(now.limit_w - ours_w) < SAME_W for ours_w in b.ours_w):
+                b.ours_w = (now.limit_w, w.watts)  # perhaps it acts late
         self.log(
             "write-failed",
             uuid=b.uuid,
@@ -271,13 +285,14 @@ class Keeper:
                 self.log("board-back", uuid=b.uuid)
             b.lost = None
             self.ledger.observe(b, **asdict(now), now_s=now_s)
-        if now_s - self._looked_s >= OTHERS_EVERY_S:
-            if self._unusable:
+            self.alive()
+        if now_s - self._looked_s >= MISSING_EVERY_S:
+            if self._unusable or any(b.lost is not None for b in self.ledger.boards.values()):
                 self._look_for_missing(now_s)
-            self._looked_s, before = now_s, self.others
-            self.others = tuple(self.look_for_others())
-            if self.others != before:
-                self.log("other-writers", who=list(self.others))
+            self._looked_s = now_s
+        before, self.others = self.others, tuple(self.look_for_others())
+        if self.others != before:
+            self.log("other-writers", who=list(self.others))
 
     def _look_for_missing(self, now_s: float) -> None:
         """Boards that could not be used may be usable now; what an earlier capd left on them is undone then."""
@@ -300,7 +315,13 @@ class Keeper:
         self._adopt(found, now_s, reset=True)
 
     def _heed_kill_switch(self) -> None:
-        off, word = self.off(), "kill switch"
+        word = "kill switch"
+        try:
+            off = self._was_off = self.off()
+            self.alarms.pop(word, None)
+        except OSError as e:
+            off = self._was_off
+            self.alarms[word] = f"whether the kill switch is there cannot be seen ({e})"
         if off and self.ledger.stopped is None:
             self.ledger.stopped = f"{word}: the file `off` is in capd's state folder; remove it to lease again"
             self.ledger.release_all(word)
@@ -346,18 +367,18 @@ class Keeper:
         else:
             self.alarms.pop("budget", None)
 
-    def log_refusal(self, now_s: float, **facts: object) -> None:
-        """One line for a refused request; where there are too many in a second, the next line says how many have none."""
+    def log_refusal(self, now_s: float, *, uid: int, **facts: object) -> None:
+        """One line for a refused request; where a user's are too many in a second, the next line says how many have none."""
         self.counters["refused"] += 1
         if now_s - self._refusing_s >= 1.0:
-            self._refusing_s, self._refusals = now_s, 0
-        self._refusals += 1
-        if self._refusals > REFUSALS_A_SECOND:
+            self._refusing_s, self._refusals = now_s, Counter()
+        self._refusals[uid] += 1
+        if self._refusals[uid] > REFUSALS_A_SECOND:
             self._unlogged += 1
             return
         more = {"unlogged": self._unlogged} if self._unlogged else {}
         self._unlogged = 0
-        self.log("refused", **facts, **more)
+        self.log("refused", uid=uid, **facts, **more)
 
     def log(self, event: str, **facts: object) -> None:
         """One line in the audit log, after what the ledger saw before it; that it cannot be written is an alarm."""

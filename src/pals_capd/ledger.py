@@ -16,8 +16,10 @@ from pals_capd.board import (
     LOCK_MARGIN_MHZ,
     LOCK_SETTLE_S,
     RAISE_GAP_S,
+    RETRY_S,
     SAME_W,
     SLOWEST_REASSERT_S,
+    SLOWEST_RETRY_S,
     SMALL_RAISE_GAP_S,
     SMALL_RAISE_W,
     UNKNOWN_LOCK,
@@ -51,9 +53,7 @@ class Ledger:
         Raises:
             Refused: why; the lease that was there lives on.
         """
-        b = self.leasable(ask.uuid)
-        self.fence(b, uid, ask.epoch, ask.seq, admin=admin)
-        self._in_range(b, ask)
+        b = self.permit(ask, uid=uid, admin=admin)
         if ask.watts is not None and (room := self.headroom_w(b)) < ask.watts - 0.5:
             raise Refused(
                 "budget",
@@ -64,13 +64,24 @@ class Ledger:
         if ask.watts is not None and (b.lease is None or b.lease.asked_w != ask.watts):
             b.reassert_s = min(b.reassert_s, now_s)  # a new wish does not wait out a quarrel over the old one
         if b.lease is None or (b.lease.asked_w, b.lease.sm_clock_mhz) != (ask.watts, ask.sm_clock_mhz):
-            b.retry_s = min(b.retry_s, now_s)  # nor what the driver refused of it: only renewals wait
+            b.retry_s, b.trouble = min(b.retry_s, now_s), None  # nor what the driver refused of it: only renewals wait
         granted_w = None if ask.watts is None else min(ask.watts, b.found_w)  # the range is kind to a rounded number
         b.lease = Lease(
             uid=uid, epoch=ask.epoch, watts=granted_w, asked_w=ask.watts, sm_clock_mhz=ask.sm_clock_mhz,
             expires_s=now_s + ask.ttl_s, reason=ask.reason,
         )  # fmt: skip
         b.epoch, b.seq, b.left_alone = ask.epoch, ask.seq, b.left_alone and ask.watts is None
+        return b
+
+    def permit(self, ask: Ask, *, uid: int, admin: bool) -> Board:
+        """The board, if this user may ask that of it, as it stood when last read.
+
+        Raises:
+            Refused: why not.
+        """
+        b = self.leasable(ask.uuid)
+        self.fence(b, uid, ask.epoch, ask.seq, admin=admin)
+        self._in_range(b, ask)
         return b
 
     def leasable(self, uuid: str) -> Board:
@@ -123,7 +134,8 @@ class Ledger:
     def release(self, b: Board, why: str) -> None:
         """End a board's lease, if it has one."""
         if b.lease is not None:
-            self._note("lease-ended", b, why=why, uid=b.lease.uid, epoch=b.lease.epoch)
+            if b.touched:  # else nothing of it was in force
+                self._note("lease-ended", b, why=why, uid=b.lease.uid, epoch=b.lease.epoch)
             b.lease = None
 
     def release_all(self, why: str) -> None:
@@ -153,6 +165,7 @@ class Ledger:
             raise Refused("board", f"there is no board {unknown[0]!r} on this node; the budget is as it was")
         if watts is not None and self.stopped is not None:
             raise Refused(self._stop_word(), f"{self.stopped}. The budget is as it was")
+        self._refuse_others_boards(named, uid, admin=admin)
         before = self.budget
         looser = before is not None and (watts is None or watts > before.watts or not named >= before.uuids)
         if before is not None and before.uid != uid and looser and not admin:
@@ -170,12 +183,22 @@ class Ledger:
                 "lowest that can be promised; the budget is as it was",
                 lowest_w=lowest_w,
             )
-        self.restore_budget(watts, named, uid)
+        keeps = before is not None and not admin  # who tightens another's budget does not own it for that
+        self.restore_budget(watts, named, before.uid if before is not None and keeps else uid)
         self.cut()
+
+    def _refuse_others_boards(self, named: Iterable[str], uid: int, *, admin: bool) -> None:
+        for b in (self.boards[u] for u in named):
+            if b.lease is not None and b.lease.uid != uid and not admin:
+                raise Refused(
+                    "leased",
+                    f"{b.uuid} is leased by user {b.lease.uid}, whom a budget of it would cut; name other boards, or ask an admin. "
+                    "The budget is as it was",
+                )
 
     def restore_budget(self, watts: float, uuids: Iterable[str], uid: int = 0) -> None:
         """Take a budget as it was before a crash, whether or not it can be kept now."""
-        self.budget = Budget(watts=watts, uuids=frozenset(u for u in uuids if u in self.boards), uid=uid)
+        self.budget = Budget(watts=watts, uuids=frozenset(uuids), uid=uid)  # also boards that cannot be used just now
 
     def cut(self) -> None:
         """Bring leases down to what every budget leaves them."""
@@ -239,7 +262,7 @@ class Ledger:
         return 0.0 if w.watts is None else w.watts - self.boards[w.uuid].limit_w
 
     def _write_of(self, b: Board, now_s: float) -> Write | None:
-        if b.refusal is not None or b.lost is not None or now_s < b.retry_s:
+        if b.lost is not None or (b.refusal is not None and not b.touched):
             return None
         watts, clocks, why = self.target(b)
         if watts is not None:
@@ -251,7 +274,8 @@ class Ledger:
         unlock = clocks is None and b.locked is not None
         if watts is None and lock is None and not unlock:
             return None
-        return Write(uuid=b.uuid, watts=watts, lock=lock, unlock=unlock, why=why)
+        w = Write(uuid=b.uuid, watts=watts, lock=lock, unlock=unlock, why=why)
+        return None if now_s < b.retry_s and b.missed is not None and _same(w, b.missed) else w
 
     def target(self, b: Board) -> tuple[float | None, Clocks | None, str]:
         """Where the board should stand, W and MHz, and why; None: its limit is left."""
@@ -323,26 +347,62 @@ class Ledger:
         """Until the driver has answered, the board may stand at either limit, and its clock may be locked."""
         b = self.boards[w.uuid]
         if w.watts is not None:
-            b.ours_w = (*(b.ours_w or (b.limit_w,)), w.watts)
+            before = b.ours_w or (b.limit_w,)
+            b.ours_w = before if w.watts in before else (*before, w.watts)
         if w.lock is not None and b.locked is None:
             b.locked = UNKNOWN_LOCK
 
-    def wrote(self, w: Write, *, limit_w: float, enforced_w: float, sm_clock_mhz: int, now_s: float) -> None:
+    def wrote(
+        self, w: Write, *, limit_w: float, enforced_w: float, sm_clock_mhz: int, now_s: float, mig: bool = False
+    ) -> None:
         """The driver did it, and this is what it says now."""
         b = self.boards[w.uuid]
         b.limit_w, b.enforced_w, b.sm_clock_mhz, b.read_s, b.written_s = limit_w, enforced_w, sm_clock_mhz, now_s, now_s
-        b.trouble = None
-        if w.watts is not None:
-            b.ours_w = (limit_w,)
+        if w.watts is not None and abs(limit_w - w.watts) >= 0.5:
+            b.ours_w = (limit_w, w.watts)  # perhaps it acts late
+            self.missed(
+                b, w, Refused("driver", f"{b.uuid} stands at {limit_w:.0f} W though {w.watts:.0f} W were set"), now_s
+            )
+        else:
+            b.trouble, b.missed, b.misses = None, None, 0
+            b.ours_w = (limit_w,) if w.watts is not None else b.ours_w
         if w.lock is not None:
             b.locked, b.locked_s, b.suspected = w.lock, now_s, None
         if w.unlock:
             b.locked, b.suspected = None, None
 
+    def missed(self, b: Board, w: Write, why: Exception, now_s: float) -> None:
+        """A write did not do what it should; the same one is tried again later, and ever later."""
+        b.misses = b.misses + 1 if b.missed is not None and _same(w, b.missed) else 1
+        b.missed, b.trouble = w, why
+        b.retry_s = now_s + min(SLOWEST_RETRY_S, RETRY_S * 2.0 ** min(b.misses - 1, 16))
+
+    def consider(self, b: Board) -> None:
+        """Whether the board may be written; the lease on one that may no more ends, and what is ours there is undone."""
+        before, b.refusal = b.refusal, None
+        if b.mig:
+            b.refusal = f"{b.uuid}: MIG mode is enabled, and one power limit holds for all tenants of the board; capd does not write it"
+        elif not self.policy.exit_of(b.uuid).steer:
+            b.refusal = f"{b.uuid}: the policy file says that this board is left alone (steer = false)"
+        if b.refusal is not None and before is None:
+            self.release(b, "the board may not be written any more")
+
     def observe(
-        self, b: Board, *, limit_w: float, enforced_w: float, sm_clock_mhz: int, now_s: float, reset: bool = False
+        self,
+        b: Board,
+        *,
+        limit_w: float,
+        enforced_w: float,
+        sm_clock_mhz: int,
+        now_s: float,
+        mig: bool = False,
+        reset: bool = False,
     ) -> None:
         """Take a reading; `reset`: the driver was loaded anew, and what it forgot is no other hand's doing."""
+        if mig != b.mig:
+            b.mig = mig
+            self._note("mig", b, enabled=mig)
+            self.consider(b)
         leased = b.lease is not None and b.lease.watts is not None
         expected_w = b.ours_w or (
             (b.limit_w,) if leased else ()
@@ -431,6 +491,10 @@ class Ledger:
             elif written and abs(b.limit_w - float(left["found_w"])) >= SAME_W:
                 self._note("other-hand", b, ours_w=written[-1], limit_w=b.limit_w, policy="left so after a crash")
                 b.other_hand_w = b.limit_w
+
+
+def _same(one: Write, other: Write) -> bool:
+    return (one.watts, one.lock, one.unlock) == (other.watts, other.lock, other.unlock)
 
 
 def _within(clocks: Clocks | None, b: Board) -> Clocks | None:

@@ -17,7 +17,7 @@ from pals_capd import __version__
 from pals_capd.audit import check_order, read_audit
 from pals_capd.keeper import Keeper
 from pals_capd.life import ServiceManager, Watchdog, take_lock
-from pals_capd.options import SOCKET, add_options, audit_path, keeper_of
+from pals_capd.options import SOCKET, accept_policy, add_options, audit_path, keeper_of, was_accepted
 from pals_capd.policy import EXAMPLE, load_policy
 from pals_capd.refused import ConfigError
 from pals_capd.server import Server, listen
@@ -89,21 +89,25 @@ def serve(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda n, _: asked.append(n))
     take_lock(Path(args.state), wait_s=1.0)
-    keeper = keeper_of(args, load_policy(Path(args.policy)))
-    keeper.start(time.monotonic())
-    server = Server(keeper, listen(Path(args.socket), _group(args.group)))
     manager = ServiceManager(os.environ)
+    keeper = keeper_of(args, load_policy(Path(args.policy), must_exist=was_accepted(args)))
+    listening = listen(Path(args.socket), _group(args.group))
+    try:
+        keeper.start(time.monotonic())
+    except ConfigError:
+        Path(args.socket).unlink(missing_ok=True)
+        raise
+    accept_policy(args)
+    server = Server(keeper, listening)
     watchdog = Watchdog(WATCHDOG_S, lambda: start_release(args))
+    pulse = Pulse(watchdog, manager)
+    keeper.alive = pulse.beat
     manager.tell(f"READY=1\nSTATUS={len(keeper.ledger.boards)} boards")
     for name, why in keeper.alarms.items():
         print(f"pals-capd: alarm ({name}): {why}", file=sys.stderr, flush=True)
-    told_s = 0.0
     while not {signal.SIGTERM, signal.SIGINT} & set(asked):
         server.round()
-        watchdog.turned()
-        if (now_s := time.monotonic()) - told_s >= NOTIFY_EVERY_S:
-            told_s = now_s
-            manager.tell("WATCHDOG=1")
+        pulse.beat()
         if signal.SIGHUP in asked:
             asked.remove(signal.SIGHUP)
             reload_policy(args, keeper)
@@ -116,10 +120,25 @@ def serve(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+class Pulse:
+    """Tells both watchdogs that this process works: after each round, and after each board in a long one."""
+
+    def __init__(self, watchdog: Watchdog, manager: ServiceManager) -> None:
+        self._watchdog, self._manager, self._told_s = watchdog, manager, 0.0
+
+    def beat(self) -> None:
+        """A step is done."""
+        self._watchdog.turned()
+        if (now_s := time.monotonic()) - self._told_s >= NOTIFY_EVERY_S:
+            self._told_s = now_s
+            self._manager.tell("WATCHDOG=1")
+
+
 def reload_policy(args: argparse.Namespace, keeper: Keeper) -> None:
     """SIGHUP: take the policy file as it is now; where it is wrong, the one before holds on."""
     try:
-        keeper.set_policy(load_policy(Path(args.policy)), time.monotonic())
+        keeper.set_policy(load_policy(Path(args.policy), must_exist=was_accepted(args)), time.monotonic())
+        accept_policy(args)
     except ConfigError as e:
         print(f"pals-capd: {e}; the policy before is still in force", file=sys.stderr, flush=True)
 

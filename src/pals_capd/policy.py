@@ -71,7 +71,7 @@ class Policy:
         return self.boards.get(uuid, self.node)
 
 
-def load_policy(path: Path) -> Policy:
+def load_policy(path: Path, *, must_exist: bool = False) -> Policy:
     """The policy in `path`; where there is no such file, the default: root alone may ask.
 
     Raises:
@@ -84,7 +84,9 @@ def load_policy(path: Path) -> Policy:
             if len(text := f.read(LARGEST_BYTES + 1)) > LARGEST_BYTES:
                 raise ConfigError(f"the policy file {path} is longer than {LARGEST_BYTES} bytes; nothing was changed")
             return parse_policy(text.decode(), str(path))
-    except FileNotFoundError:
+    except FileNotFoundError as e:
+        if must_exist:
+            raise ConfigError(f"there is no policy file {path}, and there was one before; nothing was changed") from e
         return Policy()
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"the policy file {path} cannot be read ({e}); nothing was changed") from e
@@ -100,7 +102,8 @@ def _refuse_foreign(path: Path, facts: os.stat_result) -> None:
 
 def others_may_write(facts: os.stat_result) -> bool:
     """Whether a file, or a folder's files, may be another user's work."""
-    shared = facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not facts.st_mode & stat.S_ISVTX
+    sticky = stat.S_ISDIR(facts.st_mode) and facts.st_mode & stat.S_ISVTX
+    shared = facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky
     return facts.st_uid not in (0, os.geteuid()) or bool(shared)
 
 

@@ -12,9 +12,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pals_capd.keeper import RETRY_S, Keeper
+from pals_capd.board import RETRY_S
+from pals_capd.keeper import Keeper
 from pals_capd.life import take_lock
-from pals_capd.options import add_options, keeper_of
+from pals_capd.options import accepted_policy, add_options, keeper_of, was_accepted
 from pals_capd.policy import Policy, load_policy
 from pals_capd.refused import ConfigError
 
@@ -54,11 +55,11 @@ def _started(args: argparse.Namespace, end_s: float) -> Keeper:
     Raises:
         ConfigError: it cannot start, and the time is over.
     """
-    policy = _policy(Path(args.policy))
+    policy = _policy(args)
     while True:
         keeper = keeper_of(args, policy)
         try:
-            keeper.start(time.monotonic())
+            keeper.start(time.monotonic(), strict=False)
         except ConfigError:
             if time.monotonic() >= end_s:
                 raise
@@ -67,13 +68,19 @@ def _started(args: argparse.Namespace, end_s: float) -> Keeper:
             return keeper
 
 
-def _policy(path: Path) -> Policy:
-    """A policy file that is wrong must not keep boards from being put back: the default does it."""
+def _policy(args: argparse.Namespace) -> Policy:
+    """What the capd before had in force where the policy file is wrong now: boards are put back, and stay in its budget."""
     try:
-        return load_policy(path)
+        return load_policy(Path(args.policy), must_exist=was_accepted(args))
     except ConfigError as e:
-        print(f"capd-release: {e}; boards go to the default exit policy", file=sys.stderr)
-        return Policy()
+        wrong = str(e)
+    try:
+        policy = load_policy(accepted_policy(args))
+        print(f"capd-release: {wrong}; the policy that was in force before is used", file=sys.stderr)
+    except ConfigError as e:
+        policy = Policy()
+        print(f"capd-release: {wrong}; {e}; boards go to the default exit policy", file=sys.stderr)
+    return policy
 
 
 if __name__ == "__main__":

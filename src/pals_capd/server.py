@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import selectors
@@ -16,6 +17,7 @@ from typing import Any
 
 from pals_capd.answers import Peer, answer
 from pals_capd.keeper import Keeper
+from pals_capd.policy import others_may_write
 from pals_capd.protocol import LONGEST_LINE, parse_request
 from pals_capd.refused import ConfigError, Refused
 
@@ -62,12 +64,20 @@ class Server:
             elif (client := self._clients.get(key.fd)) is not None:
                 self._transfer(client, mask)
         self._waiting, end_s = False, self._now_s() + TURN_S
-        for fd in list(self._clients):
+        for fd in self._in_turn():
             if self._now_s() >= end_s:  # boards come first; the next round begins with who was not heard in this one
                 self._waiting = True
                 break
             client = self._clients[fd] = self._clients.pop(fd)
             self._answer(client, end_s)
+
+    def _in_turn(self) -> list[int]:
+        """All clients, one of each user before the second of any: a crowd waits for itself."""
+        waiting: dict[int, list[int]] = {}
+        for fd, client in self._clients.items():
+            waiting.setdefault(client.peer.uid, []).append(fd)
+        rounds = itertools.zip_longest(*waiting.values())
+        return [fd for one_each in rounds for fd in one_each if fd is not None]
 
     def close(self) -> None:
         """Let all clients go."""
@@ -182,15 +192,16 @@ def listen(path: Path, gid: int | None) -> socket.socket:
         ConfigError: it cannot be made.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
+    before = os.umask(0o117 if gid is not None else 0o177)
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if others_may_write(path.parent.stat()):
+            raise PermissionError(f"others may write {path.parent}")
         if path.is_socket():
             path.unlink()
         sock.bind(str(path))
         if gid is not None:
-            os.chown(path, -1, gid)
-            path.chmod(0o660)
+            os.chown(path, -1, gid, follow_symlinks=False)
         sock.listen(MOST_CLIENTS)  # one more finds no room where it does not wait (EAGAIN)
         sock.setblocking(False)
     except OSError as e:
