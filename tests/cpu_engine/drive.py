@@ -1,17 +1,22 @@
 """Runs a tiny model in vLLM's CPU build and prints, as one JSON line, what was counted and what is true; a process of its own each time.
 
-python -m tests.cpu_engine.drive MODEL eager|compiled FOLDER
+python -m tests.cpu_engine.drive MODEL eager|compiled|served FOLDER; "served" has the engine in a process of its own and reads what it
+publishes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pals.runtime.channel import find_engines, run_dir
+from pals.runtime.expert_channel import ExpertReader, read_engine
 from tests.cpu_engine import tiny_models
 
 OUTPUT_TOKENS = 12
@@ -50,11 +55,35 @@ class Witness:
         self.distinct += int((here > 0).sum())
 
 
+def served(llm: Any, folder: Path) -> dict[str, Any]:
+    """What an agent reads of a living engine, and what is left of it after the engine's end."""
+    channels = find_engines(folder)
+    reader = ExpertReader(folder, [c.info.pid for c in channels], window_s=0.1)
+    reading, deadline_s = reader.latest(), time.monotonic() + 60
+    while (reading.summary is None or reading.summary.tokens == 0) and time.monotonic() < deadline_s:
+        answer(llm)
+        reading = reader.latest()
+    counts = read_engine(folder, [c.info.pid for c in channels])
+    files = len(list(folder.glob("*.experts")))
+    llm.llm_engine.engine_core.shutdown()
+    return {
+        "engines": len(channels), "files": files, "files_after": len(list(folder.glob("*.experts"))), "age_s": reading.age_s,
+        "reason": reading.reason, "unknown": dict(reading.summary.unknown) if reading.summary else None,
+        "distinct": reading.summary.distinct_per_step if reading.summary else None,
+        "tokens": counts.tokens if counts else 0, "chosen": counts.routed.sum(axis=1).tolist() if counts else [],
+    }  # fmt: skip
+
+
 def main(name: str, mode: str, folder: Path) -> None:
     """Count, compare, print."""
-    llm = engine(tiny_models.make(name, folder), eager=mode == "eager")
+    llm = engine(tiny_models.make(name, folder), eager=mode != "compiled")
+    print(json.dumps(served(llm, run_dir(os.environ)) if mode == "served" else counted(llm, mode)))
+
+
+def counted(llm: Any, mode: str) -> dict[str, Any]:
+    """What the worker in this process counted, and what is true."""
     experts = llm.llm_engine.model_executor.driver_worker.__dict__.get("_pals_experts")
-    result: dict[str, Any] = {"installed": experts is not None}
+    result: dict[str, Any] = {"installed": experts is not None, "imported": "pals.engines.expert_counts" in sys.modules}
     if experts is not None:
         counter = experts.counter
         result |= {"before": int(counter.sums.sum()), "warm_up": int(counter.now.sum()), "layers": len(experts.layers)}
@@ -69,7 +98,7 @@ def main(name: str, mode: str, folder: Path) -> None:
             "steps": counter.steps, "tokens": counter.tokens, "sums": counter.sums[rows].tolist(),
             "witnessed": [[*w.counts.tolist(), w.distinct] for w in witnesses],
         }  # fmt: skip
-    print(json.dumps(result))
+    return result
 
 
 if __name__ == "__main__":
