@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -150,8 +151,11 @@ def why_not(parallel: Any, rank: int) -> str | None:
 class WorkerExperts:
     """What one worker counts and publishes."""
 
-    def __init__(self, config: Any, rank: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: Any, rank: int, *, folder: Path | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._config, self._parallel, self._rank, self._clock = config, config.parallel_config, rank, clock
+        self._folder = folder or run_dir(os.environ)
         self.counter: ExpertCounter | None = None
         self.layers: list[Any] = []
         self._channel: ExpertChannel | None = None
@@ -211,7 +215,7 @@ class WorkerExperts:
         on_device = counter.sums[: len(self.layers)]
         if self._host is None:
             self._host = torch.empty_like(on_device, device="cpu", pin_memory=on_device.device.type == "cuda")
-            self._channel = ExpertChannel(run_dir(os.environ), self._facts(counter))
+            self._channel = ExpertChannel(self._folder, self._facts(counter))
         self._host.copy_(on_device, non_blocking=True)
         if on_device.device.type != "cpu":
             self._copied = torch.Event(on_device.device)
@@ -292,7 +296,8 @@ def _wrapped(init_device: Any, execute_model: Any, shutdown: Any) -> tuple[Any, 
             experts.begin(tokens)
         result = execute_model(self, scheduler_output, *args, **kwargs)
         with _failing_quietly(self):
-            experts.end(tokens)
+            if "_pals_experts" in self.__dict__:
+                experts.end(tokens)
         return result
 
     def close_and_shutdown(self: Any, *args: Any, **kwargs: Any) -> Any:
