@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pals.core.experts import Counts
 from pals.runtime.channel import find_engines
 from pals.runtime.expert_channel import ExpertChannel, ExpertFacts, ExpertReader, read_engine, read_worker
 
@@ -22,7 +23,7 @@ def facts(**more: object) -> ExpertFacts:
     return ExpertFacts(**given | more)  # type: ignore[arg-type]
 
 
-def sums(tokens: int, *, skew: int = 0) -> np.ndarray:  # type: ignore[type-arg]
+def sums(tokens: int, *, skew: int = 0) -> Counts:
     """Even counts of two layers of four experts, `skew` moved from the last expert to the first; two experts touched a token."""
     row = [tokens // 2 + skew, tokens // 2, tokens // 2, tokens // 2 - skew, 2 * tokens]
     return np.array([row, row])

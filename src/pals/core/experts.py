@@ -65,8 +65,8 @@ class ExpertCounts:
     @property
     def known(self) -> NDArray[np.bool_]:
         """Which layers were counted: choices were seen, and not more than the tokens can have made."""
-        chosen = self.routed.sum(axis=1)
-        return (chosen > 0) & (chosen <= self.tokens * self.top_k)
+        chosen: Counts = self.routed.sum(axis=1)
+        return np.logical_and(chosen > 0, chosen <= self.tokens * self.top_k)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,8 @@ def merge(parts: Sequence[ExpertCounts]) -> ExpertCounts:
         sources[rows] += 1
         if p.distinct is not None:
             distinct[rows] += p.distinct
-    several = int(sources.max())  # ranks whose tokens are added: what they touch together is not the sum of what each touches
+    # Where ranks' tokens are added, what they touch together is not the sum of what each touches.
+    several = int(sources.max())
     at_first = [p for p in parts if first.layers[:1] == p.layers[:1]]
     return ExpertCounts(
         time_s=min(p.time_s for p in parts), span_s=None if None in (spans := [p.span_s for p in parts]) else min(s for s in spans if s is not None),

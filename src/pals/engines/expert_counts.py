@@ -23,6 +23,7 @@ from pals.runtime.channel import run_dir
 from pals.runtime.expert_channel import ExpertChannel, ExpertFacts
 
 log = logging.getLogger("vllm.pals")
+Capture = Callable[[torch.Tensor], None]  # what a router calls with the experts that each token chose
 PUBLISH_EVERY_S = 0.5
 #: Where releases keep the class of their MoE layers.
 _RUNNERS = (
@@ -92,18 +93,18 @@ class ExpertCounter:
         return count
 
 
-def listen(router: Any, count: Callable[[torch.Tensor], None]) -> None:
+def listen(router: Any, count: Capture) -> None:
     """Have `router` call `count` with each choice, beside whatever else captures now or later."""
     set_capture_fn = router.set_capture_fn
 
-    def set_both(other: Callable[[torch.Tensor], None] | None) -> None:
+    def set_both(other: Capture | None) -> None:
         set_capture_fn(count if other is None else both(count, other))
 
     set_both(getattr(router, "capture_fn", None))
     router.set_capture_fn = set_both
 
 
-def both(count: Callable[[torch.Tensor], None], other: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
+def both(count: Capture, other: Capture) -> Capture:
     """One capture function that calls the two."""
 
     def capture(chosen: torch.Tensor) -> None:
@@ -141,7 +142,8 @@ def why_not(parallel: Any, rank: int) -> str | None:
     """Why this worker does not count; None where it does."""
     if getattr(parallel, "use_ubatching", False) or getattr(parallel, "enable_dbo", False):
         return "steps are cut in micro-batches, whose real tokens are not told"
-    if getattr(parallel, "prefill_context_parallel_size", 1) > 1 or getattr(parallel, "use_sequence_parallel_moe", False):
+    cut = getattr(parallel, "prefill_context_parallel_size", 1) > 1
+    if cut or getattr(parallel, "use_sequence_parallel_moe", False):
         return "the tokens of a sequence are spread over ranks before routing"
     if rank % parallel.tensor_parallel_size and not parallel.enable_expert_parallel:
         return "rank 0 of its tensor-parallel group sees the same tokens"
@@ -332,7 +334,7 @@ def prepare(worker: Any) -> None:
     if not _wrap_runner():
         log.warning("PALS: this vLLM has no MoE layer with a router to listen to; experts are not counted")
         return
-    if isinstance(config.additional_config, dict):  # part of the compiled code's cache key: with counting it is other code
+    if isinstance(config.additional_config, dict):  # part of the compiled code's cache key: counting is other code
         config.additional_config["pals_expert_counts"] = 1
     _building = worker._pals_experts = WorkerExperts(config, rank)
 
@@ -360,6 +362,7 @@ def _adopted(init: Any) -> Any:
             try:
                 _building.adopt(self)
             except Exception as e:  # noqa: BLE001 - a layer that is not counted must not keep the model from loading
-                log.warning("PALS: %s is not counted (%s: %s)", getattr(self, "layer_name", "a layer"), type(e).__name__, e)
+                name = getattr(self, "layer_name", "a layer")
+                log.warning("PALS: %s is not counted (%s: %s)", name, type(e).__name__, e)
 
     return init_and_adopt
