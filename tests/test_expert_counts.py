@@ -89,6 +89,14 @@ def test_ids_that_name_no_expert_fall_outside_and_harm_nothing() -> None:
     assert count.sums[0, :8].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
 
 
+def test_shared_experts_that_a_kernel_appends_do_not_shift_what_is_padding() -> None:
+    count, router = counter(), Router()
+    listen(router, count.capture(0, whole))
+    shared = torch.full((16, 1), 8, dtype=torch.int32)
+    step(count, router, torch.cat([choices(16), shared], dim=1), tokens=11)
+    assert count.sums[0, :8].tolist() == np.bincount(choices(16)[:11].numpy().ravel(), minlength=8).tolist()
+
+
 @pytest.mark.parametrize("first", ["theirs", "ours"])
 def test_vllms_own_capture_is_called_too_whoever_comes_first(first: str) -> None:
     count, router, theirs = counter(), Router(), list[Any]()

@@ -27,8 +27,12 @@ counts_of_a_layer = st.lists(st.integers(0, 10**6), min_size=2, max_size=64).fil
 
 def counts(routed: Counts, *, tokens: int, top_k: int = 2, steps: int = 10, **more: object) -> ExpertCounts:
     layers = tuple(f"layers.{i}" for i in range(len(routed)))
-    given = {"time_s": 100.0, "span_s": None, "distinct": np.full(len(routed), 3 * steps), "layers": layers} | more
-    return ExpertCounts(steps=steps, tokens=tokens, top_k=top_k, routed=np.asarray(routed), **given)  # type: ignore[arg-type]
+    each = np.ones(len(routed), np.int64)
+    given = {
+        "time_s": 100.0, "span_s": None, "layers": layers, "layer_steps": steps * each, "layer_tokens": tokens * each,
+        "distinct": 3 * steps * each,
+    }  # fmt: skip
+    return ExpertCounts(top_k=top_k, routed=np.asarray(routed), **given | more)  # type: ignore[arg-type]
 
 
 def even(layers: int = 2, experts: int = 8, tokens: int = 8000) -> ExpertCounts:
@@ -96,7 +100,10 @@ def test_the_formula_meets_independent_routing_within_two_per_cent() -> None:
 
 
 def test_a_window_is_the_difference_and_an_engine_started_anew_has_none() -> None:
-    earlier, later = even(tokens=800), replace(even(tokens=8800), time_s=110.0, steps=30, distinct=np.full(2, 110))
+    earlier, later = (
+        even(tokens=800),
+        replace(even(tokens=8800), time_s=110.0, layer_steps=np.full(2, 30), distinct=np.full(2, 110)),
+    )
     window = later.since(earlier)
     assert (window.tokens, window.steps, window.span_s) == (8000, 20, 10.0)
     assert summarise(window).distinct_per_step == pytest.approx((110 - 30) / 20)
@@ -142,6 +149,11 @@ def test_drift_needs_a_reference_of_the_same_model() -> None:
     assert summarise(even(), reference=even(experts=16)).unknown["drift"] == "the reference is of another model"
     short = summarise(even(), reference=even(tokens=4)).unknown["drift"]
     assert short.startswith("the reference's 4 tokens are too few")
+
+
+def test_stages_that_publish_at_their_own_times_are_each_judged_by_their_own_tokens() -> None:
+    ahead = replace(even(tokens=8800), layers=("layers.2", "layers.3"))
+    assert merge([even(), ahead]).known.all()
 
 
 def test_pipeline_stages_stand_side_by_side_and_data_parallel_ranks_add_up() -> None:

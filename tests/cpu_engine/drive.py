@@ -1,6 +1,6 @@
-"""Runs a tiny model in vLLM's CPU build and prints, as one JSON line, what was counted and what is true; a process of its own each time.
+"""Runs tiny models in vLLM's CPU build and prints, as one JSON line, what was counted and what is true; a process of its own each time.
 
-python -m tests.cpu_engine.drive MODEL eager|compiled|served FOLDER; "served" has the engine in a process of its own and reads what it
+python -m tests.cpu_engine.drive eager|compiled|served FOLDER; "served" has the engine in a process of its own and reads what it
 publishes.
 """
 
@@ -42,6 +42,14 @@ def answer(llm: Any) -> list[list[int]]:
     return [list(o.outputs[0].token_ids) for o in outputs]
 
 
+def stop(llm: Any) -> None:
+    """End an engine that runs in this process, which may then have another."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
 class Witness:
     """A second listener at a router, set as vLLM sets its own; counts on its own."""
 
@@ -74,32 +82,57 @@ def served(llm: Any, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(name: str, mode: str, folder: Path) -> None:
-    """Count, compare, print."""
-    llm = engine(tiny_models.make(name, folder), eager=mode != "compiled")
-    print(json.dumps(served(llm, run_dir(os.environ)) if mode == "served" else counted(llm, mode)))
-
-
-def counted(llm: Any, mode: str) -> dict[str, Any]:
-    """What the worker in this process counted, and what is true."""
+def counted(llm: Any, *, witness: bool) -> dict[str, Any]:
+    """What the worker in this process counted, and what is true; `witness` adds a listener of its own, which traced code cannot call."""
     experts = llm.llm_engine.model_executor.driver_worker.__dict__.get("_pals_experts")
     result: dict[str, Any] = {"installed": experts is not None, "imported": "pals.engines.expert_counts" in sys.modules}
-    if experts is not None:
-        counter = experts.counter
-        result |= {"before": int(counter.sums.sum()), "warm_up": int(counter.now.sum()), "layers": len(experts.layers)}
-        witnesses = [Witness(counter.experts) for _ in experts.layers]
-        if mode == "eager":  # traced code takes no Python beside it
-            for runner, witness in zip(experts.layers, witnesses, strict=True):
-                runner.router.set_capture_fn(witness)
-    result["outputs"] = answer(llm)
-    if experts is not None:
-        rows = slice(len(experts.layers))
-        result |= {
-            "steps": counter.steps, "tokens": counter.tokens, "sums": counter.sums[rows].tolist(),
-            "witnessed": [[*w.counts.tolist(), w.distinct] for w in witnesses],
-        }  # fmt: skip
-    return result
+    if experts is None:
+        return result | {"outputs": answer(llm)}
+    counter = experts.counter
+    result |= {"before": int(counter.sums.sum()), "warm_up": int(counter.now.sum()), "layers": len(experts.layers)}
+    witnesses = [Witness(counter.experts) for _ in experts.layers]
+    if witness:
+        for runner, second in zip(experts.layers, witnesses, strict=True):
+            runner.router.set_capture_fn(second)
+    return result | {
+        "outputs": answer(llm), "steps": counter.steps, "tokens": counter.tokens,
+        "sums": counter.sums[: len(experts.layers)].tolist(),
+        "witnessed": [[*w.counts.tolist(), w.distinct] for w in witnesses],
+    }  # fmt: skip
+
+
+def one_after_another(models: list[str], folder: Path, *, eager: bool) -> dict[str, Any]:
+    """Each model's counts, from engines that follow each other in this process."""
+    results = {}
+    for name in models:
+        began_s = time.monotonic()
+        llm = engine(tiny_models.make(name, folder), eager=eager)
+        results[name] = counted(llm, witness=eager)
+        stop(llm)
+        print(f"{name}: {time.monotonic() - began_s:.1f} s", file=sys.stderr)
+    return results
+
+
+def compiled(folder: Path) -> dict[str, Any]:
+    """All models with counting, and before them, into the same cache of compiled code, one without."""
+    from pals.engines import vllm_plugin
+
+    off = one_after_another(["qwen3-moe"], folder, eager=False)
+    os.environ["PALS_EXPERTS"] = "1"
+    vllm_plugin.register()
+    return one_after_another(list(tiny_models.SHAPES), folder, eager=False) | {"off": off["qwen3-moe"]}
+
+
+def main(mode: str, folder: Path) -> None:
+    """Count, compare, print."""
+    if mode == "served":
+        result = served(engine(tiny_models.make("qwen3-moe", folder), eager=True), run_dir(os.environ))
+    elif mode == "compiled":
+        result = compiled(folder)
+    else:
+        result = one_after_another(list(tiny_models.SHAPES), folder, eager=True)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -26,9 +26,9 @@ class ExpertCounts:
 
     time_s: float  # monotonic clock; of the window's end
     span_s: float | None  # what the counts cover; None: since a start that was not told
-    steps: int
-    tokens: int  # through each layer
     layers: tuple[str, ...]
+    layer_steps: Counts  # (layers,): a layer's own, for pipeline stages publish each at its own time
+    layer_tokens: Counts  # (layers,): tokens that went through the layer
     top_k: int  # experts a token chooses in a layer
     routed: Counts  # (layers, experts): tokens that chose the expert
     distinct: Counts | None  # (layers,): experts touched, summed over steps; None: not known
@@ -39,8 +39,10 @@ class ExpertCounts:
     def __post_init__(self) -> None:
         if self.routed.ndim != 2 or len(self.routed) != len(self.layers):
             raise ValueError(f"counts of shape {self.routed.shape} do not fit {len(self.layers)} layers")
-        if self.distinct is not None and self.distinct.shape != (len(self.layers),):
-            raise ValueError(f"distinct experts of shape {self.distinct.shape} do not fit {len(self.layers)} layers")
+        for name in ("layer_steps", "layer_tokens", "distinct"):
+            value = getattr(self, name)
+            if value is not None and value.shape != (len(self.layers),):
+                raise ValueError(f"{name} of shape {value.shape} does not fit {len(self.layers)} layers")
         if self.placement is not None and self.placement not in PLACEMENTS:
             raise ValueError(f"placement {self.placement!r} is none of {', '.join(PLACEMENTS)}")
 
@@ -51,22 +53,32 @@ class ExpertCounts:
             ValueError: they are not of the same run of the same engine, in this order.
         """
         same = self.layers == earlier.layers and self.routed.shape == earlier.routed.shape
-        if not same or self.steps < earlier.steps or self.tokens < earlier.tokens or self.time_s < earlier.time_s:
+        if not same or self.time_s < earlier.time_s or (self.layer_tokens < earlier.layer_tokens).any():
             raise ValueError("these counts do not follow the earlier ones: the engine was started anew")
         known = self.distinct is not None and earlier.distinct is not None
         return ExpertCounts(
-            time_s=self.time_s, span_s=self.time_s - earlier.time_s, steps=self.steps - earlier.steps,
-            tokens=self.tokens - earlier.tokens, layers=self.layers, top_k=self.top_k,
+            time_s=self.time_s, span_s=self.time_s - earlier.time_s, layers=self.layers, top_k=self.top_k,
+            layer_steps=self.layer_steps - earlier.layer_steps, layer_tokens=self.layer_tokens - earlier.layer_tokens,
             routed=self.routed - earlier.routed,
             distinct=self.distinct - earlier.distinct if known else None,  # type: ignore[operator]
             ranks=self.ranks, placement=self.placement, bypassed=self.bypassed,
         )  # fmt: skip
 
     @property
+    def steps(self) -> int:
+        """Forward passes, of the layer that saw most."""
+        return int(self.layer_steps.max(initial=0))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that went through the layer that saw most."""
+        return int(self.layer_tokens.max(initial=0))
+
+    @property
     def known(self) -> NDArray[np.bool_]:
         """Which layers were counted: choices were seen, and not more than the tokens can have made."""
         chosen: Counts = self.routed.sum(axis=1)
-        return np.logical_and(chosen > 0, chosen <= self.tokens * self.top_k)
+        return np.logical_and(chosen > 0, chosen <= self.layer_tokens * self.top_k)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,21 +117,22 @@ def merge(parts: Sequence[ExpertCounts]) -> ExpertCounts:
     layers = tuple(dict.fromkeys(name for p in parts for name in p.layers))
     row = {name: i for i, name in enumerate(layers)}
     routed = np.zeros((len(layers), first.routed.shape[1]), np.int64)
-    distinct, sources = np.zeros(len(layers), np.int64), np.zeros(len(layers), np.int64)
+    distinct, sources, steps, tokens = np.zeros((4, len(layers)), np.int64)
     for p in parts:
         rows = [row[name] for name in p.layers]
         routed[rows] += p.routed
         sources[rows] += 1
+        tokens[rows] += p.layer_tokens
+        steps[rows] = np.maximum(steps[rows], p.layer_steps)
         if p.distinct is not None:
             distinct[rows] += p.distinct
     # Where ranks' tokens are added, what they touch together is not the sum of what each touches.
-    several = int(sources.max())
-    at_first = [p for p in parts if first.layers[:1] == p.layers[:1]]
+    alone = int(sources.max(initial=0)) <= 1
+    spans = [p.span_s for p in parts if p.span_s is not None]
     return ExpertCounts(
-        time_s=min(p.time_s for p in parts), span_s=None if None in (spans := [p.span_s for p in parts]) else min(s for s in spans if s is not None),
-        steps=max(p.steps for p in parts), tokens=sum(p.tokens for p in at_first),
-        layers=layers, top_k=first.top_k, routed=routed,
-        distinct=distinct if several == 1 and all(p.distinct is not None for p in parts) else None,
+        time_s=min(p.time_s for p in parts), span_s=min(spans) if len(spans) == len(parts) else None,
+        layers=layers, layer_steps=steps, layer_tokens=tokens, top_k=first.top_k, routed=routed,
+        distinct=distinct if alone and all(p.distinct is not None for p in parts) else None,
         ranks=first.ranks, placement=first.placement,
         bypassed=tuple(dict.fromkeys(name for p in parts for name in p.bypassed)),
     )  # fmt: skip
@@ -232,7 +245,8 @@ def _distinct(window: ExpertCounts, nothing: str | None, unknown: dict[str, str]
         unknown["distinct_per_step"] = nothing
         return None
     assert window.distinct is not None
-    return float(window.distinct[window.known].mean() / window.steps)
+    known = window.known
+    return float(np.mean(window.distinct[known] / window.layer_steps[known]))
 
 
 def _hottest(window: ExpertCounts, few: str | None, unknown: dict[str, str]) -> float | None:

@@ -83,12 +83,12 @@ class ExpertCounter:
 
     def capture(self, layer: int, local_rows: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Any], None]:
         """What layer `layer`'s router is to call with its choices."""
-        row, real = self.now[layer], self.real
+        row, real, top_k = self.now[layer], self.real, self.top_k
 
         def count(chosen: torch.Tensor) -> None:
             mine = local_rows(chosen)
-            if mine is not None:
-                torch.ops.pals.count_experts(row, real, mine)
+            if mine is not None:  # some kernels append a column for each shared expert
+                torch.ops.pals.count_experts(row, real, mine[:, :top_k])
 
         return count
 

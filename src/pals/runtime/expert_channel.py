@@ -102,8 +102,10 @@ def read_worker(path: Path) -> WorkerCounts:
         return WorkerCounts(facts, None)
     time_s, steps, tokens = np.frombuffer(content, "<f8", _HEAD)
     sums = np.frombuffer(content, "<i8", offset=8 * _HEAD).reshape(len(facts.layers), facts.experts + 1)
+    everywhere = np.ones(len(facts.layers), np.int64)  # a worker's layers all take part in each of its steps
     counts = ExpertCounts(
-        time_s=float(time_s), span_s=None, steps=int(steps), tokens=int(tokens), layers=facts.layers, top_k=facts.top_k,
+        time_s=float(time_s), span_s=None, layers=facts.layers, top_k=facts.top_k,
+        layer_steps=int(steps) * everywhere, layer_tokens=int(tokens) * everywhere,
         routed=sums[:, :-1], distinct=sums[:, -1], ranks=facts.ranks, placement=facts.placement, bypassed=facts.bypassed,
     )  # fmt: skip
     return WorkerCounts(facts, counts)
