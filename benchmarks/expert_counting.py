@@ -18,7 +18,7 @@ from typing import Any
 TARGET_US = 30.0
 TOKENS, TOP_K, EXPERTS, LAYERS = 256, 8, 128, 48  # the MoE of Qwen3-30B-A3B
 STEPS, WARM_UP = 400, 20
-PAIRS = 40  # of batches, with and without
+PAIRS = 200  # of batches, with and without
 
 os.environ |= {
     "PALS_EXPERTS": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
