@@ -30,7 +30,7 @@ def op_cost_us() -> tuple[list[float], list[float]]:
     """Microseconds of a layer's call, mean of a step, and of a step's own part for all layers; one of each per step."""
     import torch
 
-    from pals.engines.expert_counts import ExpertCounter, whole
+    from pals.engines.expert_counter import ExpertCounter, whole
 
     torch.set_num_threads(1)
     counter = ExpertCounter(layers=LAYERS, experts=EXPERTS, top_k=TOP_K, most_tokens=TOKENS, device="cpu")
@@ -59,7 +59,7 @@ def what_is_there_when_off(llm: Any) -> list[str]:
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.v1.worker.worker_base import WorkerWrapperBase as Wrapper
 
-    there = [name for name in sys.modules if name.startswith("pals.engines.expert_counts")]
+    there = [name for name in sys.modules if name.startswith("pals.engines.expert_count")]
     methods = (Wrapper.init_device, Wrapper.execute_model, Wrapper.shutdown, MoERunner.__init__)
     there += [f.__qualname__ for f in methods if not f.__module__.startswith("vllm.")]
     runners = [m for m in llm.llm_engine.model_executor.driver_worker.get_model().modules() if isinstance(m, MoERunner)]

@@ -17,7 +17,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
 from pals.engines import expert_counts  # noqa: E402
-from pals.engines.expert_counts import ExpertCounter, WorkerExperts, listen, rows_of_rank, whole, why_not  # noqa: E402
+from pals.engines.expert_counter import ExpertCounter, listen, rows_of_rank, whole  # noqa: E402
+from pals.engines.expert_counts import WorkerExperts, why_not  # noqa: E402
+from pals.runtime.expert_channel import read_worker  # noqa: E402
 
 
 class Router:
@@ -138,6 +140,7 @@ def test_the_first_of_a_tensor_parallel_group_counts_and_all_ranks_of_an_expert_
     assert [why_not(parallel(tensor_parallel_size=2), r) is None for r in range(4)] == [True, False, True, False]
     assert why_not(parallel(tensor_parallel_size=2, enable_expert_parallel=True), 1) is None
     assert "micro-batches" in (why_not(parallel(use_ubatching=True), 0) or "")
+    assert "sleep" in (why_not(parallel(), 0, may_sleep=True) or "")
     assert "spread over ranks" in (why_not(parallel(use_sequence_parallel_moe=True), 0) or "")
 
 
@@ -182,11 +185,9 @@ class Worker:
 def test_a_worker_publishes_at_most_twice_a_second_and_its_memory_is_fixed(tmp_path: Path) -> None:
     now_s = 10.0
     worker = WorkerExperts(config(), 0, clock=lambda: now_s, folder=tmp_path)
-    layers = [Runner("a"), Runner("b", monolithic=True), Runner("draft")]
+    layers = [Runner("layers.0"), Runner("layers.1", monolithic=True)]
     for runner in layers:
         worker.adopt(runner)
-    from pals.runtime.expert_channel import read_worker
-
     told = []
     for tokens in (4, 4, 4, 4):
         worker.begin(tokens)
@@ -197,9 +198,16 @@ def test_a_worker_publishes_at_most_twice_a_second_and_its_memory_is_fixed(tmp_p
     assert [t.tokens for t in told if t is not None] == [4, 4, 4, 16]
     last = told[-1]
     assert last is not None
-    assert (last.layers, last.bypassed, last.known.tolist()) == (("a", "b"), ("b",), [True, False])
+    assert (last.layers, last.bypassed, last.known.tolist()) == (("layers.0", "layers.1"), ("layers.1",), [True, False])
     worker.close()
     assert list(tmp_path.glob("*.experts")) == []
+
+
+def test_a_draft_models_layers_are_not_counted_also_where_the_target_begins_with_dense_ones() -> None:
+    worker = WorkerExperts(config(), 0, folder=Path("unused"))
+    for runner in (Runner("model.layers.1.mlp.experts"), Runner("model.layers.2.mlp.experts")):
+        worker.adopt(runner)
+    assert [runner.layer_name for runner in worker.layers] == ["model.layers.1.mlp.experts"]
 
 
 def test_the_wrapped_worker_serves_on_when_counting_fails() -> None:
