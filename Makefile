@@ -17,7 +17,7 @@ test: install ## the tests
 test-slow: install ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-test-cpu-engine: ## the tests of what counts experts, in vLLM's CPU build, made in .venv-cpu (two to four minutes, once); three minutes
+test-cpu-engine: ## the tests of what counts experts, in vLLM's CPU build, made in .venv-cpu (two to four minutes, once); two minutes
 	@bash scripts/install_cpu_engine.sh
 	.venv-cpu/bin/python -m pytest -m cpu_engine tests/cpu_engine --durations=0
 
