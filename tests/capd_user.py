@@ -1,4 +1,5 @@
-"""A process of another user, which says to capd what it is told: `python -S tests/capd_user.py SOCKET UID GID`, a line at a time.
+"""A process of another user, which says to capd what it is told: `python -S tests/capd_user.py SOCKET UID GID [CROWD]`, a line at a time;
+it holds CROWD more connections meanwhile.
 
 Everything is imported as root, since the interpreter may lie where no other user may look.
 """
@@ -13,13 +14,15 @@ import sys
 
 def main() -> None:
     """Become that user, then pass lines of standard input on, and the answers back; an empty one where capd hung up."""
-    path, uid, gid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    path, uid, gid, crowd = sys.argv[1], *map(int, sys.argv[2:5])
     os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
+    others = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(crowd)]
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.connect(path)
+        for one in (*others, sock):
+            one.connect(path)
     except PermissionError:
         print("no permission", flush=True)
         return

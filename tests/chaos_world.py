@@ -66,6 +66,7 @@ class Look:
 
     time_s: float
     boards: Boards
+    starved_s: float  # the judge slept so much longer than it wanted: others had the machine
     leases: tuple[dict[str, Any] | None, ...] | None
 
 
@@ -329,12 +330,15 @@ class Scene:
         raise AssertionError(f"{told}: {self.looks[-1]}\n{self.manager.log()[-1500:]}\n{agent_log}")
 
     def _judge(self) -> None:
+        began_s = time.monotonic()
         while not self._over.wait(LOOK_S):
+            starved_s = max(0.0, time.monotonic() - began_s - 1.5 * LOOK_S)
             before = self.node.look()
             leases = self._leases()
             seen = self.node.look()
             if seen[:2] == before[:2]:  # else leases and boards are of different moments
-                self.looks.append(Look(time_s=time.monotonic(), boards=seen, leases=leases))
+                self.looks.append(Look(time_s=time.monotonic(), boards=seen, leases=leases, starved_s=starved_s))
+            began_s = time.monotonic()
 
     def _leases(self) -> tuple[dict[str, Any] | None, ...] | None:
         """As capd tells them; None where it does not answer at once."""

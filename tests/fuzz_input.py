@@ -37,7 +37,7 @@ ODD_TOML = st.one_of(
     st.sampled_from((300, 400, 5000)).map(lambda n: "1" + "0" * n),
     st.just("0x" + "f" * 5000),
     st.sampled_from((5, 900, 5000)).map(lambda n: "[" * n + "]" * n),
-    st.sampled_from((5, 2000)).map(lambda n: "{" + ".".join("a" * n) + " = 1}"),
+    st.sampled_from((5, 5, 5, 2000)).map(lambda n: "{" + ".".join("a" * n) + " = 1}"),
     st.integers().map(str),
     st.floats().map(str),
     TEXTS.map(json.dumps),
@@ -100,7 +100,7 @@ def near_toml(draw: st.DrawFn, original: str, *, most_edits: int = 3) -> str:
         elif how == "rename" and equals:
             lines[n] = f"{draw(TEXTS.map(json.dumps))} = {draw(ODD_TOML)}"
         elif how == "deep" and equals:
-            lines[n] = f"{key}{'.a' * draw(st.sampled_from((1, 5, 2000)))} = 1"
+            lines[n] = f"{key}{'.a' * draw(st.sampled_from((1, 5, 5, 5, 2000)))} = 1"
     return "\n".join(lines) + "\n"
 
 

@@ -17,7 +17,7 @@ from pals_capd.answers import Peer, answer
 from pals_capd.audit import FileAudit, check_order, read_audit
 from pals_capd.board import Clocks
 from pals_capd.keeper import Keeper
-from pals_capd.policy import RIGHTS, Policy, load_policy
+from pals_capd.policy import RIGHTS, Exit, Policy, load_policy
 from pals_capd.protocol import OPERATIONS, parse_request
 from pals_capd.record import FileRecord, State
 from pals_capd.refused import ConfigError, Refused
@@ -308,6 +308,14 @@ def test_a_lease_a_fraction_above_what_was_found_is_granted_what_was_found() -> 
     assert w.driver.boards["GPU-a"].limit_w == 400.0
 
 
+@pytest.mark.parametrize(("left", "locked"), [((1, 2), (210, 210)), ((300, 9000), (300, 1410))])
+def test_the_lock_to_leave_on_exit_is_one_that_the_board_takes(left: Clocks, locked: Clocks) -> None:
+    w = World.made(Policy(node=Exit(sm_clock_mhz=left)))
+    w.keeper.start(NOW_S)
+    assert_serves(w.keeper)
+    assert w.driver.boards["GPU-a"].lock == locked
+
+
 # --- how often ---
 
 TALKS = st.lists(st.tuples(st.sampled_from((999, 1000, 1001)), LINES), min_size=1, max_size=8)
@@ -316,7 +324,7 @@ JSON_LINES = st.lists(near_json([json.loads(line) for line in AUDIT.splitlines()
 PROMISES: Sequence[tuple[Callable[[Any], None], st.SearchStrategy[Any], int]] = (
     (no_rights_write_nothing, TALKS, 200),
     (set_rights_write_within_range, FULL_TALKS, 300),
-    (a_policy_is_whole_or_refused, any_bytes(near_toml(POLICY)), 400),
+    (a_policy_is_whole_or_refused, any_bytes(near_toml(POLICY)), 250),
     (a_record_is_understood_or_nothing_is_written, any_bytes(near_json([STATE])), 400),
     (a_damaged_log_is_gone_on_with, any_bytes(JSON_LINES), 200),
 )

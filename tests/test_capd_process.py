@@ -9,13 +9,13 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.capd_process import files, killed, leased, released, run, start, stopped, until
 from tests.emulated_node import EmulatedNode, emulated_node, python
 from tests.leasing_client import Talk
 
@@ -35,18 +35,6 @@ def node(cache: Path) -> Iterator[EmulatedNode]:
         yield made
 
 
-def files(node: EmulatedNode) -> tuple[str, ...]:
-    """Policy and state of this node."""
-    return ("--policy", str(node.policy), "--state", str(node.state))
-
-
-def start(node: EmulatedNode, *options: str, **more: str) -> subprocess.Popen[str]:
-    """A capd that is ready."""
-    capd = node.start(*python("pals_capd.main", *files(node), "--socket", str(node.socket), *options), **more)
-    node.told("READY=1")
-    return capd
-
-
 def refused(node: EmulatedNode) -> str:
     """What a capd says that will not start."""
     capd = node.start(*python("pals_capd.main", *files(node), "--socket", f"{node.socket}.second"))
@@ -55,53 +43,10 @@ def refused(node: EmulatedNode) -> str:
     return said
 
 
-def released(node: EmulatedNode) -> tuple[int, str]:
-    """Run capd-release: exit code, and what it says."""
-    began_s = time.monotonic()
-    done = node.start(*python("pals_capd.release", *files(node)))
-    said, _ = done.communicate(timeout=20)
-    print(f"capd-release took {time.monotonic() - began_s:.2f} s")
-    return done.returncode, said
-
-
-def killed(capd: subprocess.Popen[str]) -> str:
-    """kill -9; what it had said."""
-    capd.kill()
-    return capd.communicate()[0]
-
-
-def stopped(capd: subprocess.Popen[str]) -> str:
-    """SIGTERM; what it said."""
-    capd.terminate()
-    said, _ = capd.communicate(timeout=20)
-    assert capd.returncode == 0, said
-    return said
-
-
-@contextmanager
-def leased(node: EmulatedNode, watts: float = 200.0, **more: Any) -> Iterator[Talk]:
-    """All boards leased for a minute."""
-    with closing(Talk(str(node.socket))) as talk:
-        for board in talk.hello["boards"]:
-            told = talk.lease(board["uuid"], watts, 1005, **{"ttl_s": 60.0, **more})
-            assert told["ok"], told
-        yield talk
-
-
-def until(true: Callable[[], bool], told: str, timeout_s: float = 20.0) -> float:
-    """Wait until something is so; how long it took."""
-    began_s = time.monotonic()
-    while not true():
-        assert time.monotonic() < began_s + timeout_s, told
-        time.sleep(0.01)
-    print(f"{told} after {time.monotonic() - began_s:.2f} s")
-    return time.monotonic() - began_s
-
-
 def test_a_second_capd_does_not_start_and_touches_nothing(node: EmulatedNode) -> None:
     capd = start(node)
     with leased(node):
-        assert "another capd holds" in refused(node)
+        assert "two would fight" in refused(node)
         assert node.limits_w() == BOTH_LOW
         assert released(node)[0] == 2, "a release beside a living capd"
         assert node.limits_w() == BOTH_LOW
@@ -326,9 +271,8 @@ def test_the_log_tells_every_write_in_order_and_a_check_finds_what_is_missing(no
 
 def checked(node: EmulatedNode) -> tuple[int, str]:
     """`pals-capd audit --check`."""
-    done = node.start(*python("pals_capd.main", "audit", "--check", "--state", str(node.state)))
-    said, _ = done.communicate(timeout=20)
-    return done.returncode, said.strip()
+    code, said = run(node, *python("pals_capd.main", "audit", "--check", "--state", str(node.state)))
+    return code, said.strip()
 
 
 def test_without_a_driver_it_does_not_start(node: EmulatedNode) -> None:

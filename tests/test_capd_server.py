@@ -26,7 +26,7 @@ from pals_capd.keeper import Keeper
 from pals_capd.main import WATCHDOG_S
 from pals_capd.policy import Policy
 from pals_capd.refused import ConfigError
-from pals_capd.server import LINES_A_TURN, MOST_CLIENTS, MOST_MALFORMED, Server, listen
+from pals_capd.server import FOR_ADMINS, LINES_A_TURN, MOST_CLIENTS, MOST_MALFORMED, MOST_OF_A_USER, Server, listen
 from tests import capd_user
 from tests.capd_world import MAX_W, FakeDriver, MemoryAudit, MemoryRecord, Silicon
 from tests.leasing_client import Talk
@@ -202,11 +202,11 @@ def test_two_hundred_clients_at_once_all_get_answers(capd: Served) -> None:
 
 def test_one_client_more_than_there_may_be_is_told_so_until_one_leaves(capd: Served) -> None:
     with ExitStack() as exits:
-        crowd = [exits.enter_context(closing(capd.talk())) for _ in range(MOST_CLIENTS)]
+        crowd = [exits.enter_context(closing(capd.talk())) for _ in range(MOST_CLIENTS + FOR_ADMINS)]
         assert [told["error"] for told in rest_of(capd.raw())] == ["busy"]
         assert crowd[0].say(READ)["ok"]
         crowd[1].close()
-        capd.wait(lambda: capd.keeper.counters["clients"] < MOST_CLIENTS)
+        capd.wait(lambda: capd.keeper.counters["clients"] < MOST_CLIENTS + FOR_ADMINS)
         with closing(capd.talk()) as late:
             assert late.hello["ok"]
 
@@ -283,8 +283,8 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may start proc
 class User:
     """A process of some user, connected to capd."""
 
-    def __init__(self, capd: Served, uid: int, gid: int = GROUP) -> None:
-        command = [sys.executable, "-S", capd_user.__file__, str(capd.path), str(uid), str(gid)]
+    def __init__(self, capd: Served, uid: int, gid: int = GROUP, crowd: int = 0) -> None:
+        command = [sys.executable, "-S", capd_user.__file__, str(capd.path), str(uid), str(gid), str(crowd)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -338,6 +338,17 @@ def test_a_user_without_rights_is_turned_away(uid: int) -> None:
         assert str(uid) in told["message"]
         assert user.ask(op="read") == {}, "and the connection is closed"
         assert capd.keeper.counters["turned_away"] == 1
+
+
+@as_root
+def test_one_user_s_crowd_leaves_places_for_others() -> None:
+    with ExitStack() as exits:
+        capd, _ = exits.enter_context(users())
+        crowd = exits.enter_context(closing(User(capd, SETTER, crowd=MOST_OF_A_USER)))
+        told = crowd.ask(op="read")
+        assert (told["error"], str(SETTER) in told["message"]) == ("busy", True)
+        other = exits.enter_context(closing(User(capd, READER)))
+        assert other.ask(op="read")["ok"]
 
 
 @as_root

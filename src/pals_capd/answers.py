@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pals_capd import __version__
-from pals_capd.board import SMALL_RAISE_W, Ask, Board, Write, standing
+from pals_capd.board import SAME_W, SMALL_RAISE_W, Ask, Board, Write, standing
 from pals_capd.driver import DriverError
 from pals_capd.keeper import Keeper
 from pals_capd.policy import SHORTEST_TTL_S
@@ -66,6 +66,8 @@ def _set(keeper: Keeper, peer: Peer, request: Request, now_s: float) -> Reply:
     before = keeper.ledger.leasable(ask.uuid).lease
     b = keeper.ledger.grant(ask, uid=peer.uid, admin=keeper.policy.may(peer.uid, "admin"), now_s=now_s)
     done = keeper.reconcile(now_s).get(ask.uuid)
+    if done is None and not _obeyed(b):
+        done = b.trouble  # tried a moment ago, for this wish or the same one before
     if isinstance(done, Exception):
         b.lease = replace(before, watts=None) if before is not None and b.left_alone else before  # that lives on
         word = done.word if isinstance(done, DriverError | Refused) else "state"
@@ -105,6 +107,14 @@ def _look(keeper: Keeper, b: Board, now_s: float) -> None:
         keeper.ledger.observe(b, **asdict(keeper.driver.read(b.uuid)), now_s=now_s)
     except DriverError as e:
         raise Refused(e.word, f"{e}. Its limit is not known") from e
+
+
+def _obeyed(b: Board) -> bool:
+    """Whether the board stands where its lease says."""
+    lease = b.lease
+    if lease is None:
+        return True
+    return lease.sm_clock_mhz == b.locked and (lease.watts is None or abs(lease.watts - b.limit_w) < SAME_W)
 
 
 def _outcome(b: Board, ask: Ask, done: Write | Exception | None) -> str:

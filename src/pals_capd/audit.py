@@ -26,8 +26,8 @@ class Audit(Protocol):
 class FileAudit:
     """`audit.jsonl`, and the files before it (`audit.1.jsonl` is the newest of those)."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, largest_bytes: int = LARGEST_BYTES) -> None:
+        self._path, self._largest_bytes = path, largest_bytes
         self._seq = _last_seq(path)
         self._handle: int | None = None
 
@@ -44,7 +44,7 @@ class FileAudit:
             self._close()
             return False
         self._seq += 1
-        if size > LARGEST_BYTES:
+        if size > self._largest_bytes:
             self._rotate()
         return True
 
@@ -60,11 +60,13 @@ class FileAudit:
             self._handle = None
 
     def _rotate(self) -> None:
+        """Begin a new file; where the folder does not let it, this one grows on, and the next line tries again."""
         self._close()
-        for n in range(KEPT, 0, -1):
-            older = _older(self._path, n - 1)
-            if older.exists():
-                older.replace(_older(self._path, n))
+        with contextlib.suppress(OSError):
+            for n in range(KEPT, 0, -1):
+                older = _older(self._path, n - 1)
+                if older.exists():
+                    older.replace(_older(self._path, n))
 
 
 def _older(path: Path, n: int) -> Path:
@@ -99,13 +101,17 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def read_audit(path: Path) -> Iterator[dict[str, Any]]:
-    """All lines there are, oldest first; lines cut short by a crash are left out."""
-    for n in range(KEPT, -1, -1):
-        try:
-            with _older(path, n).open("rb") as f:
-                yield from (entry for line in f if (entry := _parsed(line)) is not None)
-        except FileNotFoundError:
-            continue
+    """All lines there are, oldest first; lines cut short by a crash are left out.
+
+    Raises:
+        OSError: it may not be read, or there is none.
+    """
+    there = [p for n in range(KEPT, -1, -1) if (p := _older(path, n)).exists()]
+    if not there:
+        raise FileNotFoundError(f"there is no {path}")
+    for part in there:
+        with part.open("rb") as f:
+            yield from (entry for line in f if (entry := _parsed(line)) is not None)
 
 
 def check_order(entries: Iterable[dict[str, Any]]) -> list[str]:

@@ -70,6 +70,7 @@ class Board:
     suspected: str | None = None
     written_s: float = -math.inf
     retry_s: float = -math.inf  # the driver refused just now; not asked again before
+    trouble: Exception | None = None  # why the newest write was not made
     reassert_s: float = -math.inf
     reassert_gap_s: float = 1.0
 

@@ -162,6 +162,8 @@ class NvmlDriver:
         self._call(uuid, "reset its clock lock", self._nvml.nvmlDeviceResetGpuLockedClocks, self._handle(uuid))
 
     def _handle(self, uuid: str) -> Any:
+        if not self._handles:
+            raise DriverError("reloaded", f"{uuid}: no NVIDIA driver, or none with boards, when NVML was opened last")
         if uuid not in self._handles:
             raise DriverError("lost", f"{uuid}: the board is not in this node any more")
         return self._handles[uuid]

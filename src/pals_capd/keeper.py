@@ -193,10 +193,8 @@ class Keeper:
         raised = b.lease is not None and w.watts is not None and w.watts > b.limit_w
         if (unsaved := self._save(sure=first)) and (first or raised):
             _, b.ours_w, b.locked = before
-            b.retry_s = now_s + RETRY_S
-            return (
-                unsaved  # what could not be undone after a crash is not done; what lowers a board, or puts it back, is
-            )
+            b.retry_s, b.trouble = now_s + RETRY_S, unsaved
+            return unsaved  # what could not be undone after a crash is not done; what lowers or puts back is
         began_s = time.perf_counter()
         try:
             if w.watts is not None:
@@ -213,7 +211,6 @@ class Keeper:
         self.ledger.wrote(w, **asdict(now), now_s=now_s)
         self.counters["writes"] += 1
         lease = b.lease
-        self._tell_events()
         self.log(
             "write", uuid=uuid, why=w.why, uid=lease.uid if lease else None, epoch=lease.epoch if lease else None,
             asked_w=w.watts, before_w=before[0], limit_w=now.limit_w if w.watts is not None else None, enforced_w=now.enforced_w,
@@ -236,7 +233,7 @@ class Keeper:
     def _failed(self, b: Board, w: Write, error: DriverError, now_s: float) -> None:
         """Take note of what the driver would not do, and of how the board stands all the same."""
         self.counters["failed"] += 1
-        b.retry_s = now_s + RETRY_S
+        b.retry_s, b.trouble = now_s + RETRY_S, error
         if error.word == "lost":
             b.lost = str(error)
         if error.word == "not_supported" and (w.lock is not None or w.unlock):
@@ -349,13 +346,6 @@ class Keeper:
         else:
             self.alarms.pop("budget", None)
 
-    def _tell_events(self) -> None:
-        """Put the ledger's events into the log, before what is written because of them."""
-        events, self.ledger.events = self.ledger.events, []
-        for e in events:
-            self.counters[str(e["event"]).replace("-", "_")] += 1
-            self.log(**e)
-
     def log_refusal(self, now_s: float, **facts: object) -> None:
         """One line for a refused request; where there are too many in a second, the next line says how many have none."""
         self.counters["refused"] += 1
@@ -370,7 +360,17 @@ class Keeper:
         self.log("refused", **facts, **more)
 
     def log(self, event: str, **facts: object) -> None:
-        """One line in the audit log; that it cannot be written is an alarm."""
+        """One line in the audit log, after what the ledger saw before it; that it cannot be written is an alarm."""
+        self._tell_events()
+        self._append(event, **facts)
+
+    def _tell_events(self) -> None:
+        events, self.ledger.events = self.ledger.events, []
+        for e in events:
+            self.counters[str(e["event"]).replace("-", "_")] += 1
+            self._append(**e)
+
+    def _append(self, event: str, **facts: object) -> None:
         if self.audit.write(event, **facts):
             self.alarms.pop("audit", None)
         else:

@@ -331,6 +331,7 @@ class Ledger:
         """The driver did it, and this is what it says now."""
         b = self.boards[w.uuid]
         b.limit_w, b.enforced_w, b.sm_clock_mhz, b.read_s, b.written_s = limit_w, enforced_w, sm_clock_mhz, now_s, now_s
+        b.trouble = None
         if w.watts is not None:
             b.ours_w = (limit_w,)
         if w.lock is not None:

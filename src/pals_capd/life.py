@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -20,28 +21,48 @@ def take_lock(state: Path, wait_s: float) -> int:
     """The lock that makes this process the only writer, held as long as it lives; waits for the one before to be gone.
 
     Raises:
-        ConfigError: another holds it, or the folder cannot be written.
+        ConfigError: another holds it, or the folder cannot be used.
     """
-    try:
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as e:
-        try:  # a read-only folder: whoever only wants to release needs the lock all the same
-            handle = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            raise ConfigError(f"the state folder {state} cannot be used ({e}); nothing was changed") from e
-    end_s = time.monotonic() + wait_s
+    handle, end_s = _lock_file(state), time.monotonic() + wait_s
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
         except OSError as e:
             if time.monotonic() >= end_s:
+                holder = _signed(handle)
                 os.close(handle)
                 raise ConfigError(
-                    f"another capd holds {state}/lock; two would fight. Nothing was changed: stop it first"
+                    f"another capd{holder} holds {state}/lock; two would fight. Nothing was changed: stop it first"
                 ) from e
-        time.sleep(0.02)
+            time.sleep(0.02)
+        else:
+            _sign(handle)
+            return handle
+
+
+def _lock_file(state: Path) -> int:
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return os.open(state / "lock", os.O_RDWR | os.O_CREAT | flags, 0o600)
+    except OSError as e:  # a read-only folder: whoever only wants to release needs the lock all the same
+        for path in (state / "lock", state):  # the same file where there is one, or a living capd would not be seen
+            with contextlib.suppress(OSError):
+                return os.open(path, os.O_RDONLY | flags)
+        raise ConfigError(f"the state folder {state} cannot be used ({e}); nothing was changed") from e
+
+
+def _sign(handle: int) -> None:
+    """Leave this process's number to whoever finds the lock taken; where that cannot be written, nobody's."""
+    with contextlib.suppress(OSError):
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+
+
+def _signed(handle: int) -> str:
+    with contextlib.suppress(OSError, ValueError):
+        return f" (process {int(os.pread(handle, 20, 0))})"
+    return ""
 
 
 class ServiceManager:

@@ -58,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        if args.command != "audit":
+            raise
+        print(f"pals-capd: the audit log cannot be read ({e}); --state names its folder", file=sys.stderr)
+        return 2
 
 
 def audit(args: argparse.Namespace) -> int:

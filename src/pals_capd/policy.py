@@ -91,12 +91,17 @@ def load_policy(path: Path) -> Policy:
 
 
 def _refuse_foreign(path: Path, facts: os.stat_result) -> None:
-    shared = facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not facts.st_mode & stat.S_ISVTX
-    if facts.st_uid not in (0, os.geteuid()) or shared:
+    if others_may_write(facts):
         raise ConfigError(
             f"{path} may be written by others (owner {facts.st_uid}, mode {stat.S_IMODE(facts.st_mode):o}): whoever writes it "
             f"would hold root on the boards. chown root {path} and chmod go-w {path}; nothing was changed"
         )
+
+
+def others_may_write(facts: os.stat_result) -> bool:
+    """Whether a file, or a folder's files, may be another user's work."""
+    shared = facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not facts.st_mode & stat.S_ISVTX
+    return facts.st_uid not in (0, os.geteuid()) or bool(shared)
 
 
 def parse_policy(text: str, source: str) -> Policy:

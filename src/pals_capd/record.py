@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pals_capd.policy import others_may_write
+
 FORMAT = "pals-capd-state/1"
 NOT_KNOWN = (
     "what an earlier capd wrote is not known: no board is written. Check the limits (nvidia-smi -q -d POWER), set them by hand "
@@ -58,8 +60,7 @@ class FileRecord:
             UnreadableError: it cannot be read or understood.
         """
         try:
-            text = self._path.read_text(encoding="utf-8")
-            data = json.loads(text)
+            data = json.loads(self._own_text())
             return parse(data) if data["boot_id"] == self._boot_id else State()
         except FileNotFoundError:
             return State()
@@ -67,6 +68,16 @@ class FileRecord:
             raise UnreadableError(
                 f"the state file {self._path} cannot be understood ({type(e).__name__}: {e}), so {NOT_KNOWN}"
             ) from e
+
+    def _own_text(self) -> str:
+        handle = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, encoding="utf-8") as f:
+            facts = os.fstat(handle)
+            if others_may_write(facts):
+                raise PermissionError(
+                    f"owner {facts.st_uid}, mode {facts.st_mode & 0o7777:o}: others may have written it"
+                )
+            return f.read()
 
     def save(self, state: State, *, sure: bool) -> None:
         """Replace the file.

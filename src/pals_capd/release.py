@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from pals_capd.keeper import RETRY_S, Keeper
 from pals_capd.life import take_lock
 from pals_capd.options import add_options, keeper_of
 from pals_capd.policy import Policy, load_policy
@@ -22,17 +23,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0: all boards stand where they should; 1: some do not; 2: nothing could be done."""
     p = argparse.ArgumentParser(prog="capd-release", description=__doc__.split("\n\n")[0])
     add_options(p)
-    p.add_argument("--wait", type=float, default=2.0, metavar="S", help="for a capd that is ending (default 2)")
+    p.add_argument(
+        "--wait", type=float, default=2.0, metavar="S", help="for a capd that is ending, and for boards (default 2)"
+    )
     args = p.parse_args(argv)
     state = Path(args.state)
     if not state.exists():
         print(f"capd-release: no capd ever ran with {state}; nothing to do", file=sys.stderr)
         return 0
     try:
+        end_s = time.monotonic() + args.wait
         lock = take_lock(state, args.wait)
-        keeper = keeper_of(args, _policy(Path(args.policy)))
-        keeper.start(time.monotonic())
-        failed = keeper.stop("capd-release", time.monotonic())
+        keeper = _started(args, end_s)
+        while (failed := keeper.stop("capd-release", time.monotonic())) and time.monotonic() < end_s:
+            time.sleep(RETRY_S)
     except ConfigError as e:
         print(f"capd-release: {e}", file=sys.stderr)
         return 2
@@ -42,6 +46,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"capd-release: {keeper.alarms['state']}", file=sys.stderr)
     os.close(lock)
     return 1 if failed or "state" in keeper.alarms else 0
+
+
+def _started(args: argparse.Namespace, end_s: float) -> Keeper:
+    """The keeper, once the driver answers: it may be what the capd before hung in a moment ago.
+
+    Raises:
+        ConfigError: it cannot start, and the time is over.
+    """
+    policy = _policy(Path(args.policy))
+    while True:
+        keeper = keeper_of(args, policy)
+        try:
+            keeper.start(time.monotonic())
+        except ConfigError:
+            if time.monotonic() >= end_s:
+                raise
+            time.sleep(RETRY_S)
+        else:
+            return keeper
 
 
 def _policy(path: Path) -> Policy:

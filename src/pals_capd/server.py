@@ -20,7 +20,8 @@ from pals_capd.protocol import LONGEST_LINE, parse_request
 from pals_capd.refused import ConfigError, Refused
 
 TURN_S = 0.05
-MOST_CLIENTS = 256
+MOST_CLIENTS, MOST_OF_A_USER = 256, 192
+FOR_ADMINS = 16  # places beyond these: whoever has to release a crowd's leases gets in
 NEW_A_TURN = 32  # clients taken on
 LINES_A_TURN = 16  # of one client, before the others and the boards have their turn
 MOST_MALFORMED = 100
@@ -84,8 +85,8 @@ class Server:
         sock.setblocking(False)
         pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
         client = _Client(sock=sock, peer=Peer(uid=uid, pid=pid))
-        if len(self._clients) >= MOST_CLIENTS:
-            self._turn_away(client, Refused("busy", f"capd serves {MOST_CLIENTS} clients already. Nothing was changed"))
+        if (told := self._crowd(uid)) is not None:
+            self._turn_away(client, Refused("busy", f"{told}. Nothing was changed"))
         elif not self._keeper.policy.may(uid, "read"):
             self._keeper.counters["turned_away"] += 1
             told = f"user {uid} has no rights in capd's policy file ([rights]). Nothing was changed"
@@ -94,6 +95,15 @@ class Server:
             self._clients[sock.fileno()] = client
             self._selector.register(sock, selectors.EVENT_READ)
         return True
+
+    def _crowd(self, uid: int) -> str | None:
+        """Why there is no place for one more client of this user; None where there is."""
+        everybody, own = len(self._clients), sum(c.peer.uid == uid for c in self._clients.values())
+        if self._keeper.policy.may(uid, "admin"):
+            return f"capd serves {everybody} clients already" if everybody >= MOST_CLIENTS + FOR_ADMINS else None
+        if own >= MOST_OF_A_USER:
+            return f"user {uid} has {own} connections already, which leaves some for others"
+        return f"capd serves {everybody} clients already" if everybody >= MOST_CLIENTS else None
 
     def _turn_away(self, client: _Client, why: Refused) -> None:
         with contextlib.suppress(OSError):

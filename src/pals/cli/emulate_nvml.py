@@ -93,7 +93,7 @@ def boards(args: argparse.Namespace) -> Iterator[Path]:
     spec, count = parse_boards(args.boards)
     own_folder(folder)
     path = folder / f"nvml-{os.getpid()}.bank"
-    bank = BoardBank.create(path, spec, count, seed=args.seed_boards, writable=not args.unprivileged)
+    bank = BoardBank.create(path, spec, count, seed=args.seed_boards, writable=not args.unprivileged, apart=path.name)
     load = Load(compute=args.load, memory=args.load) if args.load else None
     if load is not None:
         bank.register_process(os.getpid(), range(count), round(args.load * bank.memory_bytes))

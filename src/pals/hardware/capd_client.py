@@ -220,7 +220,7 @@ class CapdClient:
 
     def _gone(self, why: str) -> PalsError:
         return PalsError(
-            f"capd does not answer at {self.path} ({why}); nothing more can be asked of it, and the boards it held for us go to "
-            "their exit policy by themselves when their leases end, at most a few seconds from now. Start it again "
-            "(systemctl restart pals-capd), or look why it hangs"
+            f"capd does not answer at {self.path} ({why}); nothing more can be asked of it. The boards it held for us go to "
+            "their exit policy within seconds if it lives, or if its service manager ran capd-release after it; else run that. Start it "
+            "again (systemctl restart pals-capd), or look why it hangs"
         )

@@ -146,7 +146,7 @@ class Profile:
                     "`pals profile refit FILE` fits its rows anew, without an engine"
                 )
             return _read(data, refit=refit)
-        except (TypeError, AttributeError, ValueError, KeyError, IndexError, RecursionError) as e:
+        except (TypeError, AttributeError, ValueError, KeyError, IndexError, ArithmeticError, RecursionError) as e:
             raise ConfigError(
                 f"{name} is not a readable profile ({type(e).__name__}: {e}). Nothing was loaded; make it anew with `pals profile`"
             ) from e
@@ -200,10 +200,11 @@ def _refuse_mute(p: Profile) -> None:
     """Raise `ValueError` where no figure follows from facts and parameters: here it is a message, in a controller a crash."""
     try:
         with np.errstate(all="ignore"):
-            told = p.model().told([p.rows[0].point], Load(mix=p.mixes[0]))
+            told = [p.model().told([p.rows[0].point], Load(mix=mix)) for mix in p.mixes]
+            told.append(p.model().covariance)  # and with an interval, which every row has a part in
     except (ArithmeticError, IndexError, ValueError) as e:
         raise ValueError(f"no prediction follows from its facts and parameters: {e}") from e
-    if not np.isfinite(told).all():
+    if not all(np.isfinite(part).all() for part in told):
         raise ValueError("no finite prediction follows from its facts and parameters")
 
 
@@ -217,7 +218,7 @@ def _row(columns: Sequence[str], values: Sequence[Any], *, at: str) -> ProfileRo
     if len(values) != len(columns):
         raise ValueError(f"{at} has {len(values)} values, not {len(columns)}")
     for name, value in zip(columns, values, strict=True):
-        if type(value) not in _TYPES[name]:
+        if type(value) not in _TYPES[name] or (isinstance(value, int) and value.bit_length() > 63):
             raise ValueError(f"{at}.{name} is {str(value)[:60]!r}, no number of the kind it must be")
     return ProfileRow(**dict(zip(columns, values, strict=True)))
 

@@ -48,5 +48,7 @@ class ProfileRow:
         refuse_nan(self)
         if min(self.power_limit_w, self.active_sequences, self.running, self.power_w, self.tokens_per_s) <= 0:
             raise ValueError(f"a figure is not above 0: {self.to_dict()}")
-        if self.steps_per_s <= 0 or (self.sm_clock_mhz or 1.0) <= 0 or self.window_s <= 0:
+        times = (self.ttft_p50_s, self.ttft_p95_s, self.tpot_p50_s, self.tpot_p95_s)
+        known = (v for v in (self.steps_per_s, self.window_s, self.sm_clock_mhz, *times) if v is not None)
+        if min(known) <= 0:
             raise ValueError(f"a figure is not above 0: {self.to_dict()}")

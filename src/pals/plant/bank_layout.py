@@ -128,9 +128,12 @@ def read_head(data: bytes, name: str) -> Any:
     return head
 
 
-def board_uuid(spec_name: str, i: int) -> str:
-    """A UUID in NVIDIA's form, the same in every run; its first group of zeros says that the board is emulated."""
-    digits = hashlib.blake2b(f"{spec_name}/{i}".encode(), digest_size=12).hexdigest()
+def board_uuid(spec_name: str, i: int, apart: str = "") -> str:
+    """A UUID in NVIDIA's form, the same in every run; its first group of zeros says that the board is emulated.
+
+    `apart` tells boards of a bank of their own from those that engines of the same node run on.
+    """
+    digits = hashlib.blake2b(f"{apart}{spec_name}/{i}".encode(), digest_size=12).hexdigest()
     return f"GPU-00000000-{digits[:4]}-{digits[4:8]}-{digits[8:12]}-{digits[12:]}"
 
 

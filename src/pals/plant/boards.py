@@ -111,10 +111,11 @@ class BoardBank:
         writable: bool = True,
         setter_latency_s: float = 0.004,
         now_s: float | None = None,
+        apart: str = "",
     ) -> BoardBank:
         """Make the file, boards idle at their default limits; each board varies a little, by `seed`.
 
-        `writable` False makes every setter answer "no permission". `now_s` is when time starts (None: at the first call).
+        `apart` makes their UUIDs others than those of the same boards in another bank. `writable` False makes every setter answer "no permission". `now_s` is when time starts (None: at the first call).
         """
         fresh = path.with_suffix(".new")
         fresh.unlink(missing_ok=True)
@@ -123,7 +124,7 @@ class BoardBank:
             f.truncate(bank_size(count))
         fresh.replace(path)
         bank = BoardBank(path)
-        draw_specimens(bank._boards, spec, seed)
+        draw_specimens(bank._boards, spec, seed, apart)
         bank._clockwork["time_s"] = -1.0 if now_s is None else now_s
         return bank
 
@@ -328,10 +329,10 @@ def known_faults() -> tuple[str, ...]:
     return (*FAULTS, "external_limit", "dip", *VALUE_FAULTS)
 
 
-def draw_specimens(b: np.ndarray, spec: BoardSpec, seed: int) -> None:
+def draw_specimens(b: np.ndarray, spec: BoardSpec, seed: int, apart: str = "") -> None:
     """Idle boards at their default limits; each differs a little from its type."""
     rng, count, v, firmware = np.random.default_rng(seed), len(b), spec.variation, spec.firmware
-    b["uuid"] = [board_uuid(spec.name, i) for i in range(count)]
+    b["uuid"] = [board_uuid(spec.name, i, apart) for i in range(count)]
     for name, sd in (("core_factor", v.core_sd), ("idle_factor", v.idle_sd), ("counter_factor", v.counter_sd)):
         b[name] = 1.0 + sd * np.clip(rng.standard_normal(count), -WIDEST, WIDEST)
     b["top_mhz"] = spec.max_sm_clock_mhz - CLOCK_STEP_MHZ * rng.integers(

@@ -116,13 +116,15 @@ def load_config(path: Path | None, overrides: Mapping[str, Mapping[str, Any]] | 
     Raises:
         ConfigError: unreadable file, unknown section or key, value of a wrong type or out of range.
     """
-    data: dict[str, dict[str, Any]] = {}
-    if path is not None:
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-            raise ConfigError(f"cannot read the configuration {path}: {e}") from e
-    source = str(path) if path is not None else "command line"
+    if path is None:
+        return _config_of({}, overrides, "command line")
+    try:
+        return _config_of(tomllib.loads(path.read_text(encoding="utf-8")), overrides, str(path))
+    except (OSError, ValueError, OverflowError, RecursionError) as e:  # also numbers and tables too large to be told
+        raise ConfigError(f"cannot read the configuration {path}: {e}. Nothing was started.") from e
+
+
+def _config_of(data: Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]] | None, source: str) -> Config:
     check_keys(data, [*_SECTIONS, "budget", "engine"], source, "section")
     general = {name: _table(data, name, source) for name in (*_SECTIONS, "budget")}
     engines = {
