@@ -149,7 +149,13 @@ def summarise(
     steady = [(popularity_variation(c), top_share(c)) for c in routed] if few is None else []
     distinct = _distinct(window, nothing, unknown)
     hottest = _hottest(window, few, unknown)
-    drift = _drift(window, reference, few, least_per_expert, unknown)
+    drift = None
+    if reference is None or few is not None:
+        unknown["drift"] = few or "there is no reference yet"
+    elif why_not := _why_no_drift(window, reference, least_per_expert):
+        unknown["drift"] = why_not
+    else:
+        drift = _drift(window, reference)
     if few is not None:
         unknown |= {"variation": few, "top_fifth_share": few}
     if not known.all():
@@ -254,32 +260,23 @@ def _hottest(window: ExpertCounts, few: str | None, unknown: dict[str, str]) -> 
         few = "every rank holds all experts"
     elif window.placement is None:
         few = "a load balancer moves experts between ranks"
-    if few is not None or window.placement is None:
-        unknown["hottest_rank_over_mean"] = few or ""
+    if few is not None:
+        unknown["hottest_rank_over_mean"] = few
         return None
-    ranks = ranks_of_experts(window.routed.shape[1], window.ranks, window.placement)
+    ranks = ranks_of_experts(window.routed.shape[1], window.ranks, window.placement or "")
     return float(np.mean([hottest_over_mean(c, ranks) for c in window.routed[window.known]]))
 
 
-def _drift(
-    window: ExpertCounts,
-    reference: ExpertCounts | None,
-    few: str | None,
-    least_per_expert: float,
-    unknown: dict[str, str],
-) -> float | None:
-    if few is None and reference is None:
-        few = "there is no reference yet"
-    if few is None and reference is not None:
-        if (reference.layers, reference.routed.shape) != (window.layers, window.routed.shape):
-            few = "the reference is of another model"
-        elif too_few := _too_few(reference, least_per_expert):
-            few = f"the reference's {too_few}"
-        elif not (window.known & reference.known).any():
-            few = "no layer is known in both"
-    if few is not None or reference is None:
-        unknown["drift"] = few or ""
-        return None
+def _why_no_drift(window: ExpertCounts, reference: ExpertCounts, least_per_expert: float) -> str | None:
+    if (reference.layers, reference.routed.shape) != (window.layers, window.routed.shape):
+        return "the reference is of another model"
+    if too_few := _too_few(reference, least_per_expert):
+        return f"the reference's {too_few}"
+    return None if (window.known & reference.known).any() else "no layer is known in both"
+
+
+def _drift(window: ExpertCounts, reference: ExpertCounts) -> float:
+    """Mean over the layers that are known in both; there is one."""
     both = window.known & reference.known
     pairs = zip(window.routed[both], reference.routed[both], strict=True)
     return float(np.mean([jensen_shannon_distance(a, b) for a, b in pairs]))

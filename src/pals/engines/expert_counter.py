@@ -18,8 +18,8 @@ Rows = Callable[[torch.Tensor], torch.Tensor | None]  # of those choices the row
 def count_experts(row: torch.Tensor, real: torch.Tensor, chosen: torch.Tensor) -> None:
     """Add `chosen`, shape (tokens, top_k), to `row`; `real` is 1 for each choice of a real token and 0 for padding.
 
-    `row` is a power of two long and longer than there are experts, so that an id that names none (-1: no expert, above: a shared one)
-    falls behind them instead of out of bounds, which on a GPU would end the process.
+    `row` is a power of two long and longer than there are experts, so that an id that names none (-1, or one of the shared experts that
+    are numbered on) falls behind them instead of out of bounds, which on a GPU would end the process.
     """
     index = chosen.reshape(-1).to(torch.int64) & (row.numel() - 1)
     if index.numel() <= real.numel():

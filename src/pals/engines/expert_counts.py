@@ -153,10 +153,11 @@ def _index(layer_name: str) -> int:
 
 
 def _most_tokens(config: Any) -> int:
-    """Rows that a forward pass can have at most, padding and all data-parallel ranks included."""
+    """Rows of its own that a worker can have in a forward pass at most, padding included."""
     compiled = config.compilation_config
     sizes = [*(getattr(compiled, "cudagraph_capture_sizes", None) or [])]
-    return int(max(config.scheduler_config.max_num_batched_tokens, *sizes, 1))
+    ranks = config.parallel_config.tensor_parallel_size  # some compiled passes pad to a multiple of them
+    return -(-int(max(config.scheduler_config.max_num_batched_tokens, *sizes, 1)) // ranks) * ranks
 
 
 def wanted(environ: Any) -> bool:
