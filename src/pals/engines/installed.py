@@ -17,6 +17,7 @@ GROUPS = {"vllm.general_plugins": "pals", "vllm.platform_plugins": "pals_emulate
 VARIABLES = (
     "PALS_RUN_DIR",
     "PALS_PLUGIN",
+    "PALS_EXPERTS",
     "PALS_EMU",
     "PALS_EMU_BOARDS",
     "VLLM_PLUGINS",

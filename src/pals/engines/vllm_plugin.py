@@ -1,7 +1,8 @@
 """The plugin inside vLLM: composes with whatever scheduler vLLM picked, obeys a fresh setpoint, publishes telemetry.
 
 It starts no thread and never raises inside a step: if its own part fails, it logs once, returns to the launch limits
-and stays silent. Without an agent the engine behaves as if PALS were not installed. `PALS_PLUGIN=0` switches it off.
+and stays silent. Without an agent the engine behaves as if PALS were not installed. `PALS_PLUGIN=0` switches it off;
+`PALS_EXPERTS=1` has the workers of a MoE model count their experts.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def register() -> None:
     """Entry point of `vllm.general_plugins`; idempotent, cheap, called in every vLLM process."""
     if os.environ.get("PALS_PLUGIN", "1") == "0":
         return
+    if os.environ.get("PALS_EXPERTS", "0") != "0":
+        _count_experts()
     try:
         from vllm.config import SchedulerConfig
 
@@ -42,6 +45,14 @@ def register() -> None:
 
     get_scheduler_cls.composed_by_pals = True  # type: ignore[attr-defined]
     SchedulerConfig.get_scheduler_cls = get_scheduler_cls
+
+
+def _count_experts() -> None:
+    """Have this process's workers count; nothing of it is imported where nobody asks."""
+    from pals.engines import expert_counts
+
+    if expert_counts.wanted(os.environ):
+        expert_counts.install()
 
 
 def compose(scheduler: type) -> type:

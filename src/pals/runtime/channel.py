@@ -24,6 +24,7 @@ from pals.core.architecture import ModelShape
 from pals.core.errors import EngineGoneError
 from pals.core.plain import decode
 from pals.core.quantities import LATENCY_BOUNDS_S, LOWERINGS, EngineInfo, EngineSample
+from pals.runtime import expert_channel
 from pals.runtime.blocks import SEQ, Block
 from pals.runtime.files import own_folder, replace_file
 from pals.runtime.processes import process_alive
@@ -274,7 +275,8 @@ def _made_at(path: Path) -> float:
 
 
 def find_engines(folder: Path, clock: Callable[[], float] = time.monotonic) -> list[AgentChannel]:
-    """The channels of all living engines in `folder`, oldest first; those of dead ones are removed."""
+    """The channels of all living engines in `folder`, oldest first; those of dead ones and of dead workers are removed."""
+    expert_channel.sweep(folder)
     living = []
     for channel in open_channels(folder, clock):
         if channel.alive():
