@@ -105,7 +105,9 @@ class RoutingTally:
 
     routing: Routing
     names: tuple[str, ...]  # of the layers
-    sums: Counts  # (layers, experts + 1): tokens that chose each expert, and last the experts touched, summed over steps
+    sums: (
+        Counts  # (layers, experts + 1): tokens that chose each expert, and last the experts touched, summed over steps
+    )
     seed: int
     steps: int = 0
     tokens: int = 0

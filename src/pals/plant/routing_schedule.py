@@ -30,7 +30,9 @@ class RoutingEvent:
 
     time_s: float  # of the engine
     span_s: float = 0.0
-    swap: float | None = None  # share of the more popular half of the experts that changes places with the least popular
+    swap: float | None = (
+        None  # share of the more popular half of the experts that changes places with the least popular
+    )
     cv: float | None = None  # coefficient of variation at the end
 
     def __post_init__(self) -> None:
@@ -140,7 +142,7 @@ def load_routing(given: str) -> RoutingSchedule:
     for number, row in enumerate(table["events"], start=1):
         try:
             events.append(_event_from(row))
-        except ValueError as e:
+        except (TypeError, ValueError) as e:
             raise ConfigError(f"{path}, event {number}: {e}. Nothing was started") from e
     return _schedule(tuple(events), seed, str(path))
 
@@ -169,7 +171,7 @@ def _event_of(part: str) -> RoutingEvent:
 
 def _event_from(row: Any) -> RoutingEvent:
     if not isinstance(row, Mapping):
-        raise ValueError("it is not an object")
+        raise TypeError("it is not an object")
     if unknown := [str(k) for k in row if k not in _FIELDS]:
         raise ValueError(f"unknown field {', '.join(unknown)}; known: {', '.join(_FIELDS)}")
     if "time_s" not in row:
