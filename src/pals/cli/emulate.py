@@ -190,8 +190,8 @@ def faults_of(args: argparse.Namespace) -> FaultSchedule:
     faults.check_boards(parse_boards(args.boards)[1])
     if strange := {e.kind for e in engine_events(faults.events)}:
         raise ConfigError(
-            f"{', '.join(sorted(strange))} in {args.faults}: here a real vLLM runs, only its boards can fail, and its routing "
-            "drift (--routing-drift). Nothing was started"
+            f"{', '.join(sorted(strange))} in {args.faults}: here a real vLLM runs (--routing-drift moves its routing), only its "
+            "boards can fail. Nothing was started"
         )
     return faults
 
