@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pals.cli import main
 from pals.core.architecture import ModelShape
 from pals.core.errors import ConfigError
 from pals.core.experts import ExpertCounts, summarise
@@ -299,3 +300,42 @@ def test_garbage_is_a_schedule_or_a_refusal(text: str) -> None:
         return
     assert parse_routing(told.text()) == told
     assert all(isinstance(e, RoutingEvent) for e in told.events)
+
+
+def test_simulated_policies_meet_the_drift(tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    node = ["--model", "mixtral-8x7b", "--boards", "4xa100-sxm4-80gb", "--hours", "0.02", "--rate", "1"]
+    tpot_s = []
+    for drift in ("0:cv=0", "0:swap", "5:cv=3"):
+        out = tmp_path / drift.replace(":", "-")
+        assert main(["simulate", *node, "--policy", "static", "--routing-drift", drift, "--out", str(out)]) == 0
+        tpot_s.append(np.nanmean(np.array(pq.read_table(out / "requests.parquet")["tpot_s"], float)))
+
+    alike, swapped, unequal = tpot_s
+    assert alike > swapped > unequal
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["simulate", "--model", "llama-3.1-8b", "--boards", "a100-sxm4-80gb", "--routing-drift", "1:swap"], "has no experts"),
+        (["simulate", "--model", "OLMoE-1B-7B", "--boards", "a100-sxm4-80gb", "--routing-drift", "1:x=1"], "neither swap nor cv"),
+        (["emulate", "run", "OLMoE-1B-7B", "--boards", "a100-sxm4-80gb", "--routing-drift", "x.toml"], "cannot read"),
+        (["serve", "OLMoE-1B-7B", "--routing-drift", "1:swap"], "give --emulate too"),
+    ],
+)  # fmt: skip
+def test_a_drift_that_cannot_be_is_refused_before_anything_starts(
+    command: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("vllm")
+    monkeypatch.setenv("PALS_RUN_DIR", str(tmp_path))
+
+    assert main(command) == 2
+
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Nothing was started" in told
