@@ -81,7 +81,7 @@ class EmulatedDevice:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._bank, self._boards, self._clock = bank, boards, clock
-        self._routing = routing or EmulatedRouting(model, RoutingSchedule(), start_s=0.0)
+        self._routing = routing or EmulatedRouting(model, RoutingSchedule())
         self._canned, self._eos = canned, eos
         self._requests: dict[str, _Request] = {}
         fixed = environ.get("PALS_EMU_STEP_S")

@@ -127,7 +127,7 @@ class EmulatedExecutor(Executor):
         )
         canned = folder / CANNED_FILE
         eos = config.model_config.hf_text_config.eos_token_id
-        self._routing = routing_of(config, self._model, os.environ, self._clock.now_s())
+        self._routing = routing_of(config, self._model, os.environ)
         self._device = EmulatedDevice(
             self._model, bank, boards, routing=self._routing,
             canned=json.loads(canned.read_text()) if canned.exists() else FALLBACK_IDS,

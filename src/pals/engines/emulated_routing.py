@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pals.engines.emulated_world import world_of
 from pals.plant.llm_step import StepModel
 from pals.plant.routing import RoutingTally, tally_of
 from pals.plant.routing_schedule import RoutingSchedule, parse_routing
@@ -27,9 +28,17 @@ class EmulatedRouting:
     """See the module; times are the engine's clock."""
 
     def __init__(
-        self, model: StepModel, schedule: RoutingSchedule, *, start_s: float, counter: RoutingCounter | None = None
+        self,
+        model: StepModel,
+        schedule: RoutingSchedule,
+        *,
+        start_s: float | None = None,
+        counter: RoutingCounter | None = None,
     ) -> None:
-        """All models that will be needed are made here, so that no step waits for one."""
+        """The schedule counts from `start_s`, None: from the first step, since nobody knows when a server's engine began.
+
+        All models that will be needed are made here, so that no step waits for one.
+        """
         cv = model.constants.popularity_cv
         self._start_s, self._counter, self._next, self.model = start_s, counter, 0, model
         self._changes = schedule.changes(cv) if model.shape.experts else ()
@@ -38,6 +47,8 @@ class EmulatedRouting:
 
     def at(self, now_s: float) -> StepModel:
         """The model of a step that begins at `now_s`."""
+        if self._start_s is None:
+            self._start_s = now_s
         while self._next < len(self._changes) and self._changes[self._next].time_s <= now_s - self._start_s:
             change = self._changes[self._next]
             self._next += 1
@@ -93,15 +104,16 @@ class RoutingCounter:
         self._channel.close()
 
 
-def routing_of(config: Any, model: StepModel, environ: os._Environ[str], start_s: float) -> EmulatedRouting:
-    """Routing of the engine of this vLLM configuration, from `start_s` on.
+def routing_of(config: Any, model: StepModel, environ: os._Environ[str]) -> EmulatedRouting:
+    """Routing of the engine of this vLLM configuration; in virtual time its schedule counts from now, as a run's faults do.
 
     Raises:
         ConfigError: PALS_EMU_ROUTING holds no schedule.
     """
     schedule = parse_routing(environ.get(VARIABLE, ""))
     counter = counter_of(config, model, schedule.seed, environ)
-    return EmulatedRouting(model, schedule, start_s=start_s, counter=counter)
+    world = world_of(config)
+    return EmulatedRouting(model, schedule, start_s=None if world is None else world.clock.now_s(), counter=counter)
 
 
 def counter_of(config: Any, model: StepModel, seed: int, environ: os._Environ[str]) -> RoutingCounter | None:
