@@ -22,6 +22,7 @@ from pals.engines.emulated_world import emulating
 if TYPE_CHECKING:
     from pals.experiments.virtual_run import VirtualNode, VirtualResult
     from pals.plant.faults import FaultSchedule
+    from pals.plant.routing_schedule import RoutingSchedule
     from pals.runtime.config import Config
 
 
@@ -59,6 +60,7 @@ def add_run(kinds: Any) -> None:
         metavar="FILE",
         help="what goes wrong with the boards, and when: .csv or .json (docs/models/boards.md)",
     )
+    add_routing_option(p)
     p.add_argument("--out", default="out/emulate", metavar="FOLDER", help="journals, outcomes (default out/emulate)")
     add_agent_options(p)
     p.set_defaults(function=run, takes_engine_options=True)
@@ -90,6 +92,32 @@ def add_board_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed-boards", type=int, default=0, help="seed of the boards' variation (default 0)")
 
 
+def add_routing_option(p: argparse.ArgumentParser) -> None:
+    """How the routing of a simulated MoE model drifts."""
+    p.add_argument(
+        "--routing-drift", metavar="DRIFT|FILE",
+        help="of a MoE model: '60:swap=0.5;120+30:cv=0.3', or a .json or .toml file (docs/models/routing.md)",
+    )  # fmt: skip
+
+
+def routing_of(args: argparse.Namespace) -> RoutingSchedule:
+    """The schedule of --routing-drift; empty where it is not given.
+
+    Raises:
+        ConfigError: it says none, or the model has no experts.
+    """
+    from pals.core.architecture import ModelShape
+    from pals.engines.model_zoo import read_config
+    from pals.plant.routing_schedule import RoutingSchedule, load_routing
+
+    if args.routing_drift is None:
+        return RoutingSchedule()
+    schedule = load_routing(args.routing_drift)
+    if not ModelShape.from_config(read_config(args.model)[1]).experts:
+        raise ConfigError(f"--routing-drift: {args.model} has no experts to route to. Nothing was started")
+    return schedule
+
+
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Serve under each policy, print the table; 0 when every request was answered with the tokens asked for."""
     from pals.cli.agent import stopping
@@ -98,11 +126,11 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     if not args.time_scale > 0:
         raise ConfigError(f"--time-scale {args.time_scale} must be above 0. Nothing was started")
     folder = Path(args.out)
-    runs, faults = runs_of(args, folder), faults_of(args)
+    runs, faults, routing = runs_of(args, folder), faults_of(args), routing_of(args)
     specs = load_slice(args.seconds, start_s=args.start_s, time_scale=args.time_scale)
     results: list[VirtualResult] = []
     stop = threading.Event()
-    with stopping(stop), node_of(args, rest) as node:
+    with stopping(stop), node_of(args, rest, routing=routing.text()) as node:
         from pals.experiments.virtual_run import run_policy
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +190,8 @@ def faults_of(args: argparse.Namespace) -> FaultSchedule:
     faults.check_boards(parse_boards(args.boards)[1])
     if strange := {e.kind for e in engine_events(faults.events)}:
         raise ConfigError(
-            f"{', '.join(sorted(strange))} in {args.faults}: here a real vLLM runs, only its boards can fail. Nothing was started"
+            f"{', '.join(sorted(strange))} in {args.faults}: here a real vLLM runs (--routing-drift moves its routing), only its "
+            "boards can fail. Nothing was started"
         )
     return faults
 
@@ -211,7 +240,7 @@ def profile(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 @contextmanager
-def node_of(args: argparse.Namespace, rest: list[str]) -> Iterator[VirtualNode]:
+def node_of(args: argparse.Namespace, rest: list[str], *, routing: str = "") -> Iterator[VirtualNode]:
     """The node asked for, with a run directory of its own; this process becomes one that emulates."""
     from pals.cli.extras import require
     from pals.cli.serve import cache_folder
@@ -232,7 +261,7 @@ def node_of(args: argparse.Namespace, rest: list[str]) -> Iterator[VirtualNode]:
 
         folder = Path(scratch)
         say(f"EMULATED, virtual clock: {count} × {spec.nvml_name}; no GPU is used, every watt and second is simulated")
-        with emulating(name, folder, folder / BANK_FILE):
+        with emulating(name, folder, folder / BANK_FILE, routing):
             yield VirtualNode(
                 model=model, options=options, spec=spec, count=count, board_seed=args.seed_boards, folder=folder
             )

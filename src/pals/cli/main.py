@@ -112,6 +112,10 @@ def add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     serve.add_argument("--no-agent", action="store_true", help="serve only; start `pals agent` apart")
     serve.add_argument("--seed-boards", type=int, default=0, help="seed of the emulated boards' variation (default 0)")
     serve.add_argument(
+        "--routing-drift", metavar="DRIFT|FILE",
+        help="emulated MoE model: '60:swap=0.5;120+30:cv=0.3', or a .json or .toml file (docs/models/routing.md)",
+    )  # fmt: skip
+    serve.add_argument(
         "--unprivileged", action="store_true", help="emulated boards refuse writes, as real ones without root"
     )
     serve.add_argument(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pals.cli.agent import config_of, living, steer, stopping, token_of, wait_for_channel
+from pals.cli.emulate import routing_of
 from pals.cli.extras import require
 from pals.cli.main import say
 from pals.cli.preflight import check_before_launch
@@ -233,6 +234,8 @@ def target_of(args: argparse.Namespace, rest: list[str], folder: Path) -> Iterat
         environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as NVML counts, and with it PALS
     names: tuple[str, ...] = (args.model,)
     if not args.emulate:
+        if args.routing_drift is not None:
+            raise ConfigError("--routing-drift is of an emulated engine: give --emulate too. Nothing was started")
         if environ.get("PALS_EMU"):
             raise ConfigError("PALS_EMU is set but --emulate is not given; unset it, or say which boards to emulate")
         # no driver: says so, and names --emulate
@@ -240,6 +243,7 @@ def target_of(args: argparse.Namespace, rest: list[str], folder: Path) -> Iterat
             infos = tuple(b.info for b in nvml.boards)
         yield Target(model=args.model, served_names=names, extra=rest, environ=environ, boards=infos)
         return
+    routing = routing_of(args).text()
     spec, count = parse_boards(args.emulate)
     boards, extra = emulated_boards(environ.get("CUDA_VISIBLE_DEVICES", ""), count, rest)
     model = args.model
@@ -253,6 +257,7 @@ def target_of(args: argparse.Namespace, rest: list[str], folder: Path) -> Iterat
     ):
         told = "" if len(boards) == count else f", of which this server uses {indices_text(boards)}"
         say(f"EMULATED: {count} × {spec.nvml_name}{told}; no GPU is used, every watt and second below is simulated")
+        environ |= {"PALS_EMU_ROUTING": routing} if routing else {}
         environ |= {"PALS_EMU": "1", "PALS_EMU_BOARDS": str(bank), "HF_HUB_OFFLINE": "1"}
         with open_boards(emulated=bank, indices=boards) as nvml:
             infos = tuple(b.info for b in nvml.boards)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pals.cli.emulate import add_board_options, reproducing
+from pals.cli.emulate import add_board_options, add_routing_option, reproducing, routing_of
 from pals.cli.main import add_control_options, say
 from pals.core.errors import ConfigError
 
@@ -48,6 +48,7 @@ def add_simulate(commands: Any) -> None:
     p.add_argument(
         "--faults", metavar="FILE", help="JSON or CSV of faults: time_s, kind, board, value (docs/simulate.md)"
     )
+    add_routing_option(p)
     add_plant_options(p)
     p.add_argument("--workers", type=int, default=1, metavar="N", help="policies at a time (default 1)")
     p.add_argument("--journal", action="store_true", help="also write a journal for each policy, for `pals replay`")
@@ -132,6 +133,7 @@ def simulation_of(args: argparse.Namespace) -> Simulation:
     engine = replace(engine, prefix_caching=not args.no_enable_prefix_caching)
     if args.faults:
         engine = replace(engine, faults=read_faults(Path(args.faults), boards=engine.boards))
+    engine = replace(engine, routing=routing_of(args))
     replica = engine.replica()
     replica.advance(1e-3)  # compiled here where it was not before, so that no run's speed counts it
     context = min(replica.kv_tokens, args.max_model_len or engine.model_context)

@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from pals.engines.emulated_routing import EmulatedRouting
 from pals.plant.boards import BoardBank
 from pals.plant.llm_step import StepBatch, StepModel
+from pals.plant.routing_schedule import RoutingSchedule
 from pals.plant.specs import parse_boards
 
 DEFAULT_BOARDS = "h100-sxm5-80gb"
@@ -64,7 +66,7 @@ class BookedStep:
 
 
 class EmulatedDevice:
-    """See the module. `boards` are the indices of this rank's boards in the bank."""
+    """See the module. `boards` are the indices of this rank's boards in the bank; `routing` None does not drift and counts nothing."""
 
     def __init__(
         self,
@@ -72,12 +74,14 @@ class EmulatedDevice:
         bank: BoardBank,
         boards: tuple[int, ...],
         *,
+        routing: EmulatedRouting | None = None,
         canned: list[int],
         eos: int | None,
         environ: Mapping[str, str],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._model, self._bank, self._boards, self._clock = model, bank, boards, clock
+        self._bank, self._boards, self._clock = bank, boards, clock
+        self._routing = routing or EmulatedRouting(model, RoutingSchedule())
         self._canned, self._eos = canned, eos
         self._requests: dict[str, _Request] = {}
         fixed = environ.get("PALS_EMU_STEP_S")
@@ -93,6 +97,7 @@ class EmulatedDevice:
         start_s, end_s = self._book(batch) if batch.tokens else (self._clock(), self._clock())
         if batch.tokens:
             self.trace.add(start_s, end_s, batch, len(req_ids))
+            self._routing.count(batch.tokens, self._clock())
         logprobs = any(self._requests[rid].logprobs for rid in req_ids)
         return BookedStep(start_s=start_s, end_s=end_s, req_ids=req_ids, sampled=sampled, logprobs=logprobs)
 
@@ -106,7 +111,7 @@ class EmulatedDevice:
         if self._fixed_s is not None:
             self.free_at_s = start_s + self._fixed_s
             return start_s, self.free_at_s
-        cost = self._model.step(batch, self._bank.pace_mhz(self._boards, now_s))
+        cost = self._routing.at(start_s).step(batch, self._bank.pace_mhz(self._boards, now_s))
         self.free_at_s = start_s + cost.seconds
         self._bank.book(self._boards, start_s, self.free_at_s, cost.load, now_s)
         return start_s, self.free_at_s

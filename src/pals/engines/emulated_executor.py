@@ -16,6 +16,7 @@ from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 
 from pals.core.architecture import ModelShape
 from pals.engines.emulated_device import BookedStep, EmulatedDevice, open_bank
+from pals.engines.emulated_routing import routing_of
 from pals.engines.emulated_world import clock_of, world_of
 from pals.engines.vllm_plugin import boards_of
 from pals.plant.llm_step import StepModel
@@ -126,8 +127,9 @@ class EmulatedExecutor(Executor):
         )
         canned = folder / CANNED_FILE
         eos = config.model_config.hf_text_config.eos_token_id
+        self._routing = routing_of(config, self._model, os.environ)
         self._device = EmulatedDevice(
-            self._model, bank, boards,
+            self._model, bank, boards, routing=self._routing,
             canned=json.loads(canned.read_text()) if canned.exists() else FALLBACK_IDS,
             eos=eos[0] if isinstance(eos, list) else eos,
             environ=os.environ,
@@ -180,7 +182,7 @@ class EmulatedExecutor(Executor):
         return True
 
     def shutdown(self) -> None:
-        return None
+        self._routing.close()
 
 
 def model_output(step: BookedStep) -> Any:

@@ -44,12 +44,13 @@ def clock_of(vllm_config: Any) -> Clock:
 
 
 @contextmanager
-def emulating(name: str, folder: Path, bank: Path) -> Iterator[None]:
-    """The environment that vLLM and the plugin read in this process; as it was afterwards."""
+def emulating(name: str, folder: Path, bank: Path, routing: str = "") -> Iterator[None]:
+    """The environment that vLLM and the plugin read in this process; as it was afterwards. `routing` is a schedule's text."""
     before = dict(os.environ)
     os.environ |= {
         "PALS_EMU": "1",
         "PALS_EMU_BOARDS": str(bank),
+        "PALS_EMU_ROUTING": routing,
         "PALS_RUN_DIR": str(folder),
         "PALS_MODEL_NAME": name,
         "HF_HUB_OFFLINE": "1",

@@ -1,4 +1,4 @@
-"""A fault schedule in event time: each fault begins exactly when it says, between two ticks or in the middle of a step."""
+"""Faults and drifting routing in event time: each begins exactly when it says, between two ticks or in the middle of a step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pals.experiments.simulated_node import SimulatedGroup
 from pals.plant.faults import BOARD_KINDS, FaultEvent, FaultSchedule, load_faults
 from pals.plant.llm_step import StepModel
 from pals.plant.replica import Replica
+from pals.plant.routing_schedule import RoutingChange, RoutingSchedule
 
 #: A step model with this popularity of experts (coefficient of variation; None: the board's) and factor on host time.
 ModelOf = Callable[[float | None, float], StepModel]
@@ -26,10 +27,19 @@ def read_faults(path: Path, *, boards: int) -> FaultSchedule:
 
 
 class TimedFaults:
-    """Advances a replica and lets faults happen on the way."""
+    """Advances a replica and lets faults happen on the way, and its routing drift."""
 
-    def __init__(self, schedule: FaultSchedule, replica: Replica, group: SimulatedGroup, model_of: ModelOf) -> None:
-        self._events, self._next = schedule.events, 0
+    def __init__(
+        self,
+        schedule: FaultSchedule,
+        replica: Replica,
+        group: SimulatedGroup,
+        model_of: ModelOf,
+        routing: RoutingSchedule | None = None,
+    ) -> None:
+        changes = routing.changes(replica.model.constants.popularity_cv) if routing is not None else ()
+        events: list[FaultEvent | RoutingChange] = [*schedule.events, *changes]
+        self._events, self._next = sorted(events, key=lambda e: e.time_s), 0
         self._replica, self._group, self._model_of = replica, group, model_of
         self._popularity_cv: float | None = None
         self._host_factor = 1.0
@@ -43,8 +53,14 @@ class TimedFaults:
             self._next += 1
         self._replica.advance(until_s)
 
-    def _happen(self, e: FaultEvent) -> None:
-        if e.kind == "routing_drift":
+    def _happen(self, e: FaultEvent | RoutingChange) -> None:
+        if isinstance(e, RoutingChange):
+            if e.swap is not None:
+                self._replica.swap_experts(*e.swap)
+            if e.cv is None:
+                return
+            self._popularity_cv = e.cv
+        elif e.kind == "routing_drift":
             self._popularity_cv = e.value
         elif e.kind == "engine_build":
             self._host_factor = e.value

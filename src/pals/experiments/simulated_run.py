@@ -34,6 +34,7 @@ from pals.plant.faults import FaultSchedule
 from pals.plant.llm_step import StepModel
 from pals.plant.perturb import SPREAD, perturb
 from pals.plant.replica import Replica
+from pals.plant.routing_schedule import RoutingSchedule
 from pals.plant.specs import BoardSpec
 from pals.plant.step_constants import step_constants
 from pals.plant.workload import LengthSource, Workload
@@ -67,6 +68,9 @@ class Simulation:
     workload: Workload
     left_out: int = 0  # requests longer than that
     faults: FaultSchedule = field(default_factory=FaultSchedule)
+    routing: RoutingSchedule = field(
+        default_factory=RoutingSchedule
+    )  # how popularity drifts, and the seed it begins with
     perturb_seed: int | None = None  # other constants of the plant, drawn from this seed; None: the plant as it is
     spread: float = SPREAD
 
@@ -121,7 +125,7 @@ class Simulation:
         return Replica(
             self.step_model(), self.moved(self.spec), boards=self.boards, max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens, prefix_caching=self.prefix_caching,
-            board_seed=self.board_seed,
+            board_seed=self.board_seed, routing_seed=self.routing.seed,
         )  # fmt: skip
 
 
@@ -173,7 +177,7 @@ def run_policy(
         if task.journal is not None:
             header = header_of(sim, task, [m.info for m in rig.meters], accepted_by(sim, task, rig.meters))
             sinks.append(exits.enter_context(closing(Journal(task.journal, header))).append)
-        faults = TimedFaults(sim.faults, replica, group, sim.step_model)
+        faults = TimedFaults(sim.faults, replica, group, sim.step_model, sim.routing)
         event_s, complete = drive(faults, replica, rig, task.config, sinks, stop=stop, report=report)
     answers, extra = answers_of(replica, w)
     mean_w = energy.mean_power_w()

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 FloatArray = NDArray[np.float64]
 
 EXPERT_CV = 0.3  # popularity of experts, coefficient of variation, where nothing is known of the model's routing
+LEAST_CV = 1e-6  # below it, all experts alike: the gamma draw's shape would leave the range of numbers
 BLOCKS = (16, 32, 64, 128)  # rows of one tile of the grouped matrix product that kernels choose from
 
 
@@ -30,7 +31,7 @@ class ExpertLoad(NamedTuple):
 @lru_cache(maxsize=64)
 def popularity(experts: int, top_k: int, cv: float) -> tuple[float, ...]:
     """Probability that a token uses each expert; gamma weights of a fixed seed, inclusion capped at 1."""
-    if cv <= 0:
+    if cv < LEAST_CV:
         return (top_k / experts,) * experts
     weights = np.random.default_rng(0).gamma(1 / cv**2, cv**2, experts)
     return tuple(np.minimum(1.0, top_k * weights / weights.sum()))

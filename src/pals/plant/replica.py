@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pals.core.errors import ConfigError
+from pals.core.experts import ExpertCounts
 from pals.core.quantities import LOWERINGS, EngineSample
 from pals.plant import replica_run
 from pals.plant.governor import Firmware
 from pals.plant.llm_step import StepModel, StepTables
 from pals.plant.replica_boards import BoardView, ReplicaBoards
 from pals.plant.replica_state import PIPELINE, REQUEST, Memory, new_memory
+from pals.plant.routing import Routing, RoutingTally, tally_of
 from pals.plant.silicon import Silicon
 from pals.plant.specs import BoardSpec
 from pals.plant.workload import Workload
@@ -71,12 +73,13 @@ class Replica:
         pace_when_planned: bool = False,
         board_seed: int = 0,
         setter_latency_s: float = 0.004,
+        routing_seed: int = 0,
         compiled: bool = True,
     ) -> None:
         """`kv_blocks` None: what the board's memory leaves; `compiled` False runs the same code uncompiled.
 
         `pace_when_planned` fixes a step's duration at the clock of the moment it is planned, as the emulated engine books
-        it; otherwise a step that runs slows down and speeds up with the clock.
+        it; otherwise a step that runs slows down and speeds up with the clock. `routing_seed` says which experts are popular.
 
         Raises:
             ConfigError: sizes that do not fit one another, the model does not fit the boards, or numba is missing.
@@ -89,7 +92,9 @@ class Replica:
         self.spec, self.model = spec, model
         self._max_num_batched_tokens = max_num_batched_tokens
         self.kv_blocks = kv_blocks or kv_blocks_of(model, gpu_memory_utilization, block_size)
-        self._memory = new_memory(boards=boards, block_size=block_size, max_num_seqs=max_num_seqs)
+        self._memory = new_memory(
+            boards=boards, block_size=block_size, max_num_seqs=max_num_seqs, max_tokens=max_num_batched_tokens
+        )
         self._ended: tuple[NDArray[Any], ...] = ()  # requests that had ended when this was cloned: blank in the memory
         self._live = 0  # requests before this one have ended
         self._state = self._memory.state[0]
@@ -102,6 +107,7 @@ class Replica:
         s["due"] = 1
         self._boards = ReplicaBoards(self._memory, spec, seed=board_seed, setter_latency_s=setter_latency_s)
         self._dips_known_s = 0.0
+        self._tally = tally_of(model.shape, model.constants.popularity_cv, seed=routing_seed)
         self.swap_model(model)
         self._silicon, self._firmware = numbers(spec.silicon), numbers(spec.firmware)
         self._advance: Callable[..., bool] = _compiled() if compiled else replica_run.advance
@@ -289,6 +295,36 @@ class Replica:
                 f"{self._max_num_batched_tokens}: make it with max_tokens={self._max_num_batched_tokens}"
             )
         self.model, self._tables = model, numbers(model.tables)
+        if self._tally is not None:
+            self._route(self._counted(self._tally).routing.with_cv(model.constants.popularity_cv))
+
+    def swap_experts(self, begin: float = 0.0, end: float = 0.5) -> None:
+        """From now on the most popular experts are the least popular ones, and the other way round; no step takes more or less time.
+
+        `begin` and `end` are shares of the more popular half of the experts, the most popular first. Without experts nothing happens.
+        """
+        if self._tally is not None:
+            self._route(self._counted(self._tally).routing.swapped(begin, end))
+
+    def expert_counts(self) -> ExpertCounts | None:
+        """What a counting worker would have counted in all steps that are done; None for a model without experts.
+
+        Which experts were touched is drawn here, for the steps since the last call, with their exact numbers of tokens; the sum of
+        distinct experts varies around what step times are computed from. Asking changes nothing in the simulation.
+        """
+        if self._tally is None:
+            return None
+        return self._counted(self._tally).counts(self.now_s, ranks=self.model.group.expert_ranks)
+
+    def _counted(self, tally: RoutingTally) -> RoutingTally:
+        """The tally with the steps done since it was last brought up to date."""
+        self._tally = tally.after(self._memory.steps_by_tokens)
+        self._memory.steps_by_tokens[:] = 0
+        return self._tally
+
+    def _route(self, routing: Routing) -> None:
+        if self._tally is not None:
+            self._tally = replace(self._tally, routing=routing)
 
     def boards(self) -> tuple[BoardView, ...]:
         """The sensors of each board now.

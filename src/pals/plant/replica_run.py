@@ -170,6 +170,7 @@ def finish_step(m: Memory) -> None:
     step, now_s = s["completed"], s["now_s"]
     r = m.steps[step % len(m.steps)]
     s["completed"] += 1
+    m.steps_by_tokens[r["prefill_tokens"] + r["decode_sequences"]] += 1
     s["output_tokens"] += r["yields"]
     s["busy_until_s"] = s["last_update_s"] = now_s
     i = r["first"]

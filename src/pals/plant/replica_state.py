@@ -85,9 +85,10 @@ class Memory(NamedTuple):
     ttft_counts: Array
     tpot_counts: Array
     bounds_s: Array
+    steps_by_tokens: Array  # done since their routing was last looked at, by number of tokens
 
 
-def new_memory(*, boards: int, block_size: int, max_num_seqs: int) -> Memory:
+def new_memory(*, boards: int, block_size: int, max_num_seqs: int, max_tokens: int) -> Memory:
     """An empty replica at time 0."""
     slots = np.zeros(2 * max_num_seqs + 8, SLOT)
     slots["next"] = np.arange(1, len(slots) + 1)
@@ -111,4 +112,5 @@ def new_memory(*, boards: int, block_size: int, max_num_seqs: int) -> Memory:
         ttft_counts=np.zeros(len(LATENCY_BOUNDS_S) + 1, np.int64),
         tpot_counts=np.zeros(len(LATENCY_BOUNDS_S) + 1, np.int64),
         bounds_s=np.array(LATENCY_BOUNDS_S),
+        steps_by_tokens=np.zeros(max_tokens + 1, np.int64),
     )

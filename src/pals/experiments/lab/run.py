@@ -108,7 +108,7 @@ def rigged(task: RunTask) -> tuple[Replica, Rig, TimedFaults]:
     rig = rig_of(task.sim, named, replica, group)
     if task.controller is not None:
         rig = replace(rig, controller=task.controller)
-    return replica, rig, TimedFaults(task.sim.faults, replica, group, task.sim.step_model)
+    return replica, rig, TimedFaults(task.sim.faults, replica, group, task.sim.step_model, task.sim.routing)
 
 
 def _drive(
