@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,14 @@ class ExpertEngine:
 
     def start(self, **info: Any) -> None:
         """The engine's own channel: it runs."""
-        from dataclasses import replace
-
         EngineChannel(self.folder, replace(self.info, model=self.name, **info), name=self.name.replace("/", "-"))
 
     def shuffle(self) -> None:
         """Another workload: the same skew on other experts."""
         ranked = (1.0 + np.arange(self.experts)) ** -self.tilt
-        self._chance: FloatArray = np.array([self._random.permutation(ranked / ranked.sum()) for _ in range(self.layers)])
+        self._chance: FloatArray = np.array(
+            [self._random.permutation(ranked / ranked.sum()) for _ in range(self.layers)]
+        )
 
     def serve(self, seconds: float, *, steps_per_s: float = 20.0, tokens: int = 32) -> None:
         """Take steps of `tokens` tokens, each with `top_k` different experts in every layer, and publish."""
@@ -71,7 +71,7 @@ class ExpertEngine:
         """As the worker does."""
         if self.channel is None:
             facts = ExpertFacts(
-                pid=os.getpid(), engine_pid=os.getpid(), tensor_rank=0, data_rank=0, layers=self.names,
+                pid=os.getpid(), engine_pid=self.info.pid, tensor_rank=0, data_rank=0, layers=self.names,
                 experts=self.experts, top_k=self.top_k, ranks=self.ranks, placement="linear",
                 bypassed=tuple(self.names[i] for i in self.bypassed),
             )  # fmt: skip

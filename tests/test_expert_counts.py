@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
 from pals.engines import expert_counts  # noqa: E402
-from pals.engines.expert_counts import ExpertCounter, WorkerExperts, listen, rows_of_rank, why_not, whole  # noqa: E402
+from pals.engines.expert_counts import ExpertCounter, WorkerExperts, listen, rows_of_rank, whole, why_not  # noqa: E402
 
 
 class Router:

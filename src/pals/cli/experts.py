@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +34,7 @@ from pals.views.expert_text import plain_experts, print_experts, print_history
 FORMAT = "pals-experts/1"
 FILE_WIDTH = 120  # columns, where nobody looks: in a pipe or a file
 SHORTEST_S = 1.0  # workers publish at most twice a second
+MOST_KEPT = 3600  # windows of a watch that are drawn over time
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 
 
@@ -56,17 +59,22 @@ def experts(
     if args.journal is not None and args.model is None:
         if args.watch is not None:
             raise ConfigError("--watch looks at a running engine; name it beside --journal. Nothing was shown")
-        _show(None, told, figure, as_json=args.json)
+        _show(None, told, figure=figure, as_json=args.json)
         return 0
-    look = Look(_engine(run_dir(dict(environ)), args.model), run_dir(dict(environ)))
-    while True:
+    folder = run_dir(dict(environ))
+    look = Look(_engine(folder, args.model), folder)
+    show = partial(_show, figure=figure, as_json=args.json)
+    if args.watch is None:
         picture = look.again(partial(wait, window_s))
-        over_time = told or (tuple(look.seen) if args.watch is not None and len(look.seen) > 1 else ())
-        if args.watch is not None and not args.json and sys.stdout.isatty():
-            Console().clear()
-        _show(picture, over_time, figure, as_json=args.json, window=look.window, one_line=args.watch is not None)
-        if args.watch is None:
-            return 0
+        show(picture, told, window=look.window)
+        return 0
+    with contextlib.suppress(KeyboardInterrupt):  # the way a watch ends
+        while True:
+            picture = look.again(partial(wait, window_s))
+            if not args.json and sys.stdout.isatty():
+                Console().clear()
+            show(picture, told or look.over_time, window=look.window, one_line=True)
+    return 0
 
 
 @dataclass(slots=True)
@@ -76,7 +84,7 @@ class Look:
     group: EngineGroup
     folder: Path
     window: ExpertCounts | None = None  # the newest
-    seen: list[ExpertSummary] = field(default_factory=list)
+    seen: deque[ExpertSummary] = field(default_factory=lambda: deque(maxlen=MOST_KEPT))
     _last: ExpertCounts | None = None
     _reference: ExpertCounts | None = None
     _reference_told: str = ""
@@ -109,6 +117,11 @@ class Look:
         self._last = now
         self.seen.append(summary)
         return picture
+
+    @property
+    def over_time(self) -> tuple[ExpertSummary, ...]:
+        """The windows so far; nothing while there is but one."""
+        return history(self.seen) if len(self.seen) > 1 else ()
 
     def _counts(self) -> ExpertCounts:
         if not self.group.alive():
@@ -190,8 +203,8 @@ def _figure_of(given: str | None) -> Path | None:
 def _show(
     picture: ExpertPicture | None,
     over_time: tuple[ExpertSummary, ...],
-    figure: Path | None,
     *,
+    figure: Path | None,
     as_json: bool,
     window: ExpertCounts | None = None,
     one_line: bool = False,

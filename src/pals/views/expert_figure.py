@@ -150,8 +150,9 @@ def _line(
         [(w.time_s - start_s) / unit_s for w in windows], values, color=colour, marker="o", markersize=3, linewidth=1.4
     )
     axes.set_ylabel(label)
-    axes.set_ylim(bottom=0, top=None if np.isfinite(values).any() else 1)
-    if not np.isfinite(values).any():
+    known = [v for v in values if np.isfinite(v)]
+    axes.set_ylim(0, 1.15 * max(known, default=0.0) or 1.0)
+    if not known:
         axes.text(0.5, 0.5, "not known in any window", transform=axes.transAxes, ha="center", va="center", fontsize=9)
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pals.core.experts import ExpertSummary, FloatArray
+from pals.core.experts import ExpertSummary, FloatArray, ranks_of_experts
 from pals.views.expert_picture import ExpertPicture, LayerLoad, binned
 
 #: Below which load over the layer's mean each bar is drawn; what is above the last has the highest.
@@ -28,7 +30,7 @@ COLUMNS: tuple[Column, ...] = (
     ("CV", lambda layer: layer.variation, ".2f"),
     ("top 20%", lambda layer: layer.top_fifth_share, ".0%"),
 )
-HOTTEST: Column = ("rank", lambda layer: layer.hottest_rank_over_mean, ".2f")
+HOTTEST: Column = ("ranks", lambda layer: layer.hottest_rank_over_mean, ".2f")
 
 
 def print_experts(picture: ExpertPicture, console: Console) -> None:
@@ -38,16 +40,17 @@ def print_experts(picture: ExpertPicture, console: Console) -> None:
     head = f"{picture.engine}{' (emulated boards)' if picture.emulated else ''}"
     span = "since the engine's start" if s.span_s is None else f"over {s.span_s:.1f} s"
     console.print(Text(head, "bold"), soft_wrap=True)
-    console.print(
-        f"{s.layers} layers of {s.experts} experts, {s.top_k} chosen by each token; {s.tokens} tokens in {s.steps} steps {span}"
-    )
-    console.print(Padding(_summary(picture), (0, 0, 0, 2), expand=False))
+    console.print(f"{s.layers} layers of {s.experts} experts, {s.top_k} chosen by each token")
     if s.layers_known == 0:
-        console.print(f"nothing to draw: {s.unknown['layers_known']}")
+        console.print(f"nothing is known of this window: {s.unknown['layers_known']}")
         return
+    console.print(f"{s.tokens} tokens in {s.steps} steps {span}")
+    console.print(Padding(_summary(picture), (0, 0, 0, 2), expand=False))
     console.print()
     for line in layer_lines(picture, console.width, bars):
         console.print(line, soft_wrap=True)
+    for line in _legend(picture, console.width, bars):
+        console.print(line)
 
 
 def print_history(windows: Sequence[ExpertSummary], console: Console) -> None:
@@ -112,28 +115,48 @@ def level(load: float) -> int | None:
     return None if load == 0 else sum(load >= edge for edge in EDGES)
 
 
-def layer_lines(picture: ExpertPicture, width: int, bars: str = BARS) -> list[Text]:
-    """The ruler, a line a layer, and what bars and columns mean."""
-    columns = (
-        [] if width < NARROW else [*COLUMNS, *([HOTTEST] if picture.summary.hottest_rank_over_mean is not None else [])]
-    )
+class Layout(NamedTuple):
+    """How a line is divided: the layer's name, cells of `each` experts that are `wide` columns, and figures."""
+
+    names: int
+    each: int
+    wide: int
+    cells: int
+    columns: tuple[Column, ...]
+
+
+def layout_of(picture: ExpertPicture, width: int) -> Layout:
+    """As many experts to a bar as `width` demands; no figures where it is narrow."""
+    ranks = picture.summary.hottest_rank_over_mean is not None
+    columns = () if width < NARROW else (*COLUMNS, *([HOTTEST] if ranks else []))
     names = max(5, *(len(layer.name) for layer in picture.layers))
-    room = max(LEAST_CELLS, width - names - 2 - sum(len(title) + 2 for title, _, _ in columns))
+    room = max(LEAST_CELLS, width - names - 2 - sum(_width(column) for column in columns))
     each = -(-picture.summary.experts // room)
     cells = -(-picture.summary.experts // each)
-    wide = min(MOST_WIDE, room // cells)
-    ruler = Text(f"{'layer':>{names}}  {_ruler(picture, cells * wide)}", "dim")
-    ruler.append("".join(f"  {title}" for title, _, _ in columns))
-    lines = [ruler]
+    return Layout(names, each, min(MOST_WIDE, room // cells), cells, columns)
+
+
+def layer_lines(picture: ExpertPicture, width: int, bars: str = BARS) -> list[Text]:
+    """The rulers and a line a layer."""
+    to = layout_of(picture, width)
+    ruler = f"{'layer':>{to.names}}  {_ruler(picture, to.cells * to.wide)}"
+    lines = [Text(ruler + "".join(f"{title:>{_width((title, of, form))}}" for title, of, form in to.columns), "dim")]
+    if ranks := _rank_ruler(picture, to):
+        lines.append(Text(f"{'rank':>{to.names}}  {ranks}", "dim"))
     for layer in picture.layers:
-        line = Text(f"{layer.name:>{names}}  ")
+        line = Text(f"{layer.name:>{to.names}}  ")
         if layer.load is None:
             line.append(f"not known: {layer.why}", "italic")
         else:
-            line.append_text(_bars(binned(layer.load, each), wide, bars))
-            line.append("".join(f"  {_number(of(layer), form):>{len(title)}}" for title, of, form in columns))
+            line.append_text(_bars(binned(layer.load, to.each), to.wide, bars))
+            line.append("".join(f"{_number(c[1](layer), c[2]):>{_width(c)}}" for c in to.columns))
         lines.append(line)
-    return [*lines, *_legend(picture, each, columns, bars)]
+    return lines
+
+
+def _width(column: Column) -> int:
+    """Of a column, with the blanks before it."""
+    return max(4, len(column[0])) + 2
 
 
 def _bars(load: FloatArray, wide: int, bars: str) -> Text:
@@ -145,26 +168,40 @@ def _bars(load: FloatArray, wide: int, bars: str) -> Text:
 
 
 def _ruler(picture: ExpertPicture, width: int) -> str:
-    """The first and the last expert, and where each rank's experts begin."""
+    """The first and the last expert."""
     last = str(picture.summary.experts - 1)
     return f"{'expert 0':<{max(0, width - len(last))}}{last}" if width >= len(last) + 9 else f"{'0':<{width}}"
 
 
-def _legend(picture: ExpertPicture, each: int, columns: Sequence[Column], bars: str) -> list[Text]:
+def _rank_ruler(picture: ExpertPicture, to: Layout) -> str:
+    """Where each rank's experts begin; nothing where one rank holds all, they lie scattered, or there is no room."""
+    if picture.ranks == 1 or picture.placement != "linear":
+        return ""
+    holders = ranks_of_experts(picture.summary.experts, picture.ranks, picture.placement)
+    begins = np.searchsorted(holders, np.arange(picture.ranks)) // to.each * to.wide
+    ends = [*begins[1:], to.cells * to.wide]
+    marks = [f"|{rank}" for rank in range(picture.ranks)]
+    if any(end - begin < len(mark) for begin, end, mark in zip(begins, ends, marks, strict=True)):
+        return ""
+    return "".join(f"{mark:<{end - begin}}" for begin, end, mark in zip(begins, ends, marks, strict=True))
+
+
+def _legend(picture: ExpertPicture, width: int, bars: str) -> list[Text]:
     """What the bars mean, with their colours, and what the columns are."""
+    to = layout_of(picture, width)
     text = Text("\nload over the layer's mean: blank none")
     for i, bar in enumerate(bars):
-        below = f"<{EDGES[i]:g}" if i < len(EDGES) else "more"
         text.append("  ")
         text.append(bar, COLOURS[i])
-        text.append(f" {below}")
-    text.append(f"; a bar is the mean of {each} experts" if each > 1 else "")
+        text.append(f"<{EDGES[i]:g}" if i < len(EDGES) else "more")
     lines = [text]
-    if columns:
-        told = "distinct: experts touched a step; CV: coefficient of variation of popularity; top 20%: choices of the most popular fifth"
-        hottest = "; rank: busiest rank over the ranks' mean" if HOTTEST in columns else ""
-        lines.append(Text(f"{told}{hottest}", "dim"))
-    return lines
+    if to.each > 1:
+        lines.append(Text(f"a bar is the mean of {to.each} experts", "dim"))
+    if not to.columns:
+        return lines
+    told = "distinct: experts touched a step; CV: coefficient of variation of popularity; top 20%: choices of the most popular fifth"
+    hottest = "; ranks: the busiest over their mean" if HOTTEST in to.columns else ""
+    return [*lines, Text(f"{told}{hottest}", "dim")]
 
 
 def _summary(picture: ExpertPicture) -> Table:
@@ -175,18 +212,12 @@ def _summary(picture: ExpertPicture) -> Table:
     even = max(1, round(0.2 * s.experts)) / s.experts
     chance = "" if picture.drift_by_chance is None else f"; sampling alone gives about {picture.drift_by_chance:.3f}"
     rows = (
-        ("distinct experts per layer and step", "distinct_per_step", s.distinct_per_step, ".1f", f" of {s.experts}"),
-        ("coefficient of variation of popularity", "variation", s.variation, ".2f", ""),
-        ("top 20 % of experts get", "top_fifth_share", s.top_fifth_share, ".1%", f" of choices (even: {even:.0%})"),
-        (
-            "hottest rank over mean",
-            "hottest_rank_over_mean",
-            s.hottest_rank_over_mean,
-            ".2f",
-            f" of {picture.ranks} ranks",
-        ),
+        ("distinct experts", "distinct_per_step", s.distinct_per_step, ".1f", f" of {s.experts}, per layer and step"),
+        ("popularity CV", "variation", s.variation, ".2f", "; 0: all alike"),
+        ("top 20 %", "top_fifth_share", s.top_fifth_share, ".1%", f" of choices; {even:.0%}: all alike"),
+        ("hottest rank", "hottest_rank_over_mean", s.hottest_rank_over_mean, ".2f", f" times the mean of {picture.ranks} ranks"),
         ("drift", "drift", s.drift, ".3f", f" from {picture.reference}{chance}"),
-    )
+    )  # fmt: skip
     for name, field, value, form, more in rows:
         table.add_row(name, f"not known: {s.unknown[field]}" if value is None else f"{value:{form}}{more}")
     why = s.unknown.get("layers_known", "")
