@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+from pals.cli.experts import Look, print_looked
 from pals.core.experts import Counts, FloatArray
 from pals.core.quantities import EngineInfo
-from pals.runtime.channel import EngineChannel
+from pals.runtime.channel import EngineChannel, find_engines
 from pals.runtime.expert_channel import ExpertChannel, ExpertFacts
+from pals.runtime.group import EngineGroup
+from pals.views.expert_figure import draw_experts
+from pals.views.expert_text import plain_experts
 from tests.worlds import engine_info
 
 
@@ -77,3 +84,23 @@ class ExpertEngine:
             )  # fmt: skip
             self.channel = ExpertChannel(self.folder, facts)
         self.channel.publish(time_s=self.time_s, steps=self.steps, tokens=self.tokens, sums=self._sums)
+
+
+def demonstration(folder: Path, *, figure: Path | None = None, width: int = 104) -> str:
+    """What a watch of six windows shows at its end; the workload changes after the third. All of it synthetic."""
+    engine = ExpertEngine(folder, layers=8, ranks=4, bypassed=(5,))
+    engine.start()
+    engine.serve(30.0)
+    look = Look(EngineGroup(find_engines(folder)), folder)
+    for nth in range(6):
+        if nth == 3:
+            engine.shuffle()
+        picture = look.again(partial(engine.serve, 5.0))
+    if figure is not None:
+        draw_experts(picture, look.over_time, figure)
+    return plain_experts(partial(print_looked, picture, look.over_time), width=width)
+
+
+if __name__ == "__main__":
+    with TemporaryDirectory() as made:
+        print(demonstration(Path(made), figure=Path(sys.argv[1]) if len(sys.argv) > 1 else None))

@@ -43,7 +43,7 @@ from pals.views.expert_text import (
     print_history,
     sparkline,
 )
-from tests.expert_world import ExpertEngine
+from tests.expert_world import ExpertEngine, demonstration
 from tests.test_tick import go, rig
 from tests.worlds import Board, Clock, Engine, board_info, engine_info
 
@@ -372,6 +372,11 @@ def test_a_journal_without_summaries_says_so(tmp_path: Path, capsys: pytest.Capt
     Journal(path, header).close()
     with pytest.raises(ConfigError, match=r"says nothing of experts: .*PALS_EXPERTS=1"):
         run(tmp_path, capsys, journal=str(path))
+
+
+def test_the_docs_show_what_is_printed(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "experts-view.md").read_text(encoding="utf-8")
+    assert f"```text\n{demonstration(tmp_path)}\n```" in page
 
 
 def test_the_figure_is_drawn_with_and_without_a_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,10 +214,10 @@ def _show(
         told = as_plain(picture, over_time, window)
         print(json.dumps(told, indent=None if one_line else 1, allow_nan=False), flush=True)
     elif sys.stdout.isatty():
-        _print(picture, over_time, Console(highlight=False, markup=False, emoji=False))
+        print_looked(picture, over_time, Console(highlight=False, markup=False, emoji=False))
     else:
         given = environ_width(os.environ)
-        print(plain_experts(partial(_print, picture, over_time), width=given), flush=True)
+        print(plain_experts(partial(print_looked, picture, over_time), width=given), flush=True)
     if figure is not None:
         from pals.views.expert_figure import draw_experts
 
@@ -232,7 +232,8 @@ def environ_width(environ: Mapping[str, str]) -> int:
     return int(given) if given.isdigit() and int(given) > 0 else FILE_WIDTH
 
 
-def _print(picture: ExpertPicture | None, over_time: tuple[ExpertSummary, ...], console: Console) -> None:
+def print_looked(picture: ExpertPicture | None, over_time: tuple[ExpertSummary, ...], console: Console) -> None:
+    """A window, how it went over time, or both."""
     if picture is not None:
         print_experts(picture, console)
     if picture is not None and over_time:
