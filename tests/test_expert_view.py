@@ -115,6 +115,15 @@ def test_what_is_not_known_is_never_a_zero() -> None:
     assert "    1  not known: its kernel chooses experts itself, past the router" in drawn(inside)
 
 
+def test_bars_of_few_tokens_are_said_to_be_partly_chance() -> None:
+    window = window_of()
+    picture = picture_of(window, summarise(window), engine="model")
+    told = plain_experts(lambda console: print_experts(picture, console), width=100)
+    assert "popularity CV     not known: 100 tokens are too few: 400 are needed" in told
+    assert "partly chance" in told
+    assert "partly chance" not in drawn(window)
+
+
 @pytest.mark.parametrize("width", [40, 63, 64, 80, 100, 200])
 @pytest.mark.parametrize(("experts_", "ranks"), [(8, 1), (128, 4), (160, 8), (257, 3)])
 def test_every_layer_fits_the_width(width: int, experts_: int, ranks: int) -> None:

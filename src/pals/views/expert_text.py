@@ -47,6 +47,8 @@ def print_experts(picture: ExpertPicture, console: Console) -> None:
     console.print(f"{s.tokens} tokens in {s.steps} steps {span}")
     console.print(Padding(_summary(picture), (0, 0, 0, 2), expand=False))
     console.print()
+    if s.variation is None:
+        console.print("bars of so few tokens are partly chance; a longer window tells more")
     for line in layer_lines(picture, console.width, bars):
         console.print(line, soft_wrap=True)
     for line in _legend(picture, console.width, bars):
