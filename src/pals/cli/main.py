@@ -82,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     restore = commands.add_parser("restore", help="put boards back that a killed agent left limited")
     restore.add_argument("--writer", choices=("direct", "zeusd"), default="direct", help="who writes (default direct)")
     add_caps(commands)
+    add_experts(commands)
     commands.add_parser("models", help="models that can be served emulated")
     add_emulate(commands)
     add_plant(commands)
@@ -142,6 +143,25 @@ def add_caps(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     release.add_argument("--all", action="store_true", required=True, help="of every board and every user")
     release.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="capd's own answer, for tools")
+
+
+def add_experts(commands: argparse._SubParsersAction[Parser]) -> None:
+    """The `experts` command."""
+    experts = commands.add_parser(
+        "experts",
+        help="which experts a mixture model's tokens choose, now and over time",
+        description="Which experts an engine's tokens choose. The engine must have been started with PALS_EXPERTS=1.",
+    )
+    experts.add_argument(
+        "model", metavar="MODEL", nargs="?", help="the engine's name, model or process (default: the one)"
+    )
+    experts.add_argument("--window", type=float, default=5.0, metavar="S", help="how long to look (default 5)")
+    experts.add_argument("--watch", type=float, metavar="S", help="look again every so many seconds, until interrupted")
+    experts.add_argument("--json", action="store_true", help="for tools; with --watch a line a window")
+    experts.add_argument("--png", metavar="FILE", help="draw it too: layers by experts, and over time below")
+    experts.add_argument(
+        "--journal", metavar="FILE", help="how it went over time, from an agent's journal; without MODEL only that"
+    )
 
 
 def add_demo(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -287,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 MODULES = {
     "serve": "serve", "agent": "agent", "profile": "profile_commands", "ab": "ab_command", "emulate": "emulate", "plant": "plant",
     "simulate": "simulate", "experiment": "experiment", "doctor": "doctor",
-    "caps": "caps",
+    "caps": "caps", "experts": "experts",
     **dict.fromkeys(("replay", "status", "restore", "models", "dashboard"), "inspect"),
 }  # fmt: skip
 WITH_REST = frozenset({"serve", "emulate"})  # whose further options are vLLM's

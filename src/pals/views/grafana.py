@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prometheus_client import Counter
@@ -194,7 +194,40 @@ def rows() -> list[tuple[str, list[Panel]]]:
                 plain("Mode", "pals_mode_info", "{{engine}} {{mode}}", width=8),
             ],
         ),
+        ("Experts", expert_panels()),
     ]  # fmt: skip
+
+
+def expert_panels() -> list[Panel]:
+    """Of engines that count their experts (PALS_EXPERTS=1); empty for all others."""
+    return [
+        plain("Experts touched in a layer and step", "pals_experts_distinct_per_step", width=8),
+        Panel(
+            title="Experts' popularity",
+            queries=(
+                Query(of("pals_experts_popularity_cv"), "{{engine}} variation"),
+                Query(of("pals_experts_top20_share"), "{{engine}} share of the top 20 %"),
+            ),
+            unit="short",
+            text=f"{text_of('pals_experts_popularity_cv')}. {text_of('pals_experts_top20_share')}",
+            width=8,
+        ),
+        plain("Drift of the routing", "pals_experts_drift", width=8),
+        # A ratio above one: the unit that its name suggests would end the axis at 100 %.
+        replace(plain("Hottest rank over mean", "pals_experts_hottest_rank_ratio", width=8), unit="short"),
+        Panel(
+            title="Layers with experts",
+            queries=(
+                Query(of("pals_experts_layers"), "{{engine}} all"),
+                Query(of("pals_experts_layers_known"), "{{engine}} counted"),
+            ),
+            unit="short",
+            text=f"{text_of('pals_experts_layers')}. {text_of('pals_experts_layers_known')}",
+            width=8,
+        ),
+        plain("Tokens of the window", "pals_experts_tokens", width=4),
+        plain("Age of the window", "pals_experts_age_seconds", width=4),
+    ]
 
 
 def other(metrics: Sequence[Metric], shown: str) -> list[Panel]:

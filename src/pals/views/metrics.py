@@ -12,11 +12,14 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, make_wsgi_app
 
 from pals.control.interleaved import ARMS
+from pals.core.experts import ExpertSummary
 from pals.core.quantities import LOWERINGS, EngineSample
 from pals.runtime.modes import MODES
 from pals.runtime.tick import TickRecord
 from pals.views.capd_metrics import CapdCollector, capd_rows
 from pals.views.endpoint import serve
+from pals.views.expert_history import experts_of
+from pals.views.expert_metrics import AGE, AGE_TEXT, EXPERT_METRICS, expert_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,8 @@ METRICS: tuple[Metric, ...] = (
         "The same when a drift from the profile was found; absent while there is none",
         ("quantity",),
     ),
+    *(Metric(row.name, Gauge, row.text) for row in EXPERT_METRICS),
+    Metric(AGE, Gauge, AGE_TEXT),
 )
 
 
@@ -151,9 +156,15 @@ class EngineMetrics:
             self._gauge("pals_profile_drift", record.drift.get(quantity), quantity)
         self._arm(record)
         self._budget(record)
+        self.show_experts(experts_of(record), now_s=sample.time_s)
         if sample.engine is not None:
             self._engine(record, sample.engine)
         self._before = record
+
+    def show_experts(self, summary: ExpertSummary | None, *, now_s: float) -> None:
+        """Show a summary of the engine's routing, or that there is none; `now_s` is on the clock of the summary."""
+        for name, value in expert_values(summary, now_s).items():
+            self._gauge(name, value)
 
     def _of_boards(self, record: TickRecord) -> None:
         """Each board under its own index; of one that could not be read, nothing is shown."""
