@@ -12,7 +12,7 @@ from typing import Any
 
 from pals.core.errors import DeviceLostError
 from pals.core.quantities import BoardInfo, OperatingPoint
-from pals.runtime.agent import AgentSetup, Board, Watcher
+from pals.runtime.agent import AgentSetup, Board, BudgetKeeper, Watcher
 from pals.runtime.channel import GAUGES, EngineChannel, find_engines
 from pals.runtime.config import load_config
 from pals.runtime.group import EngineGroup, group_ranks
@@ -61,6 +61,8 @@ class AgentWorld:
     sums_w: list[tuple[float, float]] = field(default_factory=list)
     events: dict[float, Callable[[], object]] = field(default_factory=dict)  # by time: what happens on the node
     budgets: LiveBudget | None = None  # of the newest run, so that an event may put one
+    keeper: BudgetKeeper | None = None
+    writer: str = ""
     unopenable: set[int] = field(default_factory=set)  # boards that are lost when an engine that uses them comes
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -110,6 +112,8 @@ class AgentWorld:
             watch=self.watch,
             say=self.said.append,
             budgets=self.budgets,
+            budget_keeper=self.keeper,
+            writer=self.writer,
         )
         return control_engines(setup, GridClock(now_s=self.clock.now_s, wait=self.wait))
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from pals.core.admission import queue_full
 from pals.core.quantities import Decision, EngineInfo, EngineSample, OperatingPoint
-from pals.engines.admission import LET_IN, Admission, admission_of, own_engine
+from pals.engines.admission import Admission, admission_of, own_engine
 from pals.engines.admission_middleware import GENERATING, AdmissionMiddleware
 from pals.runtime.channel import GAUGES, AgentChannel, EngineChannel, Setpoint
 from pals.runtime.group import EngineGroup
@@ -117,7 +117,7 @@ def test_ranks_share_the_bound_and_count_a_refusal_once(tmp_path: Path) -> None:
     assert group.info.capabilities["refuse"]
     agents[1].release()
     assert group.setpoint(clock.now) is None
-    assert admission.ask() == LET_IN
+    assert admission.ask().retry_after_s is None
 
 
 @dataclass
@@ -156,11 +156,139 @@ def test_those_let_in_count_until_the_engine_tells_of_them() -> None:
     assert admission.ask().ticket is None  # both wait in the engine: no place more, none less
     queue.now(waiting=0, running=64, arrived_requests=2)
     assert [admission.ask().ticket for _ in range(3)] == [3, 4, None]
-    admission.ended(3)  # a bad request: answered before it reached the engine
+    admission.failed(3)  # a bad request: answered before it reached the engine
     assert admission.ask().ticket == 5
     clock.now += 2.5  # and one that got lost
     queue.now(time_s=clock.now)
     assert [admission.ask().ticket for _ in range(3)] == [6, 7, None]
+
+
+def test_an_answered_request_takes_no_other_ones_arrival() -> None:
+    queue, clock = Queue(most=2), Clock()
+    queue.now(running=64)
+    admission = judge(queue, clock)
+    assert [admission.ask().ticket for _ in range(3)] == [1, 2, None]
+
+    queue.now(arrived_requests=1)  # the second, answered at once; the first is still on the way
+    assert [admission.ask().ticket for _ in range(2)] == [3, None]
+
+
+def test_an_arrival_put_down_to_a_request_that_then_fails_was_anothers() -> None:
+    queue, clock = Queue(most=2), Clock()
+    queue.now(running=64)
+    admission = judge(queue, clock)
+    assert [admission.ask().ticket for _ in range(3)] == [1, 2, None]
+    queue.now(waiting=1, arrived_requests=1)  # the second
+    assert admission.ask().ticket is None
+
+    admission.failed(1)
+    assert [admission.ask().ticket for _ in range(2)] == [3, None]
+    queue.now(waiting=2, arrived_requests=2)
+    assert admission.ask().ticket is None
+
+
+def test_those_let_in_before_there_was_a_bound_count_too() -> None:
+    queue, clock = Queue(most=None), Clock()
+    queue.now(running=64, arrived_requests=1000)
+    admission = judge(queue, clock)
+    assert all(admission.ask().retry_after_s is None for _ in range(3))
+
+    queue.most = 4
+    assert [admission.ask().ticket is not None for _ in range(2)] == [True, False]
+    queue.now(waiting=3, arrived_requests=1003)  # theirs, not that of the one let in under the bound
+    assert admission.ask().ticket is None
+
+
+class BoundedEngine:
+    """An API server in front of an engine: who is on the way arrives late and in any order, and steps tell of it."""
+
+    def __init__(self, most: int, places: int) -> None:
+        self.queue, self.places = Queue(most=most), places
+        self.most, self.arrived, self.finished = most, 0, 0
+        self.on_the_way: list[int] = []
+        self.waiting: list[int] = []
+        self.running: list[int] = []
+        self.admission = judge(self.queue, Clock())
+        self.tell()
+
+    def tell(self) -> None:
+        """Publish, as the plugin does after a step: those that finished have left, nobody has taken their places."""
+        self.queue.now(
+            running=64 - self.places + len(self.running), waiting=len(self.waiting), arrived_requests=self.arrived
+        )
+
+    def ask(self, more: int) -> None:
+        for _ in range(1 + more):
+            verdict = self.admission.ask()
+            if verdict.retry_after_s is None:
+                assert verdict.ticket is not None
+                self.on_the_way.append(verdict.ticket)
+        assert len(self.on_the_way) + len(self.waiting) + len(self.running) <= self.most + self.places
+
+    def arrive(self, which: int) -> None:
+        if self.on_the_way:
+            self.waiting.append(self.on_the_way.pop(which % len(self.on_the_way)))
+            self.arrived += 1
+
+    def turn_down(self, which: int) -> None:
+        if self.on_the_way:
+            self.admission.failed(self.on_the_way.pop(which % len(self.on_the_way)))
+
+    def step(self, finishing: int) -> None:
+        while self.waiting and len(self.running) < self.places:
+            self.running.append(self.waiting.pop(0))
+        del self.running[: finishing % (self.places + 1)]  # answered; nothing is said to the judge
+        self.tell()
+        assert len(self.waiting) <= self.most
+
+    def settled(self) -> None:
+        """Nobody is on the way and all is told: exactly as many more are let in as may be."""
+        while self.on_the_way:
+            self.arrive(0)
+        self.step(0)
+        let_in = 0
+        while self.admission.ask().retry_after_s is None:
+            let_in += 1
+        assert let_in == self.most - len(self.waiting) + self.places - len(self.running)
+
+
+@given(
+    st.integers(0, 6),
+    st.integers(1, 4),
+    st.lists(st.tuples(st.sampled_from(["ask", "ask", "arrive", "turn_down", "step"]), st.integers(0, 5)), max_size=60),
+)
+def test_whatever_the_order_no_more_wait_than_may_and_none_too_few(
+    most: int, places: int, events: list[tuple[str, int]]
+) -> None:
+    engine = BoundedEngine(most, places)
+    for event, number in events:
+        getattr(engine, event)(number)
+    engine.settled()
+
+
+def in_the_middle_of_a_write(path: Path, offset: int) -> None:
+    """What a reader finds when the writer of a block has lost its processor: an odd number, and values of both."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        number = struct.unpack("<Q", file.read(8))[0]
+        file.seek(offset)
+        file.write(struct.pack("<Qd", number + 1, 0.0))
+
+
+@pytest.mark.parametrize("offset", [4096, 8192, 8704])
+def test_a_writer_stopped_in_the_middle_lets_nobody_in_that_may_not(tmp_path: Path, offset: int) -> None:
+    (engine,), (agent,), clock = channels(tmp_path)
+    admission = admission_of(EngineGroup([agent]), clock.now_s)
+    agent.apply(64, lease_s=3.0, most_waiting=1)
+    tell(engine, time_s=clock.now, running=64, waiting=1, arrived_requests=65)
+    assert engine.setpoint(clock.now) == Setpoint(64, "drain", 1)
+    assert admission.ask().retry_after_s is not None
+
+    in_the_middle_of_a_write(agent.path, offset)
+
+    assert admission.ask().retry_after_s is not None
+    assert engine.setpoint(clock.now) == Setpoint(64, "drain", 1)
+    assert engine.setpoint(clock.now + 3.0) is None
 
 
 def test_of_two_api_servers_each_takes_the_other_to_let_in_as_many() -> None:
@@ -291,8 +419,9 @@ def test_what_generates_is_refused_when_full_and_untouched_otherwise(path: str) 
     served, queue = full_server()
     assert post(served, path)[0]["status"] == 503
     queue.most = 1
-    for _ in range(3):  # each is answered before the next comes
+    for n in range(3):  # each is answered before the next comes
         assert post(served, path) == ANSWER
+        queue.now(arrived_requests=n + 1)
     queue.most = None
     assert post(served, path) == ANSWER
 
@@ -309,6 +438,25 @@ def test_an_app_that_fails_gives_its_place_back() -> None:
         with pytest.raises(RuntimeError, match="the app's own"):
             post(served)
     assert queue.refused == 0
+
+
+def test_a_request_turned_down_gives_its_place_back_and_one_whose_client_left_keeps_it() -> None:
+    queue, clock = Queue(most=1), Clock()
+    queue.now(running=64)
+
+    async def strict(scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+        await send({"type": "http.response.start", "status": 400, "headers": []})
+        await send({"type": "http.response.body", "body": b"no"})
+
+    async def left(*_: Any) -> None:
+        raise asyncio.CancelledError  # it may be on its way to the engine
+
+    judged = judge(queue, clock)
+    served = AdmissionMiddleware(strict, find=lambda: judged, now_s=clock.now_s)
+    assert [post(served)[0]["status"] for _ in range(3)] == [400] * 3
+    with pytest.raises(asyncio.CancelledError):
+        post(AdmissionMiddleware(left, find=lambda: judged, now_s=clock.now_s))
+    assert post(served)[0]["status"] == 503
 
 
 def test_without_a_channel_everybody_is_let_in_and_one_that_comes_later_is_found() -> None:

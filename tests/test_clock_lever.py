@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pals.cli.agent import mend
+from pals.cli.mending import mend
 from pals.control.guard import Guard
 from pals.control.policies import build_policy
 from pals.control.static import StaticPolicy

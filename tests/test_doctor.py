@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,12 +31,26 @@ from pals.core.diagnosis import (
     Status,
     WriterFacts,
 )
+from pals.core.diagnosis_writing import (
+    BoardTrial,
+    CapdBoardFacts,
+    CapdFacts,
+    ClockTrial,
+    LatencyTrial,
+    LimitTrial,
+    Program,
+    Reach,
+    WriterChoice,
+)
 from pals.core.quantities import PowerSample
 from pals.engines.installed import fits
 from pals.plant.boards import BoardBank
+from pals.plant.silicon import Load
 from pals.plant.specs import board_specs
+from pals.runtime.processes import process_started
 from pals.views.doctor import as_json, findings, print_findings, worst
 from pals.views.doctor.render import ranges
+from tests.found_records import write_record
 from tests.worlds import board_info, engine_info, engine_sample
 
 DOCS = (Path(__file__).parent.parent / "docs" / "doctor.md").read_text(encoding="utf-8")
@@ -53,6 +68,17 @@ ENGINE = EngineFacts(
     age_s=0.1,
     setpoint=32,
 )
+CAPD = CapdFacts(
+    path="/run/pals/capd.sock", reach=Reach.ANSWERS, took_s=0.0004, version="0.1.0", rights="set", ttl_s=3.0, max_ttl_s=60.0,
+    boards=tuple(CapdBoardFacts(uuid=f"GPU-{i}", exit_policy="restore") for i in range(2)),
+)  # fmt: skip
+NO_CAPD = dict.fromkeys(("took_s", "version", "rights", "ttl_s", "max_ttl_s")) | {"boards": ()}
+TRIAL = BoardTrial(
+    index=0, writer="capd", found_w=400.0, left_w=400.0,
+    clock=ClockTrial(before_mhz=210, target_mhz=330, measured_mhz=330, took_s=0.03, after_mhz=210, idle=True),
+    limit=LimitTrial(before_w=400.0, asked_w=395.0, enforced_w=395.0),
+    latency=LatencyTrial(writes=20, p50_s=0.0001, p99_s=0.0006),
+)  # fmt: skip
 
 
 def board(index: int = 0, **changes: Any) -> BoardFacts:
@@ -76,9 +102,13 @@ def node(**changes: Any) -> NodeFacts:
             packages={"nvidia-ml-py": "13.0", "aiohttp": "3.14", "matplotlib": "3.11", "pynvml": None},
             environment={},
         ),
+        "capd": CAPD,
+        "chosen": WriterChoice(kind="capd", told="capd (dead-man: capd, 3 s)"),
+        "programs": (),
+        "trials": None,
     }
     for name, value in changes.items():
-        sound[name] = replace(sound[name], **value)
+        sound[name] = replace(sound[name], **value) if isinstance(value, dict) else value
     return NodeFacts(**sound)
 
 
@@ -102,12 +132,41 @@ def engine(**changes: Any) -> NodeFacts:
     return node(run_dir={"engines": (replace(ENGINE, **changes),)})
 
 
+def capd(reach: Reach = Reach.ANSWERS, **changes: Any) -> NodeFacts:
+    """A node with another capd; where it is not reached, this process would write."""
+    if reach is Reach.ANSWERS:
+        return node(capd=changes)
+    return node(capd={**NO_CAPD, "reach": reach, **changes}, chosen=DIRECT)
+
+
+def capd_board(**changes: Any) -> NodeFacts:
+    return capd(boards=(replace(CAPD.boards[0], **changes), CAPD.boards[1]))
+
+
+def advised(reach: Reach, **changes: Any) -> NodeFacts:
+    """This user may not write, and capd is reached so far."""
+    unprivileged = {"nvml": {"may_write": False}, "privilege": {"euid": 1000}, "chosen": NOBODY}
+    return node(**unprivileged, capd={**NO_CAPD, "reach": reach, **changes})
+
+
+def tried(**changes: Any) -> NodeFacts:
+    return node(trials=(replace(TRIAL, **changes),))
+
+
+def clock(**changes: Any) -> NodeFacts:
+    assert TRIAL.clock is not None
+    return tried(clock=replace(TRIAL.clock, **changes))
+
+
 def env(**variables: str) -> NodeFacts:
     return node(software={"environment": variables})
 
 
 NONE = "no NVIDIA driver found (NVML Shared Library Not Found); to run without a GPU use --emulate"
 LOST = BoardFacts(index=0, error="board 0: the board is lost")
+DIRECT = WriterChoice(kind="direct", told="this process (no dead-man)")
+NOBODY = WriterChoice(kind="none", told="nobody", why="this process may not write power limits (needs root)")
+HOST_ENGINE = Program(pid=8, name="DCGM host engine", writes=None)
 EMULATED = {"emulated": "/run/pals/emulated-boards.bank", "emulator_pid": 7, "emulator_alive": True}
 # a state of the node, the check it shows in, its status, and what is said or advised
 CASES: list[tuple[NodeFacts, str, Status, str]] = [
@@ -150,12 +209,77 @@ CASES: list[tuple[NodeFacts, str, Status, str]] = [
     (boards(settings(persistence_mode=False)), "persistence-mode", Status.WARNING, "nvidia-smi -pm 1"),
     (boards(settings(persistence_mode=None)), "persistence-mode", Status.UNKNOWN, "does not say"),
     (boards(settings(mig_mode=True)), "mig", Status.WARNING, "whole boards"),
-    (node(), "write", Status.OK, "not tried"),
-    (node(nvml={"may_write": False}, privilege={"euid": 1000}), "write", Status.WARNING, "sudo pals agent"),
-    (node(privilege={"sys_admin": False}), "write", Status.WARNING, "--cap-add SYS_ADMIN"),
-    (node(nvml=EMULATED), "write", Status.OK, "emulated boards accept"),
-    (node(nvml=EMULATED | {"may_write": False}), "write", Status.WARNING, "--unprivileged"),
-    (node(), "other-writers", Status.OK, "no PALS agent writes"),
+    (node(), "write", Status.OK, "capd (dead-man: capd, 3 s) would write"),
+    (node(chosen=DIRECT), "write", Status.OK, "not tried"),
+    (advised(Reach.MISSING), "write", Status.WARNING, "sudo pals agent"),
+    (node(chosen=DIRECT, privilege={"sys_admin": False}), "write", Status.WARNING, "--cap-add SYS_ADMIN"),
+    (node(nvml=EMULATED, chosen=DIRECT), "write", Status.OK, "emulated boards accept"),
+    (node(nvml=EMULATED | {"may_write": False}, chosen=NOBODY), "write", Status.WARNING, "--unprivileged"),
+    (node(capd={"rights": "read"}, chosen=NOBODY), "write", Status.WARNING, "capd lets this user only read"),
+    (node(), "other-programs", Status.OK, "no other program"),
+    (node(programs=(Program(pid=7, name="zeusd", writes=True),)), "other-programs", Status.WARNING, "zeusd (process 7)"),
+    (node(programs=(HOST_ENGINE,)), "other-programs", Status.UNKNOWN, "dcgmi config --get"),
+    (node(programs=(Program(pid=8, name="nvidia-smi in a loop", writes=False),)), "other-programs", Status.OK, "reads only"),
+    (capd(others=("zeusd (process 12)",)), "other-programs", Status.WARNING, "zeusd (process 12)"),
+    (capd(others=("DCGM host engine (process 12)",)), "other-programs", Status.UNKNOWN, "process 12"),
+    (node(), "daemon", Status.OK, "answered in 0.4 ms"),
+    (capd(Reach.MISSING), "daemon", Status.WARNING, "enable --now pals-capd"),
+    (node(nvml=EMULATED, capd={**NO_CAPD, "reach": Reach.MISSING}), "daemon", Status.OK, "for real boards"),
+    (advised(Reach.CLOSED, group="pals"), "daemon", Status.WARNING, "sudo usermod -aG pals $USER"),
+    (advised(Reach.CLOSED, group="pals", in_group=True), "daemon", Status.WARNING, "newgrp pals"),
+    (advised(Reach.CLOSED, group="root"), "daemon", Status.WARNING, "usermod -aG pals"),
+    (advised(Reach.TURNED_AWAY), "daemon", Status.WARNING, "[rights]"),
+    (capd(Reach.STALE), "daemon", Status.PROBLEM, "restart pals-capd"),
+    (advised(Reach.SILENT), "daemon", Status.PROBLEM, "hangs"),
+    (capd(Reach.STRANGE), "daemon", Status.PROBLEM, "no capd of this version"),
+    (node(), "rights", Status.OK, "right is set"),
+    (capd(rights="read"), "rights", Status.WARNING, "[rights]"),
+    (node(), "dead-man", Status.OK, "ends after 3 s (at most 60 s"),
+    (capd_board(exit_policy="hold"), "dead-man", Status.WARNING, "exit ="),
+    (capd_board(exit_policy="safe"), "dead-man", Status.OK, "restore (as found) or safe"),
+    (capd(budget_w=800.0), "dead-man", Status.OK, "budget 800 W"),
+    (node(), "state", Status.OK, "no kill switch, no alarm"),
+    (capd(off=True, alarm="kill switch: the file"), "state", Status.PROBLEM, "sudo rm /var/lib/pals-capd/off"),
+    (capd(alarm="the audit log cannot be written"), "state", Status.PROBLEM, "audit log"),
+    (capd(dry_run=True), "state", Status.WARNING, "--dry-run"),
+    (node(), "write-latency", Status.OK, "written nothing"),
+    (capd(writes=9, write_p50_s=0.008, write_p99_s=0.02), "write-latency", Status.OK, "8 ms (p50), 20 ms (p99)"),
+    (capd(writes=9, write_p50_s=0.2, write_p99_s=0.4), "write-latency", Status.WARNING, "longer control periods"),
+    (node(), "leases", Status.OK, "0 of 2 boards leased"),
+    (capd_board(leased_by="user 1000 (pals agent 7)"), "leases", Status.OK, "1 of 2 boards leased: user 1000 (pals agent 7)"),
+    (capd(boards=CAPD.boards[:1]), "boards", Status.WARNING, "does not know board 1"),
+    (capd_board(refusal="MIG mode is enabled"), "refuses", Status.WARNING, "MIG"),
+    (node(), "second-hand", Status.OK, "nobody else"),
+    (capd_board(other_hand_w=250.0), "second-hand", Status.WARNING, "somebody else set 250 W"),
+    (capd_board(suspected_lock="locked at 1200, 1410 measured"), "second-hand", Status.WARNING, "1410 measured"),
+    (tried(refused="not idle", clock=None, limit=None, latency=None), "tried", Status.UNKNOWN, "not written: not idle"),
+    (tried(error="capd went away"), "tried", Status.WARNING, "ended early: capd went away"),
+    (tried(), "clock-lock", Status.OK, "330 MHz measured within 30 ms"),
+    (clock(measured_mhz=None, took_s=None, error="not supported"), "clock-lock", Status.WARNING, "power limit and active"),
+    (clock(measured_mhz=210, took_s=None), "clock-lock", Status.UNKNOWN, "--try-writes=busy"),
+    (clock(measured_mhz=300, took_s=None, capped=True, idle=False), "clock-lock", Status.UNKNOWN, "holds the clock lower"),
+    (clock(measured_mhz=1410, took_s=None, idle=False), "clock-lock", Status.PROBLEM, "nvidia-smi -rgc"),
+    (tried(), "limit-write", Status.OK, "395 W asked for and in force"),
+    (tried(limit=LimitTrial(before_w=100.0, asked_w=None)), "limit-write", Status.UNKNOWN, "at its minimum"),
+    (tried(limit=LimitTrial(before_w=400.0, asked_w=395.0, enforced_w=400.0)), "limit-write", Status.WARNING, "BMC"),
+    (tried(limit=LimitTrial(before_w=400.0, asked_w=395.0, error="denied")), "limit-write", Status.WARNING, "denied"),
+    (tried(), "write-latency", Status.OK, "20 renewals of a lease"),
+    (tried(writer="direct"), "write-latency", Status.OK, "20 writes of the same limit: 0.1 ms (p50), 0.6 ms (p99)"),
+    (tried(latency=LatencyTrial(writes=20, p50_s=0.3, p99_s=0.4)), "write-latency", Status.WARNING, "nvidia-smi loops"),
+    (tried(), "put-back", Status.OK, "stands as found: 400 W"),
+    (tried(left_w=395.0), "put-back", Status.PROBLEM, "-pl 400"),
+    (tried(left_w=None), "put-back", Status.PROBLEM, "nvidia-smi -q"),
+    (clock(after_mhz=330), "put-back", Status.PROBLEM, "nvidia-smi -i 0 -rgc"),
+    (node(), "steerable", Status.OK, "2 of 2 boards: by power limit and SM clock, written by capd"),
+    (boards(LOST, board(1)), "steerable", Status.WARNING, "1 of 2 boards"),
+    (boards(settings(clock_lock_api=False)), "steerable", Status.OK, "by power limit, written"),
+    (capd_board(refusal="MIG mode is enabled"), "steerable", Status.WARNING, "1 of 2 boards"),
+    (capd(off=True), "steerable", Status.WARNING, "kill switch is on → sudo rm"),
+    (capd(dry_run=True), "steerable", Status.WARNING, "runs dry"),
+    (advised(Reach.MISSING), "steerable", Status.WARNING, "there is no capd"),
+    (advised(Reach.CLOSED), "steerable", Status.WARNING, "capd's socket → sudo usermod -aG pals"),
+    (node(capd={**NO_CAPD, "reach": Reach.SILENT}, chosen=NOBODY), "steerable", Status.WARNING, "capd hangs"),
+    (node(), "other-writers", Status.OK, "no PALS agent of this run directory writes"),
     (node(run_dir={"writer": WriterFacts(pid=9, alive=True, boards=2)}), "other-writers", Status.OK, "sets 2 boards"),
     (node(run_dir={"writer": WriterFacts(pid=9, boards=1)}), "other-writers", Status.PROBLEM, "pals restore"),
     (node(run_dir={"writer": WriterFacts(error="x cannot be read")}), "other-writers", Status.WARNING, "nvidia-smi -q"),
@@ -352,6 +476,57 @@ def test_emulated_boards_are_examined_and_the_killed_server_is_noticed(tmp_path:
     assert by_check["energy-counter"]["status"] == "ok"
     assert by_check["write"]["status"] == "ok"
     assert done.returncode == (1 if report["counts"]["problem"] else 0)
+
+
+def limits_w(bank: BoardBank) -> list[float]:
+    return [bank.reading(i, time.monotonic()).requested_limit_w for i in range(2)]
+
+
+def test_nothing_is_written_unless_it_is_asked_for_and_then_boards_are_left_as_found(
+    tmp_path: Path, bank: BoardBank
+) -> None:
+    bank.set_limit(1, 350.0, time.monotonic())
+    writes = bank._boards["writes"].copy()  # nothing else tells of writes that were undone
+    doctor("--watch-s", "0", run_dir=tmp_path)
+    assert (bank._boards["writes"] == writes).all()
+
+    done = doctor("--try-writes", "--json", "--watch-s", "0", run_dir=tmp_path)
+
+    found = {(f["check"], f["subject"]): f for f in json.loads(done.stdout)["findings"] if f["area"] == "trial"}
+    assert "lock the SM clock for less than 2 s" in done.stderr  # said before it is done
+    assert found["clock-lock", "board 0"]["status"] == "ok"
+    assert found["limit-write", "board 1"]["values"]["enforced_w"] == 345.0
+    assert found["write-latency", "board 0"]["values"]["writes"] == 20
+    assert found["put-back", "board 1"]["status"] == "ok"
+    assert limits_w(bank) == [400.0, 350.0]
+    assert not (tmp_path / "limits-found.json").exists()
+
+
+def test_a_board_at_work_is_tried_only_where_that_is_said(tmp_path: Path, bank: BoardBank) -> None:
+    now_s = time.monotonic()
+    for second in range(60):
+        bank.book([0], now_s + second, now_s + second + 1.0, Load(compute=0.3, memory=0.5), now_s)
+
+    done = doctor("--try-writes", "--json", "--watch-s", "0.5", run_dir=tmp_path)
+
+    tried = {f["subject"]: f for f in json.loads(done.stdout)["findings"] if f["area"] == "trial"}
+    assert "not idle (busy" in tried["board 0"]["text"]
+    assert "--try-writes=busy" in tried["board 0"]["remedy"]
+    assert tried["board 1"]["check"] == "put-back"
+
+
+def test_a_living_agents_boards_are_never_tried(tmp_path: Path, bank: BoardBank) -> None:
+    me = os.getpid()
+    write_record(
+        tmp_path / "limits-found.json", {bank.uuid(0): (400.0, [300.0])}, pid=me, started=process_started(me) or 0
+    )
+    record = (tmp_path / "limits-found.json").read_bytes()
+
+    done = doctor("--try-writes=busy", "--json", "--watch-s", "0", run_dir=tmp_path)
+
+    tried = [f for f in json.loads(done.stdout)["findings"] if f["area"] == "trial"]
+    assert ["another hand" in f["text"] for f in tried] == [True, True]
+    assert (tmp_path / "limits-found.json").read_bytes() == record
 
 
 def test_a_wrong_duration_is_refused(tmp_path: Path) -> None:

@@ -106,5 +106,6 @@ def test_a_log_above_its_limit_moves_aside_while_its_writer_goes_on(tmp_path: Pa
 
 def test_what_grows_lies_on_disk_unless_a_run_directory_was_given() -> None:
     assert state_dir({"PALS_RUN_DIR": "/a", "XDG_STATE_HOME": "/b"}) == Path("/a")
+    assert state_dir({"PALS_RUN_DIR": "/run/a", "PALS_STATE_DIR": "/var/a"}) == Path("/var/a")
     expected = Path("/var/lib/pals") if os.geteuid() == 0 else Path("/b/pals")
     assert state_dir({"XDG_STATE_HOME": "/b"}) == expected

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pals.cli.agent import mend, warn_of_left_limits
+from pals.cli.mending import mend, warn_of_left_limits
 from pals.core.errors import ConfigError, PalsError
 from pals.core.quantities import BoardWrite, OperatingPoint
 from pals.hardware.limit_owner import LimitOwner

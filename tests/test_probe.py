@@ -48,6 +48,16 @@ def test_the_averaging_window_is_told_from_energy_differences(window: float) -> 
     assert meter.power_w == pytest.approx(207.0, rel=0.1)
 
 
+def test_how_often_the_power_reading_changes_is_told_apart_from_the_counter() -> None:
+    seen = readings(square, window_s=0.5, refresh_s=0.02)
+    held = [(t, e, seen[i - i % 20][2]) for i, (t, e, _) in enumerate(seen)]  # shown anew every 20 * 5 ms
+
+    meter = judge_meters(held)
+
+    assert meter.power_refresh_s == pytest.approx(0.1, abs=0.006)
+    assert meter.energy_refresh_s == pytest.approx(0.02, abs=0.006)
+
+
 def test_a_steady_power_leaves_the_window_unknown() -> None:
     meter = judge_meters(readings(lambda t: 300.0, window_s=1.0, refresh_s=0.05))
 

@@ -25,6 +25,8 @@ from pals.cli.agent import (
     stopping,
 )
 from pals.cli.main import say
+from pals.cli.run_folder import bank_of
+from pals.cli.writer import writing
 from pals.control.interleaved import Interleaving
 from pals.core.errors import ConfigError
 from pals.experiments.ab import Arm, Comparison, Ending, Trial, compare
@@ -82,7 +84,7 @@ def live(args: argparse.Namespace) -> int:
         level=level_of(args), precision=precision_of(args), longest_s=hours_of(args) * 3600.0, open_load=args.open_load
     )
     trial, stop, pids = Trial(design, settle_of(args, design), ending), threading.Event(), channel.pids
-    refuse_unwritten(args, folder, channel)
+    refuse_unwritten(args, config, folder, channel)
     try:
         with stopping(stop):
             find = lambda: [g for g in living(folder) if g.pids & pids]  # noqa: E731
@@ -109,7 +111,7 @@ def trial_config(args: argparse.Namespace, channel: EngineGroup) -> Config:
     return checked(replace(asked, control=control))
 
 
-def refuse_unwritten(args: argparse.Namespace, folder: Path, channel: EngineGroup) -> None:
+def refuse_unwritten(args: argparse.Namespace, config: Config, folder: Path, channel: EngineGroup) -> None:
     """Raise `ConfigError` where the arms could not be told apart, because nothing would be written."""
     if args.mode not in (None, *WRITING):
         raise ConfigError(
@@ -119,8 +121,11 @@ def refuse_unwritten(args: argparse.Namespace, folder: Path, channel: EngineGrou
         raise ConfigError(
             "the comparison writes power limits of real boards: say --mode auto to allow it. Nothing was changed"
         )
-    with boards_of(folder, channel, write=False) as nvml:
-        refuse_unwritable(nvml.boards)
+    with (
+        boards_of(folder, channel, write=False) as nvml,
+        writing(config.control, nvml, nvml.boards, bank=bank_of([channel]), say=lambda text: None) as writer,
+    ):
+        refuse_unwritable([writer.board(b) for b in nvml.boards], writer)
 
 
 class Stopper:

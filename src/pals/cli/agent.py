@@ -7,29 +7,31 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from pals.cli.main import say
+from pals.cli.mending import mend, refuse_left_limits, warn_of_left_limits
 from pals.cli.run_folder import bank_of, boards_told, emulated_bank, put_back, sweep
+from pals.cli.writer import Writer, may_mend, will_write, writing
 from pals.core import units
 from pals.core.errors import ConfigError, EngineGoneError, PalsError
-from pals.core.quantities import SAME_LIMIT_W, BoardInfo, BoardWrite, EngineInfo
+from pals.core.quantities import BoardInfo, EngineInfo
 from pals.hardware.nvml import Nvml, open_boards
 from pals.hardware.nvml_board import NvmlBoard
-from pals.runtime.agent import FOUND_RECORD, AgentSetup, Board, Watcher
+from pals.hardware.zeusd_board import Zeusd, zeusd_path
+from pals.runtime.agent import AgentSetup, Board, Watcher
 from pals.runtime.channel import find_engines, run_dir
 from pals.runtime.config import BudgetEndpointConfig, Config, load_config
 from pals.runtime.files import check_folder, read_token, state_dir
-from pals.runtime.found import forget_found, left_by_dead_agent, read_found
 from pals.runtime.group import EngineGroup, group_ranks
 from pals.runtime.live_budget import LiveBudget
 from pals.runtime.loop import wall_clock
-from pals.runtime.modes import WRITING
 from pals.runtime.node import control_engines
 from pals.runtime.targets import throughput
 from pals.runtime.tick import TickRecord
@@ -59,6 +61,7 @@ def config_of(args: argparse.Namespace) -> Config:
         "control": {
             "policy": args.policy,
             "mode": args.mode,
+            "writer": args.writer,
             "profile": args.profile,
             "accept_mismatch": args.accept_mismatch,
             "period_s": args.period_s,
@@ -158,12 +161,12 @@ def open_boards_of(engine: EngineInfo, nvml: Nvml) -> tuple[NvmlBoard, ...]:
     return nvml.open(engine.boards)
 
 
-def refuse_unwritable(boards: Sequence[NvmlBoard]) -> None:
+def refuse_unwritable(boards: Sequence[Board], writer: Writer) -> None:
     """Raise `ConfigError` where a board must not, or cannot, be written."""
     if refused := [b.refusal for b in boards if b.refusal is not None]:
         raise ConfigError(f"{'; '.join(refused)}. Nothing was changed")
-    if not all(b.can_write() for b in boards):
-        raise ConfigError("this process may not write power limits (needs root); nothing was changed")
+    if not writer.may_write:
+        raise ConfigError(f"{writer.why_not}; nothing was changed")
 
 
 def kinds_of_board(nvml: Nvml) -> set[str]:
@@ -177,79 +180,6 @@ def kinds_of_board(nvml: Nvml) -> set[str]:
         except (PalsError, ValueError):
             continue
     return names
-
-
-def mend(folder: Path, bank: Path | None, *, clock: Callable[[], float] = time.monotonic) -> int:
-    """Put boards back that a dead agent left limited or locked; return how many.
-
-    A board that does not stand where that agent left it was set by somebody else since: its limit is left.
-
-    Raises:
-        ConfigError: a living agent owns the boards, or the record cannot be understood; nothing was written.
-        PalsError: a board refused; the others are put back, and the record keeps it.
-    """
-    record = folder / FOUND_RECORD
-    left = left_by_dead_agent(record)
-    if not left:
-        if (found := read_found(record)) is not None and not found.alive:
-            record.unlink(missing_ok=True)  # that agent had written nothing yet
-        return 0
-    with open_boards(emulated=bank, clock=clock) as nvml:
-        mended, refused = _put_back(nvml, left, record)
-        unseen = set(left) - {b.info.uuid for b in nvml.boards}
-        told_unseen = "; ".join(nvml.failed.values())
-    if unseen:
-        say(
-            f"{len(unseen)} boards that a killed agent left limited cannot be reached, {record} keeps them: {told_unseen}"
-        )
-    if refused:
-        raise PalsError(
-            f"{'; '.join(refused)} {record} still says what was found: run `pals restore` with the rights to write"
-        )
-    return mended
-
-
-def _put_back(nvml: Nvml, left: Mapping[str, BoardWrite], record: Path) -> tuple[int, list[str]]:
-    """Mend the boards that are open, take them out of `record`; how many were written, and what those that refused say."""
-    for board in nvml.boards:  # before anything is written
-        if (write := left.get(board.info.uuid)) is not None:
-            refuse_impossible(board.info, write, record)
-    mended, refused, locked = 0, [], False
-    done = set(left) - {b.info.uuid for b in nvml.boards} if not nvml.failed else set()  # no longer in this node
-    for board in nvml.boards:
-        write = left.get(board.info.uuid)
-        if write is None:
-            continue
-        now_w = board.info.found_limit_w
-        ours = write.left_at(now_w)
-        if not ours and write.written_w and abs(now_w - write.found_limit_w) >= SAME_LIMIT_W:
-            say(f"board {board.info.index}: somebody else set {now_w:.0f} W after the agent was killed; left so")
-        if ours or write.clock_locked:
-            try:
-                board.put_back(write.found_limit_w if ours else None, unlock=write.clock_locked)
-                mended, locked = mended + 1, locked or write.clock_locked
-            except PalsError as e:  # one board's refusal must not keep the others limited
-                refused.append(str(e))
-                continue
-        done.add(board.info.uuid)
-    forget_found(record, done)
-    if mended:
-        say(
-            f"an earlier agent ended without putting {mended} boards back; they are at the limits it had found again"
-            + (", and its clock locks are released" if locked else "")
-        )
-    return mended, refused
-
-
-def refuse_impossible(info: BoardInfo, write: BoardWrite, record: Path) -> None:
-    """Raise `ConfigError` where the record names a limit that this board cannot have."""
-    for limit_w in (write.found_limit_w, *write.written_w):
-        if not info.min_limit_w - SAME_LIMIT_W <= limit_w <= info.max_limit_w + SAME_LIMIT_W:
-            raise ConfigError(
-                f"{record} is damaged: {limit_w:.0f} W lies outside board {info.index}'s {info.min_limit_w:.0f}.."
-                f"{info.max_limit_w:.0f} W; nothing was written. Check the limits with `nvidia-smi -q -d POWER`, set them by "
-                "hand where they are too low, then remove the file"
-            )
 
 
 def steer(
@@ -269,6 +199,7 @@ def steer(
     addresses = addresses_of(config)
     with (
         open_boards(emulated=bank, indices=()) as nvml,
+        writing(config.control, nvml, _openable(engines, nvml), bank=bank, say=say) as writer,
         serving_metrics(metrics, config.output.metrics_port),
         dcgm_endpoint(config.output.dcgm_port, emulated=emulated) as dcgm,
         budget_endpoint(config.endpoint, budgets, token_of(config)),
@@ -279,7 +210,7 @@ def steer(
                 raise ConfigError(
                     f"it runs on {boards_told(group.info.bank)}, this agent steers {boards_told(engines[0].info.bank)}"
                 )
-            return open_boards_of(group.info, nvml)
+            return [writer.board(b) for b in open_boards_of(group.info, nvml)]
 
         def watch(name: str, infos: Sequence[BoardInfo]) -> Watcher:
             while addresses:  # told with the first engine: nothing refuses any more
@@ -287,12 +218,17 @@ def steer(
             views = (metrics.engine(name, [b.index for b in infos]), dcgm.engine(infos))
             return Views(*views) if also is None else Views(*views, also)
 
+        if writer.read_capd is not None:
+            metrics.watch_capd(writer.read_capd)
         setup = AgentSetup(
             find=find,
             open_boards=boards,
             config=config,
             emulated=emulated,
-            may_write=nvml.may_write,
+            may_write=writer.may_write,
+            cannot_write=writer.why_not,
+            writer=writer.told,
+            budget_keeper=writer.budget_keeper,
             folder=folder,
             watch=watch,
             say=say,
@@ -304,8 +240,12 @@ def steer(
 
 def _tidy(config: Config, folder: Path, engines: Sequence[EngineGroup], *, emulated: bool) -> None:
     """What agents before left behind, and sections for engines that are not there."""
-    if will_write(config, emulated=emulated):
-        put_back(folder, mend)
+    writes = will_write(config, emulated=emulated)
+    if writes and may_mend(config.control, emulated=emulated):
+        through = Zeusd(zeusd_path(os.environ)) if config.control.writer == "zeusd" else None
+        put_back(folder, partial(mend, setters=through))
+    elif writes:
+        refuse_left_limits(folder)
     else:
         warn_of_left_limits(folder)
     sweep(folder)
@@ -334,27 +274,13 @@ def token_of(config: Config) -> str | None:
     return read_token(Path(endpoint.token)) if endpoint.port and endpoint.token else None
 
 
-def will_write(config: Config, *, emulated: bool) -> bool:
-    """Whether an agent of this process would write power limits of some engine."""
-    modes = {c.control.mode or ("auto" if emulated else "advise") for c in (config, *config.engines.values())}
-    return not modes.isdisjoint(WRITING) and (emulated or os.geteuid() == 0)
-
-
-def warn_of_left_limits(folder: Path) -> None:
-    """Say, where nothing will be written, that an agent was killed and its limits may still be in force."""
-    record = folder / FOUND_RECORD
-    try:
-        found = read_found(record)
-    except ConfigError as e:
-        say(str(e))
-        return
-    if found is None or found.alive:
-        return
-    if left := [b for b in found.boards.values() if b.written_w or b.clock_locked]:
-        say(
-            f"{record} says that an agent was killed and left {len(left)} boards limited; they stay so, since nothing is "
-            "written in advise mode. Run `pals restore` to put them back"
-        )
+def _openable(engines: Sequence[EngineGroup], nvml: Nvml) -> list[NvmlBoard]:
+    """The boards of those engines whose boards can be opened; what is wrong with the others is said when they are taken up."""
+    boards: list[NvmlBoard] = []
+    for engine in engines:
+        with suppress(PalsError, ValueError):
+            boards += open_boards_of(engine.info, nvml)
+    return boards
 
 
 def warn_of_strangers(config: Config, engines: Sequence[EngineGroup]) -> None:

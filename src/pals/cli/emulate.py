@@ -133,6 +133,7 @@ def runs_of(args: argparse.Namespace, folder: Path) -> list[tuple[str, Config]]:
         ("--metrics-port", args.metrics_port),
         ("--budget-port", args.budget_port),
         ("--journal", args.journal),
+        ("--writer", args.writer),
     ):
         if value:
             raise ConfigError(

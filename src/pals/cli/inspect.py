@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pals.cli.agent import living, mend
+from pals.cli.agent import living
 from pals.cli.main import say
+from pals.cli.mending import mend
 from pals.cli.run_folder import agent_lives, boards_told, emulated_bank, put_back, read_status
 from pals.control.guard import Guard
 from pals.control.policies import build_policy
 from pals.core.errors import ConfigError, EngineGoneError, PalsError
 from pals.hardware.nvml import open_boards
+from pals.hardware.zeusd_board import Zeusd, zeusd_path
 from pals.models.profile import Profile
 from pals.runtime.agent import FOUND_RECORD, STATUS_FILES
 from pals.runtime.channel import run_dir
@@ -115,7 +118,8 @@ def restore(args: argparse.Namespace) -> int:
     """Put boards back that a killed agent left limited."""
     folder = run_dir(os.environ)
     check_folder(folder)
-    if put_back(folder, mend) == 0:
+    through = Zeusd(zeusd_path(os.environ)) if args.writer == "zeusd" else None
+    if put_back(folder, partial(mend, setters=through)) == 0:
         say(f"nothing was put back: no board stands where a dead agent of {folder} left it")
     return 0
 

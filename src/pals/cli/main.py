@@ -66,7 +66,22 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--watch-s", type=float, default=2.0, metavar="S", help="how long to watch the meters (default 2; 0: not)"
     )
-    commands.add_parser("restore", help="put boards back that a killed agent left limited")
+    doctor.add_argument(
+        "--try-writes",
+        nargs="?",
+        const="idle",
+        choices=("idle", "busy"),
+        help="write to idle boards for a moment, to see what they obey (=busy: also to boards at work); docs/doctor.md",
+    )
+    doctor.add_argument(
+        "--writer",
+        choices=("auto", "capd", "direct", "zeusd"),
+        default="auto",
+        help="who would write boards (default auto)",
+    )
+    restore = commands.add_parser("restore", help="put boards back that a killed agent left limited")
+    restore.add_argument("--writer", choices=("direct", "zeusd"), default="direct", help="who writes (default direct)")
+    add_caps(commands)
     commands.add_parser("models", help="models that can be served emulated")
     add_emulate(commands)
     add_plant(commands)
@@ -108,6 +123,23 @@ def add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     add_agent_options(serve)
 
 
+def add_caps(commands: argparse._SubParsersAction[Parser]) -> None:
+    """The `caps` command."""
+    caps = commands.add_parser(
+        "caps",
+        help="what capd holds every board at, for whom and for how long",
+        description="What capd, the root process that alone writes boards, holds them at. Its socket: $PALS_CAPD_SOCKET, else "
+        "/run/pals/capd.sock.",
+    )
+    caps.add_argument("--json", action="store_true", help="capd's own answer, for tools")
+    caps.set_defaults(action=None, all=False)
+    release = caps.add_subparsers(dest="action", metavar="ACTION").add_parser(
+        "release", help="end leases and the budget a client set; boards go to their exit policy (capd's admin right)"
+    )
+    release.add_argument("--all", action="store_true", required=True, help="of every board and every user")
+    release.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="capd's own answer, for tools")
+
+
 def add_demo(commands: argparse._SubParsersAction[Parser]) -> None:
     """The `demo` command."""
     demo = commands.add_parser(
@@ -123,6 +155,7 @@ def add_demo(commands: argparse._SubParsersAction[Parser]) -> None:
 def add_agent_options(p: argparse.ArgumentParser) -> None:
     """Options of whatever runs an agent."""
     add_control_options(p)
+    p.add_argument("--writer", help="who writes boards: auto (default), capd, direct or zeusd (docs/operation.md)")
     p.add_argument("--journal", metavar="FILE", help="journal file (default: in the state directory, one per engine)")
     p.add_argument(
         "--metrics-port", type=int, metavar="PORT", help="Prometheus port on 127.0.0.1 (default 9477; 0: off)"
@@ -250,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 MODULES = {
     "serve": "serve", "agent": "agent", "profile": "profile_commands", "ab": "ab_command", "emulate": "emulate", "plant": "plant",
     "simulate": "simulate", "experiment": "experiment", "doctor": "doctor",
+    "caps": "caps",
     **dict.fromkeys(("replay", "status", "restore", "models", "dashboard"), "inspect"),
 }  # fmt: skip
 WITH_REST = frozenset({"serve", "emulate"})  # whose further options are vLLM's

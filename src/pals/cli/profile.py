@@ -19,6 +19,8 @@ from pals.cli.agent import EXIT_INTERRUPTED, boards_of, pick_engine, refuse_unwr
 from pals.cli.main import say
 from pals.cli.profile_plan import facts_of, plan_of, shape_of
 from pals.cli.profile_progress import SweepNotes, quality_told, showing
+from pals.cli.run_folder import bank_of
+from pals.cli.writer import may_mend, writing
 from pals.control.guard import Guard
 from pals.control.static import StaticPolicy
 from pals.core.architecture import ModelShape
@@ -33,8 +35,10 @@ from pals.models.row import ProfileRow
 from pals.profiler.load import LoadDriver
 from pals.profiler.partial import PartialRows
 from pals.profiler.sweep import Interrupted, sweep
+from pals.profiler.visit import LEASE_S
 from pals.runtime.agent import FOUND_RECORD, Board, load_profile
 from pals.runtime.channel import run_dir
+from pals.runtime.config import ControlConfig
 from pals.runtime.files import check_folder
 from pals.runtime.group import EngineGroup
 from pals.runtime.loop import GridClock, boards_as_found, wall_clock
@@ -83,13 +87,19 @@ def measure(args: argparse.Namespace) -> int:
     if served != channel.info.name:  # a proxy may have names of its own
         say(f"{args.base_url} serves {served}, and what is measured is {channel.told()}: are they the same engine?")
     shape, stop = shape_of(args.config), threading.Event()
-    with stopping(stop), boards_of(folder, channel, write=True) as nvml:
-        refuse_unwritable(nvml.boards)
+    control = ControlConfig(mode="auto")
+    with (
+        stopping(stop),
+        boards_of(folder, channel, write=may_mend(control, emulated=emulated)) as nvml,
+        writing(control, nvml, nvml.boards, bank=bank_of([channel]), say=say, lease_s=LEASE_S) as writer,
+    ):
+        boards = [writer.board(b) for b in nvml.boards]
+        refuse_unwritable(boards, writer)
         with ClosedLoop(base_url=args.base_url, model=served, seed=args.seed) as load:
             return measure_target(
                 args,
                 Target(
-                    boards=nvml.boards, channel=channel, load=load, clock=wall_clock(stop), folder=folder,
+                    boards=boards, channel=channel, load=load, clock=wall_clock(stop), folder=folder,
                     emulated=emulated, context_tokens=context_tokens, shape=shape,
                 ),
             )  # fmt: skip

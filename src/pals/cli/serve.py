@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pals.cli.agent import config_of, living, steer, stopping, token_of, wait_for_channel, will_write
+from pals.cli.agent import config_of, living, steer, stopping, token_of, wait_for_channel
 from pals.cli.extras import require
 from pals.cli.main import say
 from pals.cli.preflight import check_before_launch
@@ -28,6 +28,7 @@ from pals.cli.vllm_options import (
     option,
     whole,
 )
+from pals.cli.writer import will_write
 from pals.core.errors import ConfigError, EngineGoneError, NotPutBackError, PalsError
 from pals.core.quantities import BoardInfo
 from pals.engines.model_zoo import full_name, local_folder

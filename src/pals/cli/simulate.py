@@ -281,6 +281,7 @@ def config_for(args: argparse.Namespace, sim: Simulation, policy: str) -> Config
         "budget_port": 0,
         "budget_host": None,
         "budget_token": None,
+        "writer": None,
     }
     given = config_of(argparse.Namespace(**{**vars(args), **quiet, "policy": "static"})).of(sim.engine).slo
     usual = slo_for(sim.asked_tokens_per_s)

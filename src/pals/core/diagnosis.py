@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from pals.core.diagnosis_writing import BoardTrial, CapdFacts, Program, WriterChoice
 from pals.core.quantities import BoardInfo, Checked, EngineInfo, EngineSample, PowerSample
 
 Value = str | float | int | bool | None | list[str] | list[int] | dict[str, bool]
@@ -60,6 +61,7 @@ class MeterFacts(Checked):
     swing_w: float  # standard deviation of the driver's power reading
     energy_refresh_s: float | None  # time between changes of the counter; None: too few seen
     power_window_s: float | None  # what the driver's power reading averages over; None: cannot be told
+    power_refresh_s: float | None = None  # time between changes of that reading; None: too few seen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,3 +169,7 @@ class NodeFacts:
     privilege: PrivilegeFacts
     run_dir: RunDirFacts
     software: SoftwareFacts
+    capd: CapdFacts
+    chosen: WriterChoice
+    programs: tuple[Program, ...] | None = None  # that may write, seen in /proc; None: not looked for
+    trials: tuple[BoardTrial, ...] | None = None  # None: nothing was tried

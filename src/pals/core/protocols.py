@@ -76,6 +76,16 @@ class PowerActuator(Protocol):
         ...
 
 
+@runtime_checkable
+class FollowsLater(Protocol):
+    """An actuator whose raises may wait a moment: whoever writes for it brings the board there by itself."""
+
+    @property
+    def follows_w(self) -> float | None:
+        """The limit it will come to, asked for by the newest `apply`; None: nothing is under way."""
+        ...
+
+
 class EngineMeter(Protocol):
     """Reads one engine's telemetry."""
 

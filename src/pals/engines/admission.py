@@ -53,7 +53,7 @@ class Count(Protocol):
 class Verdict(NamedTuple):
     """On one request."""
 
-    ticket: int | None = None  # to give back when a request let in under a bound has ended
+    ticket: int | None = None  # of a request let in: names it if it fails on the way
     retry_after_s: int | None = None  # it is refused; None: let in
 
 
@@ -67,6 +67,7 @@ class Admission:
         self._queue, self._counter, self._now_s = queue, counter, now_s
         self._on_the_way: dict[int, float] = {}  # tickets, oldest first, with the times they were given out
         self._tickets = 0
+        self._taken: dict[int, float] = {}  # tickets that an arrival was put down to, of the last seconds
         self._arrived = 0
         self._told = 0.0  # part of an arrival told of that is this server's
         self._pace = _Pace()
@@ -74,11 +75,11 @@ class Admission:
     def ask(self) -> Verdict:
         """Judge a request that has come now."""
         now_s = self._now_s()
+        engine, servers = self._queue.last(), max(1, self._queue.api_servers)
+        self._settle(engine.arrived_requests, servers, now_s)
         wanted = self._queue.setpoint(now_s)
         if wanted is None or wanted.most_waiting is None:
-            return LET_IN
-        engine, servers = self._queue.last(), self._queue.api_servers
-        self._settle(engine.arrived_requests, servers, now_s)
+            return self._let_in(now_s)
         self._pace.observe(now_s, engine.finished_requests)
         silent = now_s - engine.time_s > SILENT_S
         running, queued = (0, 0) if silent else (engine.running, engine.waiting)
@@ -87,13 +88,28 @@ class Admission:
         if queue_full(wanted.most_waiting, waiting, wanted.active_sequences - running, left_waiting):
             self._counter.add()
             return Verdict(retry_after_s=self._pace.seconds_for(waiting))
+        return self._let_in(now_s)
+
+    def failed(self, ticket: int) -> None:
+        """The request with this ticket was turned down before it reached the engine, which will never tell of it.
+
+        Nobody needs to say that a request was answered: the engine has told of its arrival before, and that arrival may have
+        been put down to an older ticket, whose own is still to come.
+        """
+        if (
+            self._on_the_way.pop(ticket, None) is None
+            and self._taken.pop(ticket, None) is not None
+            and self._on_the_way
+        ):
+            del self._on_the_way[
+                next(iter(self._on_the_way))
+            ]  # the arrival put down to it was that of one still counted
+
+    def _let_in(self, now_s: float) -> Verdict:
+        """Count a request as on the way, also while any number may wait: a bound may come before it has arrived."""
         self._tickets += 1
         self._on_the_way[self._tickets] = now_s
         return Verdict(ticket=self._tickets)
-
-    def ended(self, ticket: int) -> None:
-        """The request with this ticket was answered, failed, or its client is gone."""
-        self._on_the_way.pop(ticket, None)
 
     def _settle(self, arrived: int, servers: int, now_s: float) -> None:
         """Forget as many of those on the way, the oldest, as have arrived since the last look, this server's share of them."""
@@ -103,9 +119,13 @@ class Admission:
             if self._told < 1 and now_s - since_s < ON_THE_WAY_S:
                 break
             del self._on_the_way[ticket]
+            if self._told >= 1:
+                self._taken[ticket] = since_s
             self._told = max(0.0, self._told - 1)
         if not self._on_the_way:
             self._told = 0.0
+        while self._taken and now_s - self._taken[oldest := next(iter(self._taken))] >= ON_THE_WAY_S:
+            del self._taken[oldest]
 
 
 class _Pace:

@@ -71,10 +71,15 @@ class AdmissionMiddleware:
             return await _refuse(send, verdict.retry_after_s)
         if verdict.ticket is None or admission is None:
             return await self._app(scope, receive, send)
+        answer = _Answer(send)
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, answer.send)
+        except Exception:
+            answer.turned_down |= not answer.started
+            raise
         finally:
-            admission.ended(verdict.ticket)
+            if answer.turned_down:
+                admission.failed(verdict.ticket)
 
     def _judge(self) -> Verdict:
         if self._admission is None:
@@ -102,6 +107,23 @@ class AdmissionMiddleware:
         """Say it once, and let everybody in from now on."""
         self._admission, self._look_again_s = None, float("inf")
         log.error("PALS admission control failed (%s: %s); requests are let in without it", type(error).__name__, error)
+
+
+class _Answer:
+    """Passes an answer on, and notes whether it turns the request down, which vLLM does before its engine sees it.
+
+    A client that is gone turns nothing down: its request may reach the engine all the same.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = self.turned_down = False
+
+    async def send(self, message: Message) -> None:
+        """As ASGI wants it."""
+        if message["type"] == "http.response.start":
+            self.started, self.turned_down = True, 400 <= message["status"] < 500
+        await self._send(message)
 
 
 def _path(scope: Message) -> str:

@@ -166,7 +166,7 @@ class VirtualEngine:
                 self._llm.add_request(name, {"prompt_token_ids": ids}, params)
             except (ValueError, VLLMError) as e:
                 if self._admission is not None and verdict.ticket is not None:
-                    self._admission.ended(verdict.ticket)
+                    self._admission.failed(verdict.ticket)
                 request.finished(_with(request.result, error=f"{type(e).__name__}: {e}"))
                 continue
             self._open[name] = request

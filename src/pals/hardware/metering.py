@@ -26,6 +26,7 @@ def judge_meters(readings: Sequence[tuple[float, float, float]]) -> MeterFacts:
     known = len(seen) >= MIN_CHANGES
     refresh_s = float(np.median(np.diff(times_s[seen]))) if known else None
     first, last = (seen[0], seen[-1]) if known else (0, 0)
+    shown = changes(power_w)
     mean_w = float((energy_j[last] - energy_j[first]) / (times_s[last] - times_s[first])) if known else None
     return MeterFacts(
         seconds=float(times_s[-1] - times_s[0]),
@@ -34,12 +35,13 @@ def judge_meters(readings: Sequence[tuple[float, float, float]]) -> MeterFacts:
         swing_w=float(power_w.std()),
         energy_refresh_s=refresh_s,
         power_window_s=window_s(times_s, energy_j, power_w) if known else None,
+        power_refresh_s=float(np.median(np.diff(times_s[shown]))) if len(shown) >= MIN_CHANGES else None,
     )
 
 
-def changes(energy_j: Floats) -> NDArray[np.intp]:
-    """Where the counter shows a new value, shape (changes,)."""
-    return np.flatnonzero(np.diff(energy_j) != 0.0) + 1
+def changes(shown: Floats) -> NDArray[np.intp]:
+    """Where a meter shows a new value, shape (changes,)."""
+    return np.flatnonzero(np.diff(shown) != 0.0) + 1
 
 
 def window_s(times_s: Floats, energy_j: Floats, power_w: Floats) -> float | None:

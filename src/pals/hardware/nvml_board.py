@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from pals.core.diagnosis import BoardSettings
 from pals.core.errors import (
@@ -30,6 +30,30 @@ CLOCK_REASONS = {
     0x80: "power brake",
     0x100: "display clocks",
 }
+
+
+class Setters(Protocol):
+    """Another process that writes boards for us; errors are those of `PowerActuator.apply`."""
+
+    def check(self, boards: Sequence[BoardInfo]) -> None:
+        """See that it can write these boards, and counts them as NVML does here.
+
+        Raises:
+            PalsError: it cannot, or does not; nothing was changed.
+        """
+        ...
+
+    def set_limit(self, index: int, limit_w: float) -> None:
+        """Set the power limit of NVML's board `index`."""
+        ...
+
+    def lock_clock(self, index: int, low_mhz: int, high_mhz: int) -> None:
+        """Lock its SM clock into a range."""
+        ...
+
+    def reset_clock(self, index: int) -> None:
+        """Release its clock lock."""
+        ...
 
 
 class NvmlBoard:
@@ -57,9 +81,14 @@ class NvmlBoard:
         self._label = f"board {index} ({self._info.name})"
         self._mig = self._mig_mode() is True
         self._owner = LimitOwner(self._info.uuid, self._info.found_limit_w)
-        self._locked_at_mhz: int | None = None
+        self._locked_mhz: tuple[int, int] | None = None
         self._write_ahead: Callable[[BoardWrite], None] = lambda write: None
         self._announced = self._owner.told(clock_locked=False)
+        self._setters: Setters | None = None
+
+    def write_through(self, setters: Setters) -> None:
+        """From now on `setters` write, not this process; what is read back and written down ahead stays the same."""
+        self._setters = setters
 
     @property
     def info(self) -> BoardInfo:
@@ -68,7 +97,7 @@ class NvmlBoard:
 
     def can_write(self) -> bool:
         """Whether this process should be able to write; nothing is written to find out."""
-        return self._may_write and self.refusal is None
+        return (self._may_write or self._setters is not None) and self.refusal is None
 
     @property
     def refusal(self) -> str | None:
@@ -153,20 +182,29 @@ class NvmlBoard:
         self._check(wanted)
         set_w, clock_mhz = self._limit_now_w(), wanted.sm_clock_mhz
         limit_w = self._owner.capped(wanted.power_limit_w)
+        lock = None if clock_mhz is None else (self._info.lockable_clocks_mhz[0], clock_mhz)
         # a lock has no getter: what we asked last is all that can be known
-        locks = clock_mhz is not None and clock_mhz != self._locked_at_mhz
+        locks = lock is not None and lock != self._locked_mhz
         if abs(set_w - limit_w) >= 0.5:
             self._write_limit(limit_w, locks=locks)
         elif locks:
             self._announce(locks=True)
-        if clock_mhz is None:
+        if lock is None:
             self._release_clock()
         elif locks:
-            low_mhz = self._info.lockable_clocks_mhz[0]
-            doing = f"lock its SM clock at {clock_mhz} MHz"
-            self._call(doing, self._nvml.nvmlDeviceSetGpuLockedClocks, self._handle, low_mhz, clock_mhz)
-            self._locked_at_mhz = clock_mhz
+            self._lock_clock(*lock)
         return OperatingPoint(power_limit_w=self._enforced_w(), sm_clock_mhz=clock_mhz)
+
+    def pin_clock(self, mhz: int) -> None:
+        """Lock the SM clock at this one, until the next `apply` or `restore`; the limit is left. Raises as `apply`."""
+        self._check(OperatingPoint(power_limit_w=self._info.found_limit_w, sm_clock_mhz=mhz))
+        self._announce(locks=True)
+        self._lock_clock(mhz, mhz)
+
+    def write_again(self) -> None:
+        """Write the limit that is set once more: nothing changes, but how long it takes can be seen. Raises as `apply`."""
+        self._check(OperatingPoint(power_limit_w=self._info.found_limit_w))
+        self._write_limit(self._limit_now_w(), locks=False)
 
     def _check(self, wanted: OperatingPoint) -> None:
         """Refuse what must not be written, before anything is."""
@@ -195,12 +233,11 @@ class NvmlBoard:
     def _write_limit(self, limit_w: float, *, locks: bool) -> None:
         self._owner.about_to_write(limit_w)
         self._announce(locks=locks)
-        doing = f"set its power limit to {limit_w:.0f} W"
-        self._call(doing, self._nvml.nvmlDeviceSetPowerManagementLimit, self._handle, round(limit_w * 1000))
+        self._set_limit(f"set its power limit to {limit_w:.0f} W", limit_w)
         self._owner.wrote(limit_w)
 
     def _announce(self, *, locks: bool) -> None:
-        write = self._owner.told(clock_locked=locks or self._locked_at_mhz is not None)
+        write = self._owner.told(clock_locked=locks or self._locked_mhz is not None)
         if write != self._announced:
             self._write_ahead(write)
             self._announced = write
@@ -213,7 +250,7 @@ class NvmlBoard:
         Raises:
             PalsError: the driver refused; the message says what is in force.
         """
-        unlock = self._locked_at_mhz is not None
+        unlock = self._locked_mhz is not None
         try:
             limit_w = self._limit_to_put_back()
         except (PalsError, ValueError):
@@ -240,17 +277,16 @@ class NvmlBoard:
         refused = []
         try:
             if limit_w is not None:
-                doing = f"put its power limit back to {limit_w:.0f} W"
-                self._call(doing, self._nvml.nvmlDeviceSetPowerManagementLimit, self._handle, round(limit_w * 1000))
+                self._set_limit(f"put its power limit back to {limit_w:.0f} W", limit_w)
                 self._owner.was_put_back(limit_w)
         except (PalsError, ValueError) as e:
             refused.append(str(e))
         try:
             if unlock:
-                self._get("release its clock lock", self._nvml.nvmlDeviceResetGpuLockedClocks)
-                self._locked_at_mhz = None
+                self._reset_clock()
+                self._locked_mhz = None
         except NotSupportedError:
-            self._locked_at_mhz = None  # a board without locks holds none
+            self._locked_mhz = None  # a board without locks holds none
         except (PalsError, ValueError) as e:
             refused.append(str(e))
         if refused:
@@ -267,9 +303,29 @@ class NvmlBoard:
         return tuple(sorted(int(mhz) for mhz in listed))
 
     def _release_clock(self) -> None:
-        if self._locked_at_mhz is not None:
+        if self._locked_mhz is not None:
+            self._reset_clock()
+            self._locked_mhz = None
+
+    def _set_limit(self, doing: str, limit_w: float) -> None:
+        if self._setters is not None:
+            self._setters.set_limit(self._info.index, limit_w)
+        else:
+            self._call(doing, self._nvml.nvmlDeviceSetPowerManagementLimit, self._handle, round(limit_w * 1000))
+
+    def _lock_clock(self, low_mhz: int, high_mhz: int) -> None:
+        if self._setters is not None:
+            self._setters.lock_clock(self._info.index, low_mhz, high_mhz)
+        else:
+            doing = f"lock its SM clock at {high_mhz} MHz"
+            self._call(doing, self._nvml.nvmlDeviceSetGpuLockedClocks, self._handle, low_mhz, high_mhz)
+        self._locked_mhz = (low_mhz, high_mhz)
+
+    def _reset_clock(self) -> None:
+        if self._setters is not None:
+            self._setters.reset_clock(self._info.index)
+        else:
             self._get("release its clock lock", self._nvml.nvmlDeviceResetGpuLockedClocks)
-            self._locked_at_mhz = None
 
     def _enforced_w(self) -> float:
         return self._watts("read its enforced limit", self._nvml.nvmlDeviceGetEnforcedPowerLimit)

@@ -40,6 +40,18 @@ class Board(PowerMeter, PowerActuator, Protocol):
     """A board that can be read and, with privilege, written."""
 
 
+class BudgetKeeper(Protocol):
+    """Whoever holds the boards of this agent to its budget too, also when the agent is gone."""
+
+    def keep(self, watts: float | None, uuids: Sequence[str]) -> None:
+        """From now on these boards may be limited to `watts` together (None: to anything); called before each slot's ticks."""
+        ...
+
+    def end(self) -> None:
+        """All boards are released and the agent ends in order: nothing is to be kept any more."""
+        ...
+
+
 class Watcher(Protocol):
     """Whoever looks at one engine's records as they come: metrics, a test."""
 
@@ -66,6 +78,9 @@ class AgentSetup:
     say: Callable[[str], None]
     journals: Path | None = None  # where those go that nobody named; None: `folder`
     budgets: LiveBudget | None = None  # None: the schedule of `config` alone
+    cannot_write: str = "this process may not write power limits (needs root)"  # said where `may_write` is not
+    writer: str = ""  # who writes, and whether there is a dead-man; for `pals status`
+    budget_keeper: BudgetKeeper | None = None  # None: the agent keeps its budget alone
     virtual_command: str | None = None  # in virtual time: the command, without what differs between equal runs
 
 
@@ -139,6 +154,16 @@ class Session:
             self._busy_at_s = now_s
         self._sink(record)
 
+    @property
+    def acts(self) -> bool:
+        """Whether its boards are written."""
+        return bool(self.rig.actuators)
+
+    @property
+    def limits_w(self) -> float:
+        """What all its boards may draw, by the limits last known in force."""
+        return sum(self._limits_w)
+
     def holding(self, now_s: float) -> Holding:
         """What the engine may draw now, and what it could use."""
         guard = self.rig.guard
@@ -180,7 +205,7 @@ def open_session(setup: AgentSetup, group: EngineGroup, name: str, journal_path:
     config = setup.config.of(group.info)
     rig, header = _assemble(setup, config, group)
     with ExitStack() as exits:
-        sink = _sink(setup, name, header, journal_path, exits)
+        sink = _sink(setup, name, header, journal_path, exits, writes=bool(rig.actuators))
         if rig.setter is not None:
             exits.callback(rig.setter.release)
         exits.enter_context(boards_as_found(rig.meters, rig.actuators, setup.folder / FOUND_RECORD))
@@ -264,10 +289,7 @@ def reproducible(header: JournalHeader, command: str) -> JournalHeader:
 def _mode(setup: AgentSetup, config: Config, boards: Sequence[Board]) -> str:
     mode = config.control.mode or ("auto" if setup.emulated else "advise")
     if mode in WRITING and not setup.may_write:
-        setup.say(
-            "advise only: this process may not write power limits (needs root); decisions are recorded, "
-            "every board keeps the limit it has"
-        )
+        setup.say(f"advise only: {setup.cannot_write}; decisions are recorded, every board keeps the limit it has")
         return "advise"
     if mode in WRITING and (refused := [b.refusal for b in boards if b.refusal is not None]):
         setup.say(f"advise only: {'; '.join(refused)}. Decisions are recorded, every board keeps the limit it has")
@@ -283,7 +305,7 @@ def _told_mode(rig: Rig, header: JournalHeader) -> str:
 
 
 def _sink(
-    setup: AgentSetup, name: str, header: JournalHeader, journal_path: Path, exits: ExitStack
+    setup: AgentSetup, name: str, header: JournalHeader, journal_path: Path, exits: ExitStack, *, writes: bool
 ) -> Callable[[TickRecord], None]:
     """Where an engine's records go: journal, status file, watcher; closed by `exits`."""
     try:
@@ -293,7 +315,8 @@ def _sink(
             f"the journal {journal_path} cannot be written ({e.strerror}); name another with --journal. No board was changed"
         ) from e
     exits.callback(close_quietly, journal)
-    status = StatusFile(setup.folder / STATUS_FILES.replace("*", slug(name)), name, header)
+    path = setup.folder / STATUS_FILES.replace("*", slug(name))
+    status = StatusFile(path, name, header, writer=setup.writer if writes else "")
     exits.callback(status.remove)
     watcher = setup.watch(name, header.boards)
     exits.callback(watcher.close)

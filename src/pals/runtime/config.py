@@ -32,6 +32,8 @@ POLICIES = (
 )
 WITHOUT_TARGET = ("static", "pals", "vendor-preset", "bandit", "slo-clock")  # they need no throughput target
 OBJECTIVES = ("node", "gpu")
+WRITERS = ("auto", "capd", "direct", "zeusd")
+NODE_WIDE = ("period_s", "writer")  # of [control]: all engines share them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,7 @@ class ControlConfig:
 
     policy: str = "static"
     mode: str | None = None  # None: auto on emulated boards, advise on real ones
+    writer: str = "auto"  # who writes limits and clocks: capd, this process itself, or zeusd
     period_s: float = 0.5
     profile: str | None = None
     accept_mismatch: bool = False  # use a profile made elsewhere, with wider intervals
@@ -166,7 +169,7 @@ def _for_engine(general: Mapping[str, Mapping[str, Any]], values: Any, where: st
     """The general tables with one engine's own values over them; all engines share one grid, one budget and one output."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where} must be a table of keys, not {values!r}")
-    own = {name: [f.name for f in fields(_SECTIONS[name]) if f.name != "period_s"] for name in ("control", "slo")}
+    own = {name: [f.name for f in fields(_SECTIONS[name]) if f.name not in NODE_WIDE] for name in ("control", "slo")}
     own["slo"].append(EITHER)
     check_keys(values, [k for keys in own.values() for k in keys], where)
     mine = {name: {k: v for k, v in values.items() if k in keys} for name, keys in own.items()}
@@ -212,6 +215,7 @@ def checked(config: Config) -> Config:
     chosen: list[tuple[str, str | None, Sequence[str]]] = [
         ("policy", c.policy, POLICIES),
         ("mode", c.mode, MODES),
+        ("writer", c.writer, WRITERS),
         ("canary_baseline", c.canary_baseline, POLICIES),
         ("lowering", c.lowering, LOWERINGS),
         ("objective", c.objective, OBJECTIVES),

@@ -95,8 +95,8 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def state_dir(environ: Mapping[str, str]) -> Path:
-    """Where what grows is kept, on disk: $PALS_RUN_DIR where it is given, else /var/lib/pals (root), $XDG_STATE_HOME/pals."""
-    if given := environ.get("PALS_RUN_DIR"):
+    """Where what grows is kept, on disk: $PALS_STATE_DIR, else $PALS_RUN_DIR, else /var/lib/pals (root), $XDG_STATE_HOME/pals."""
+    if given := environ.get("PALS_STATE_DIR") or environ.get("PALS_RUN_DIR"):
         return Path(given)
     if os.geteuid() == 0:
         return Path("/var/lib/pals")

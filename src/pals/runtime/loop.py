@@ -18,7 +18,7 @@ from pals.core.errors import NotPutBackError, PalsError
 from pals.core.protocols import PowerActuator, PowerMeter
 from pals.core.quantities import Slo
 from pals.runtime.budgets import BudgetSchedule
-from pals.runtime.found import add_found, forget_found, note_writes
+from pals.runtime.found import add_found, forget_found, note_writes, read_found
 from pals.runtime.tick import Rig, TickRecord, TickState, tick
 
 log = logging.getLogger("pals")
@@ -87,13 +87,23 @@ def boards_as_found(meters: Sequence[PowerMeter], actuators: Sequence[PowerActua
         refused = _put_back(meters, actuators, record)
         if refused:
             raise NotPutBackError(
-                f"{len(refused)} of {len(meters)} boards could not be put back: {'; '.join(refused)} {record} keeps what was "
-                "found: run `pals restore` with the rights to write"
+                f"{len(refused)} of {len(meters)} boards could not be put back: {'; '.join(refused)}{_told_kept(record)}"
             )
         log.info(
             "boards put back as found: %s",
             ", ".join(_left_at(m, a) for m, a in zip(meters, actuators, strict=True)),
         )
+
+
+def _told_kept(record: Path) -> str:
+    """What to do, where the record says how to undo what was written; whoever writes for us may keep a record of its own."""
+    try:
+        found = read_found(record)
+        if found is None or not any(b.written_w or b.clock_locked for b in found.boards.values()):
+            return ""
+    except PalsError:
+        pass  # written, and damaged since: `pals restore` says so
+    return f" {record} keeps what was found: run `pals restore` with the rights to write"
 
 
 def _left_at(meter: PowerMeter, actuator: PowerActuator) -> str:

@@ -27,13 +27,20 @@ def control_engines(setup: AgentSetup, clock: GridClock) -> int:
     """
     node = Node(setup, clock)
     with node.open_at_start():
-        try:
-            on_grid(clock, setup.config.control.period_s, node.step)
-        except EngineGoneError as e:
-            if clock.wait(0.0):  # told to stop just now: the engine ends because we all do
-                return 0
-            setup.say(str(e))
-            return EXIT_ENGINE_GONE
+        code = _steer(node, setup, clock)
+    if setup.budget_keeper is not None:  # an agent that fails, or leaves boards behind, leaves its budget in force
+        setup.budget_keeper.end()
+    return code
+
+
+def _steer(node: Node, setup: AgentSetup, clock: GridClock) -> int:
+    try:
+        on_grid(clock, setup.config.control.period_s, node.step)
+    except EngineGoneError as e:
+        if clock.wait(0.0):  # told to stop just now: the engine ends because we all do
+            return 0
+        setup.say(str(e))
+        return EXIT_ENGINE_GONE
     return 0
 
 
@@ -104,8 +111,18 @@ class Node:
             self._look()
         self._promise()
         budget = self._budgets.at(elapsed_s)
+        self._hand_on(budget)
         for session, target_w in lowering_first(self.sessions, budget, self._clock.now_s()):
             self._tick(session, budget, target_w)
+
+    def _hand_on(self, budget: Budget) -> None:
+        """Have the boards that are written held to the budget too, less what those of engines that only get advice may draw."""
+        keeper = self._setup.budget_keeper
+        if keeper is None:
+            return
+        beside_w = sum(s.limits_w for s in self.sessions if not s.acts)
+        watts = None if budget.power_w is None else max(1.0, budget.power_w - beside_w)
+        keeper.keep(watts, [m.info.uuid for s in self.sessions if s.acts for m in s.rig.meters])
 
     def _tick(self, session: Session, budget: Budget, target_w: float) -> None:
         now_s = self._clock.now_s()

@@ -55,11 +55,13 @@ def close_quietly(journal: Journal) -> None:
 class StatusFile:
     """An engine's newest record, for `pals status`; replaced atomically each tick, removed at the end."""
 
-    def __init__(self, path: Path, name: str, header: JournalHeader) -> None:
+    def __init__(self, path: Path, name: str, header: JournalHeader, *, writer: str) -> None:
         self.path = path
         told = {k: v for k, v in encode(header).items() if k != "profile_json"}
         pid = os.getpid()
         self._fixed = {"agent_pid": pid, "agent_started": process_started(pid), "name": name, "header": told}
+        if writer:
+            self._fixed["writer"] = writer
 
     def write(self, record: TickRecord) -> None:
         """Replace the file."""

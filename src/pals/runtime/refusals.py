@@ -34,10 +34,10 @@ class Refusals:
         """What each has refused."""
         counts = list[float]()
         for slot in self._slots:
-            values = slot.read()
-            if values is None:
+            if not slot.written:
                 break
-            counts.append(values[1])
+            values = slot.read()
+            counts.append(0.0 if values is None else values[1])
         return counts
 
     def claim(self, path: Path) -> RefusalCounter:
@@ -50,7 +50,7 @@ class Refusals:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             for slot in self._slots:
-                if slot.read() is None:
+                if not slot.written:
                     return RefusalCounter(slot)
         finally:
             os.close(handle)

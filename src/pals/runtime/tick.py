@@ -22,6 +22,7 @@ from pals.core.protocols import (
     AnyController,
     EngineActuator,
     EngineMeter,
+    FollowsLater,
     PowerActuator,
     PowerMeter,
     WatchesProfile,
@@ -272,7 +273,7 @@ def _apply_together(
         in_force[i] = _write(rig, i, common, boards[i], in_force[i], now_s, notes)
         notes += _other_hand(rig, i)
         limit_w = in_force[i].power_limit_w
-        if abs(limit_w - common.power_limit_w) > 0.5:
+        if abs(limit_w - common.power_limit_w) > 0.5 and not _follows(rig, i, common.power_limit_w):
             stuck_w[i] = limit_w
             beside_w = rig.guard.limit_beside(
                 tuple(stuck_w.values()), common.power_limit_w, budget, tuple(absent_w.values())
@@ -283,6 +284,13 @@ def _apply_together(
         if i not in stuck_w and point.power_limit_w > common.power_limit_w + 0.5:
             in_force[i] = _write(rig, i, common, boards[i], point, now_s, notes)
     rig.stuck = frozenset(stuck_w)
+
+
+def _follows(rig: Rig, position: int, limit_w: float) -> bool:
+    """Whether a board that stands lower now will come to `limit_w` by itself."""
+    actuator = rig.actuators[position]
+    follows_w = actuator.follows_w if isinstance(actuator, FollowsLater) else None
+    return follows_w is not None and abs(follows_w - limit_w) <= 0.5
 
 
 def _beside_absent(

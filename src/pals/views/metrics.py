@@ -5,8 +5,9 @@ Every metric carries the engine's name; those of one board its index too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, make_wsgi_app
 
@@ -14,6 +15,7 @@ from pals.control.interleaved import ARMS
 from pals.core.quantities import LOWERINGS, EngineSample
 from pals.runtime.modes import MODES
 from pals.runtime.tick import TickRecord
+from pals.views.capd_metrics import CapdCollector, capd_rows
 from pals.views.endpoint import serve
 
 
@@ -115,6 +117,10 @@ class AgentMetrics:
         self.counters = {
             m.name: Counter(m.name, m.text, m.labels, registry=self.registry) for m in METRICS if m.kind is Counter
         }
+
+    def watch_capd(self, read: Callable[[], Mapping[str, Any]]) -> None:
+        """Show capd's counters too; `read` asks it."""
+        self.registry.register(CapdCollector(read))
 
     def engine(self, name: str, boards: Sequence[int]) -> EngineMetrics:
         """What observes the records of one engine; `boards` are its boards' indices."""
@@ -249,4 +255,4 @@ def serve_metrics(metrics: AgentMetrics, port: int) -> Callable[[], None]:
 def metrics_table() -> str:
     """The Markdown table of `docs/metrics.md`."""
     rows = [f"| `{m.name}` | {m.kind.__name__.lower()} | {', '.join(m.labels)} | {m.text} |" for m in METRICS]
-    return "\n".join(["| metric | type | labels | meaning |", "| --- | --- | --- | --- |", *rows])
+    return "\n".join(["| metric | type | labels | meaning |", "| --- | --- | --- | --- |", *rows, *capd_rows()])

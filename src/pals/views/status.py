@@ -72,7 +72,8 @@ def _agent_line(now: Sequence[dict[str, Any]]) -> str:
     pids = ", ".join(str(p) for p in sorted({s["agent_pid"] for s in now}))
     budget = "no budget" if None in shares_w else f"budget {sum(shares_w):.0f} W"
     shared = f" shared by {len(now)} engines" if len(now) > 1 and None not in shares_w else ""
-    return f"agent: process {pids}, {budget}{shared}"
+    writers = ", ".join(sorted({s["writer"] for s in now if s.get("writer")}))
+    return f"agent: process {pids}, {budget}{shared}, {f'boards are written by {writers}' if writers else 'writes no board'}"
 
 
 def _print_decision(console: Console, each: dict[str, Any]) -> None:

@@ -64,9 +64,10 @@ def _emulated(nvml: NvmlFacts) -> Finding:
         status, text = WARNING, "EMULATED boards whose server was killed; no real board is looked at"
         remedy = f"rm {nvml.emulated} to see real boards again"
     else:
+        whose = "pals emulate" if nvml.emulator_pid is None else f"pals serve (process {nvml.emulator_pid})"
         text = (
-            f"EMULATED: {count(len(nvml.boards), 'board')} of pals serve (process {nvml.emulator_pid}) beneath NVML; "
-            "no real board is looked at in this run directory"
+            f"EMULATED: {count(len(nvml.boards), 'board')} of {whose} beneath NVML; no real board is looked at in this "
+            f"{'shell' if nvml.emulator_pid is None else 'run directory'}"
         )
     return finding(
         "driver", "nvml", status, text, remedy=remedy,
@@ -74,8 +75,8 @@ def _emulated(nvml: NvmlFacts) -> Finding:
     )  # fmt: skip
 
 
-def board(facts: BoardFacts, *, steered: bool) -> Iterator[Finding]:
-    """One board; `steered` says that a living agent sets it."""
+def board(facts: BoardFacts, *, steered: bool, tried: bool = False) -> Iterator[Finding]:
+    """One board; `steered` says that a living agent sets it, `tried` that a clock lock was tried."""
     subject = f"board {facts.index}"
     info, now, settings = facts.info, facts.now, facts.settings
     if info is None or now is None or settings is None:
@@ -90,8 +91,8 @@ def board(facts: BoardFacts, *, steered: bool) -> Iterator[Finding]:
         index=info.index, name=info.name, uuid=info.uuid, driver=info.driver,
     )  # fmt: skip
     yield _limit(subject, info, now, steered=steered)
-    yield _binding(subject, now, settings, facts.meter)
-    yield _clock(subject, info, now, settings)
+    yield _binding(subject, info, now, settings, facts.meter)
+    yield _clock(subject, info, now, settings, tried=tried)
     yield _energy_counter(subject, now, facts.meter)
     yield _power_window(subject, facts.meter)
     yield _persistence(subject, settings.persistence_mode)
@@ -124,30 +125,39 @@ def _limit(subject: str, info: BoardInfo, now: PowerSample, *, steered: bool) ->
     )  # fmt: skip
 
 
-def _binding(subject: str, now: PowerSample, settings: BoardSettings, meter: MeterFacts | None) -> Finding:
+def _binding(
+    subject: str, info: BoardInfo, now: PowerSample, settings: BoardSettings, meter: MeterFacts | None
+) -> Finding:
     power_w = meter.power_w if meter is not None and meter.power_w is not None else now.power_w
     capped = "power limit" in (settings.clock_reasons or ())
     binds = capped or power_w >= (1.0 - BINDS_WITHIN) * now.enforced_limit_w
+    means = (
+        "binds now: lower slows the work, higher speeds it up"
+        if binds
+        else f"does not bind now: down to about {max(info.min_limit_w, power_w / (1.0 - BINDS_WITHIN)):.0f} W costs no speed"
+    )
     return finding(
-        "boards", "limit-binds", OK, f"draws {power_w:.0f} W: the limit {'binds' if binds else 'does not bind'} now",
+        "boards", "limit-binds", OK, f"draws {power_w:.0f} W: the limit {means}",
         subject=subject, power_w=power_w, binds=binds, temperature_c=now.temperature_c,
         capped_by_driver=None if settings.clock_reasons is None else capped,
     )  # fmt: skip
 
 
-def _clock(subject: str, info: BoardInfo, now: PowerSample, settings: BoardSettings) -> Finding:
+def _clock(subject: str, info: BoardInfo, now: PowerSample, settings: BoardSettings, *, tried: bool) -> Finding:
     reasons = settings.clock_reasons or ()
     status, remedy = OK, None
-    lock = "the driver can lock it (not tried)"
+    lock = "the driver can lock it" + ("" if tried else " (not tried)")
     if not settings.clock_lock_api:
         status, lock = WARNING, "this driver cannot lock it"
         remedy = "update the driver, or steer by power limit and active sequences alone"
     if harm := sorted(HARMFUL & set(reasons)):
         status, remedy = WARNING, f"the board slows itself down ({', '.join(harm)}): see to cooling and power supply"
     why = f" ({', '.join(reasons)})" if reasons else ""
+    low_mhz = info.lockable_clocks_mhz[0]
     return finding(
-        "boards", "sm-clock", status, f"SM clock {now.sm_clock_mhz} of {info.max_sm_clock_mhz} MHz{why}; {lock}",
-        subject=subject, remedy=remedy, sm_clock_mhz=now.sm_clock_mhz, max_sm_clock_mhz=info.max_sm_clock_mhz,
+        "boards", "sm-clock", status,
+        f"SM clock {now.sm_clock_mhz} MHz of {low_mhz}..{info.max_sm_clock_mhz} MHz{why}; {lock}",
+        subject=subject, remedy=remedy, min_sm_clock_mhz=low_mhz, sm_clock_mhz=now.sm_clock_mhz, max_sm_clock_mhz=info.max_sm_clock_mhz,
         memory_clock_mhz=now.memory_clock_mhz, clock_lock_api=settings.clock_lock_api,
         clock_reasons=None if settings.clock_reasons is None else list(reasons),
     )  # fmt: skip
@@ -191,15 +201,23 @@ def _power_window(subject: str, meter: MeterFacts | None) -> Finding:
         text = "what the power reading averages over was not watched"
     elif meter.power_window_s is not None:
         status, remedy = OK, None
-        text = f"the driver's power reading averages over about {meter.power_window_s:g} s"
+        text = f"the driver's power reading averages over about {meter.power_window_s:g} s{_shown_every(meter)}"
     elif meter.swing_w < 5.0:
-        text = f"what the power reading averages over: unknown, power was steady (±{meter.swing_w:.1f} W)"
+        text = f"what the power reading averages over: unknown, power was steady (±{meter.swing_w:.1f} W){_shown_every(meter)}"
     else:
-        text = f"what the power reading averages over: unknown, no known window fits {meter.seconds:.1f} s of readings"
+        text = f"what the power reading averages over: unknown, no known window fits {meter.seconds:.1f} s of readings{_shown_every(meter)}"
     return finding(
         "boards", "power-window", status, text, subject=subject, remedy=remedy,
-        power_window_s=meter.power_window_s if meter else None, swing_w=meter.swing_w if meter else None,
+        power_window_s=meter.power_window_s if meter else None,
+        power_refresh_s=meter.power_refresh_s if meter else None, swing_w=meter.swing_w if meter else None,
     )  # fmt: skip
+
+
+def _shown_every(meter: MeterFacts) -> str:
+    if meter.power_refresh_s is None:
+        return ""
+    nearly = "at most" if meter.power_refresh_s < 1.5 * meter.sampled_every_s else "about"
+    return f", and refreshes every {nearly} {_rounded_ms(meter.power_refresh_s)} ms"
 
 
 def _persistence(subject: str, mode: bool | None) -> Finding:
@@ -207,7 +225,10 @@ def _persistence(subject: str, mode: bool | None) -> Finding:
     if mode is None:
         status, text = UNKNOWN, "persistence mode: the driver does not say"
     elif not mode:
-        status, text = WARNING, "persistence mode off: limits are forgotten when nobody has the board open"
+        status, text = (
+            WARNING,
+            "persistence mode off: the driver unloads, and forgets limits and locks, when nobody has the board open",
+        )
         remedy = "sudo nvidia-smi -pm 1, or run nvidia-persistenced"
     return finding("boards", "persistence-mode", status, text, subject=subject, remedy=remedy, persistence_mode=mode)
 

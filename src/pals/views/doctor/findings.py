@@ -6,16 +6,26 @@ from collections.abc import Sequence
 
 from pals.core.diagnosis import Finding, NodeFacts, Status
 from pals.views.doctor import boards, engines, software, writers
+from pals.views.doctor.capd import capd
+from pals.views.doctor.trials import trial, verdict
 
 
 def findings(node: NodeFacts) -> list[Finding]:
     """Everything worth saying about the node."""
+    tried = {t.index for t in node.trials or () if t.clock is not None}
     infos = [b.info for b in node.nvml.boards if b.info is not None]
-    return [
+    found = [
         *boards.driver(node.nvml, node.software),
-        *(f for b in node.nvml.boards for f in boards.board(b, steered=node.run_dir.writer.alive)),
-        *writers.permissions(node.nvml, node.privilege),
+        *(
+            f
+            for b in node.nvml.boards
+            for f in boards.board(b, steered=node.run_dir.writer.alive, tried=b.index in tried)
+        ),
+        *writers.permissions(node.nvml, node.privilege, node.chosen, node.capd),
         writers.other_writers(node.run_dir.writer),
+        *writers.other_programs(node.programs, node.capd, emulated=bool(node.nvml.emulated)),
+        *capd(node.capd, node.nvml),
+        *(f for t in node.trials or () for f in trial(t)),
         *writers.agents(node.run_dir),
         *engines.engines(node.run_dir),
         *software.packages(node.software, real_boards=bool(infos) and not node.nvml.emulated),
@@ -26,6 +36,7 @@ def findings(node: NodeFacts) -> list[Finding]:
             mixed_boards=len({i.name for i in infos}) > 1,
         ),
     ]
+    return [*found, *verdict(node, found)]
 
 
 def worst(found: Sequence[Finding]) -> Status:

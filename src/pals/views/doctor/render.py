@@ -16,6 +16,7 @@ from pals.core.diagnosis import Finding, Status
 from pals.views.doctor.boards import count
 
 FORMAT = 1
+BY_BOARD = ("boards", "trial")  # areas told check by check, boards together
 STYLES = {Status.OK: "green", Status.UNKNOWN: "cyan", Status.WARNING: "yellow", Status.PROBLEM: "bold red"}
 
 
@@ -47,7 +48,7 @@ def print_findings(found: Sequence[Finding], console: Console, *, emulated: bool
     """One block per area; boards of which the same is true share a line."""
     for area, members in groupby(found, key=lambda f: f.area):
         title = (
-            f"{area.capitalize()} (EMULATED)" if emulated and area in ("boards", "permissions") else area.capitalize()
+            f"{area.capitalize()} (EMULATED)" if emulated and area in (*BY_BOARD, "permissions") else area.capitalize()
         )
         console.print(Text(title, style="bold"))
         console.print(_block(shared(list(members))))
@@ -77,9 +78,9 @@ def shared(found: Sequence[Finding]) -> list[Finding]:
     """Findings of several boards with the same text as one; boards are told check by check."""
     checks = list(dict.fromkeys(f.check for f in found))
     merged: dict[tuple[str, ...], list[Finding]] = {}
-    for f in sorted(found, key=lambda f: checks.index(f.check) if f.area == "boards" else 0):
+    for f in sorted(found, key=lambda f: checks.index(f.check) if f.area in BY_BOARD else 0):
         key = (f.area, f.check, f.status.value, f.text, f.remedy or "")
-        merged.setdefault(key if f.area == "boards" else (*key, f.subject), []).append(f)
+        merged.setdefault(key if f.area in BY_BOARD else (*key, f.subject), []).append(f)
     return [
         members[0] if len(members) == 1 else Finding(
             area=members[0].area, check=members[0].check, status=members[0].status, text=members[0].text,
