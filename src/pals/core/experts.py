@@ -6,11 +6,13 @@ replicas that a load balancer adds change nothing here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pals.core.routing import chance_distances, distances, popularity_parts
 
 Counts = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -86,7 +88,10 @@ class ExpertSummary:
     top_fifth_share: float | None  # of all choices, the share of the most popular 20 % of experts
     hottest_rank_over_mean: float | None  # tokens of the busiest rank over the ranks' mean; 1.0: balanced
     drift: float | None  # Jensen-Shannon distance from the reference, 0 to 1
-    unknown: Mapping[str, str]
+    unknown: dict[str, str]
+    drift_by_chance: float | None = None  # the distance that counts so few have anyway
+    drift_from: str | None = None  # what the reference is: "profile" or "start"
+    popularity: tuple[float, ...] | None = None  # by equal parts of the experts of all layers, see `core/routing.py`
 
 
 def merge(parts: Sequence[ExpertCounts]) -> ExpertCounts:
@@ -135,7 +140,7 @@ def summarise(
     steady = [(popularity_variation(c), top_share(c)) for c in routed] if few is None else []
     distinct = _distinct(window, nothing, unknown)
     hottest = _hottest(window, few, unknown)
-    drift = _drift(window, reference, few, least_per_expert, unknown)
+    drift, by_chance = _drift(window, reference, few, least_per_expert, unknown)
     if few is not None:
         unknown |= {"variation": few, "top_fifth_share": few}
     if not known.all():
@@ -146,7 +151,8 @@ def summarise(
         distinct_per_step=distinct,
         variation=float(np.mean([v for v, _ in steady])) if steady else None,
         top_fifth_share=float(np.mean([s for _, s in steady])) if steady else None,
-        hottest_rank_over_mean=hottest, drift=drift, unknown=unknown,
+        hottest_rank_over_mean=hottest, drift=drift, unknown=unknown, drift_by_chance=by_chance,
+        popularity=popularity_parts(routed) if few is None else None,
     )  # fmt: skip
 
 
@@ -252,19 +258,23 @@ def _drift(
     few: str | None,
     least_per_expert: float,
     unknown: dict[str, str],
-) -> float | None:
+) -> tuple[float | None, float | None]:
+    """Mean distance over the layers that both know, and what of it is chance; the reference may hold some layers only."""
+    pairs: list[tuple[int, int]] = []
     if few is None and reference is None:
         few = "there is no reference yet"
     if few is None and reference is not None:
-        if (reference.layers, reference.routed.shape) != (window.layers, window.routed.shape):
+        row = {name: i for i, name in enumerate(reference.layers) if reference.known[i]}
+        pairs = [(i, row[name]) for i, name in enumerate(window.layers) if window.known[i] and name in row]
+        if reference.routed.shape[1] != window.routed.shape[1] or not set(reference.layers) & set(window.layers):
             few = "the reference is of another model"
         elif too_few := _too_few(reference, least_per_expert):
             few = f"the reference's {too_few}"
-        elif not (window.known & reference.known).any():
+        elif not pairs:
             few = "no layer is known in both"
     if few is not None or reference is None:
         unknown["drift"] = few or ""
-        return None
-    both = window.known & reference.known
-    pairs = zip(window.routed[both], reference.routed[both], strict=True)
-    return float(np.mean([jensen_shannon_distance(a, b) for a, b in pairs]))
+        return None, None
+    mine, theirs = (list(rows) for rows in zip(*pairs, strict=True))
+    a, b = window.routed[mine], reference.routed[theirs]
+    return float(distances(a, b).mean()), float(chance_distances(a, b).mean())
