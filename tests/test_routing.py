@@ -39,12 +39,16 @@ def counts_of(routed: np.ndarray, *, tokens: int, time_s: float = 10.0, layers: 
 
 @pytest.mark.parametrize("law", ["gamma", "log-normal"])
 @pytest.mark.parametrize("cv", [0.3, 0.7, 1.2])
-def test_experts_touched_follow_from_counts_within_two_percent_of_what_batches_really_touch(law: str, cv: float) -> None:
+def test_experts_touched_follow_from_counts_within_two_percent_of_what_batches_really_touch(
+    law: str, cv: float
+) -> None:
     rng = np.random.default_rng(3)
     layers = weights(law, cv, rng)
     seen = [chosen(layer, 12800, rng) for layer in layers]
     routed = np.array([np.bincount(s.ravel(), minlength=EXPERTS) for s in seen])
-    base = base_of(FACTS)._replace(experts=EXPERTS, top_k=TOP_K).under(Load(mix=CHAT, popularity=popularity_parts(routed)))
+    base = (
+        base_of(FACTS)._replace(experts=EXPERTS, top_k=TOP_K).under(Load(mix=CHAT, popularity=popularity_parts(routed)))
+    )
     for batch in (1, 8, 32, 128):
         fresh = [chosen(layer, max(6400, 8 * batch), rng).reshape(-1, batch * TOP_K) for layer in layers]
         truth = float(np.mean([[len(np.unique(step)) for step in steps[:800]] for steps in fresh]))
@@ -87,7 +91,7 @@ def test_a_stored_reference_is_small_and_says_the_same_drift() -> None:
     whole = counts_of(routed, tokens=500_000, layers=names)
     stored = RoutingReference.of(whole)
     assert stored is not None
-    assert len(stored.shares) + sum(len(n) + 3 for n in stored.layers) < 1800
+    assert len(stored.shares) + sum(len(n) + 3 for n in stored.layers) < 900
     other = np.array([rng.multinomial(160_000, np.roll(w, 5) / w.sum()) for w in layers])
     same = np.array([rng.multinomial(160_000, w / w.sum()) for w in layers])
     for window in (other, same):

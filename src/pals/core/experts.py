@@ -117,7 +117,9 @@ def merge(parts: Sequence[ExpertCounts]) -> ExpertCounts:
         sources[rows] += 1
         if p.distinct is not None:
             distinct[rows] += p.distinct
-    several = int(sources.max())  # ranks whose tokens are added: what they touch together is not the sum of what each touches
+    several = int(
+        sources.max()
+    )  # ranks whose tokens are added: what they touch together is not the sum of what each touches
     at_first = [p for p in parts if first.layers[:1] == p.layers[:1]]
     return ExpertCounts(
         time_s=min(p.time_s for p in parts), span_s=None if None in (spans := [p.span_s for p in parts]) else min(s for s in spans if s is not None),

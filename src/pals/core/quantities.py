@@ -195,7 +195,9 @@ class StateEstimate(Checked):
     idle: bool  # no unfinished request, engine alive
     ttft_p95_s: float | None
     tpot_p95_s: float | None
-    popularity_cv: float | None = None  # of the experts, coefficient of variation, measured; None like the next two: unknown or old
+    popularity_cv: float | None = (
+        None  # of the experts, coefficient of variation, measured; None like the next two: unknown or old
+    )
     distinct_experts: float | None = None  # touched in a layer and step
     routing_drift: float | None = None  # Jensen-Shannon distance from the reference
     experts_age_s: float | None = None  # of these figures; None: there are none

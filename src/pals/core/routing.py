@@ -34,7 +34,9 @@ def touched(parts: Sequence[float] | FloatArray, *, experts: int, top_k: int, to
     Tokens are taken as independent.
     """
     chance = np.minimum(0.999, np.asarray(parts) * top_k / experts)
-    return np.asarray(-experts * np.expm1(np.multiply.outer(np.asarray(tokens, float), np.log1p(-chance))).mean(axis=-1))
+    return np.asarray(
+        -experts * np.expm1(np.multiply.outer(np.asarray(tokens, float), np.log1p(-chance))).mean(axis=-1)
+    )
 
 
 def distances(a: ArrayLike, b: ArrayLike) -> FloatArray:

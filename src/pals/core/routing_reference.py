@@ -13,7 +13,7 @@ import numpy as np
 
 from pals.core.experts import ExpertCounts
 
-MOST_BYTES = 1024  # of shares: 8 layers of 128 experts
+MOST_BYTES = 512  # of shares: 4 layers of 128 experts; a profile grows by less than 1 KB
 LEVELS = 255
 
 

@@ -22,7 +22,9 @@ class EngineFacts(Checked):
     step_tokens: int = 8192  # most tokens of one step (max_num_batched_tokens)
     tensor_parallel: int = 1  # boards that divide each matrix
     shape: ModelShape | None = None  # None: the model's sizes are unknown, priors are wide
-    popularity: tuple[float, ...] | None = None  # of experts while it was measured, by parts; None: not counted, so fitted
+    popularity: tuple[float, ...] | None = (
+        None  # of experts while it was measured, by parts; None: not counted, so fitted
+    )
 
     def __post_init__(self) -> None:
         Checked.__post_init__(self)

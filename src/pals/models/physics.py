@@ -60,7 +60,9 @@ class Base(NamedTuple):
     boards: int
     popularity: tuple[float, ...] | None = None  # of experts under the profile, by parts; None: by the fitted variation
     now: tuple[float, ...] | None = None  # of experts now; None: as then
-    then: tuple[float, ...] | None = None  # what `now` is held against: the profile's experts count as many times more; None: they are `now`
+    then: tuple[float, ...] | None = (
+        None  # what `now` is held against: the profile's experts count as many times more; None: they are `now`
+    )
 
     def under(self, load: Load) -> Base:
         """With the routing that a load brings, as far as it is known."""
@@ -264,18 +266,21 @@ def distinct_experts(v: Values, b: Base, tokens: FloatArray) -> FloatArray:
     """
     if b.experts == 0:
         return np.zeros_like(tokens)
-    size = {"experts": b.experts, "top_k": b.top_k, "tokens": tokens}
+
+    def by(parts: tuple[float, ...]) -> FloatArray:
+        return touched(parts, experts=b.experts, top_k=b.top_k, tokens=tokens)
+
     if b.now is not None and b.then is None:
-        return touched(b.now, **size)
+        return by(b.now)
     if b.popularity is not None:
-        return touched(b.popularity, **size)
+        return by(b.popularity)
     spread = np.sqrt(np.log1p(np.asarray(v.popularity_cv) ** 2))
     weight = np.exp(_column(spread) * _NODES)
     p = np.minimum(0.999, weight / _column(weight @ _WEIGHTS) * b.top_k / b.experts)
     fitted = np.asarray(b.experts * (-np.expm1(tokens[:, None] * np.log1p(-p)) @ _WEIGHTS))
     if b.now is None or b.then is None:
         return fitted
-    return np.minimum(b.experts, fitted * touched(b.now, **size) / touched(b.then, **size))
+    return np.asarray(np.minimum(b.experts, fitted * by(b.now) / by(b.then)))
 
 
 _hermite = np.polynomial.hermite_e.hermegauss(7)

@@ -1,4 +1,4 @@
-"""A profile: measured rows, the parameters fitted to them, and how far they may be trusted; at most 8 KB of JSON.
+"""A profile: measured rows, the parameters fitted to them, and how far they may be trusted; at most 8 KB of JSON, and 1 KB for the routing of experts.
 
 Nothing is fitted when a file is read. Field by field: docs/models/profile.md.
 """
@@ -215,7 +215,17 @@ def _refuse_mute(p: Profile) -> None:
 
 #: Fields that stand at their default where a file leaves them out.
 FACTS_LACK = frozenset(
-    {"shape", "popularity", "tied", "window", "window_layers", "chunked_layers", "attention_format", "ffn_format", "expert_format"}
+    {
+        "shape",
+        "popularity",
+        "tied",
+        "window",
+        "window_layers",
+        "chunked_layers",
+        "attention_format",
+        "ffn_format",
+        "expert_format",
+    }
 )
 
 
