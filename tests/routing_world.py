@@ -18,15 +18,25 @@ PERIOD_S, STEPS = 0.5, 20  # of each period
 class CountingWorker:
     """Publishes twice a second; `weights` of the experts, shape (layers, experts), may change at any time."""
 
-    def __init__(self, folder: Path, weights: np.ndarray, *, top_k: int = 8, seed: int = 0, tokens: int = 800) -> None:
-        self.weights, self.top_k, self.now_s, self.steps, self.tokens = weights, top_k, 0.0, 0, 0
+    def __init__(
+        self,
+        folder: Path,
+        weights: np.ndarray,
+        *,
+        top_k: int = 8,
+        seed: int = 0,
+        tokens: int = 800,
+        engine_pid: int = 1,
+        now_s: float = 0.0,
+    ) -> None:
+        self.weights, self.top_k, self.now_s, self.steps, self.tokens = weights, top_k, now_s, 0, 0
         self._each = tokens  # of a period
         self._rng = np.random.default_rng(seed)
         layers, experts = weights.shape
         self.names = tuple(f"layers.{i}.experts" for i in range(layers))
         self.sums = np.zeros((layers, experts + 1), np.int64)
         self._channel = ExpertChannel(folder, ExpertFacts(
-            pid=os.getpid(), engine_pid=1, tensor_rank=0, data_rank=0, layers=self.names, experts=experts, top_k=top_k,
+            pid=os.getpid(), engine_pid=engine_pid, tensor_rank=0, data_rank=0, layers=self.names, experts=experts, top_k=top_k,
             ranks=1, placement="linear", bypassed=(),
         ))  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,10 +11,10 @@ from pals.core.experts import ExpertCounts, jensen_shannon_distance, summarise
 from pals.core.load import Load
 from pals.core.routing import chance_distances, distances, popularity_parts, touched
 from pals.core.routing_reference import RoutingReference
-from pals.models.fitted import Fitted
+from pals.models.fitted import Fitted, fit
 from pals.models.parameters import NAMES, values_of
 from pals.models.physics import base_of, distinct_experts
-from tests.profile_world import CHAT, FACTS, model, points
+from tests.profile_world import CHAT, FACTS, MIXES, model, points, rows_at
 
 EXPERTS, TOP_K, LAYERS = 128, 8, 6
 
@@ -123,6 +125,19 @@ def test_a_popularity_that_is_counted_replaces_the_fitted_one_and_fewer_experts_
     assert step_s(Load(mix=CHAT, popularity=skewed, popularity_then=skewed)) == pytest.approx(step_s(Load(mix=CHAT)))
     changed = step_s(Load(mix=CHAT, popularity=skewed, popularity_then=even))
     assert changed < step_s(Load(mix=CHAT))
+
+
+def test_a_profile_that_knows_its_routing_predicts_steps_under_another_one() -> None:
+    """The world's popularity is skewed while it is measured and even later; without counts the steps would be too short."""
+    even, skewed = even_and_skewed()
+    measured_under = replace(FACTS, popularity=skewed)
+    rows = rows_at(points(), noise=0.003, facts=measured_under)
+    fitted, later = fit(rows, MIXES, measured_under), Load(mix=CHAT, popularity=even)
+    at = points((200.0, 400.0), (4, 8))
+    truth = np.array([1.0 / r.steps_per_s for r in rows_at(at, facts=replace(FACTS, popularity=even))])
+    informed, blind = (fitted.forecast(at, load).step_s.value for load in (later, Load(mix=CHAT)))
+    assert np.abs(informed / truth - 1.0).max() < 0.02
+    assert (blind / truth - 1.0).min() < -0.05
 
 
 def test_a_load_refuses_a_popularity_that_is_none() -> None:

@@ -41,8 +41,8 @@ class RoutingMeter:
         if self._reference is None or self._from == "profile":
             return None
         return (
-            "the profile stores no routing of experts: drift of routing is measured from the first full window after the start; "
-            "`pals profile` on an engine that counts (PALS_EXPERTS=1) stores it"
+            "no profile with the routing of experts is in use: drift of routing is measured from the first full window after the start; "
+            "`pals profile` on an engine that counts its experts (PALS_EXPERTS=1) stores it"
         )
 
     def read(self) -> ExpertSummary | None:
