@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pals.core.experts import ExpertCounts, jensen_shannon_distance, summarise
 from pals.core.load import Load
@@ -71,6 +73,17 @@ def test_the_mean_of_parts_is_one_and_few_experts_are_split_exactly() -> None:
     assert np.mean(parts) == pytest.approx(1.0)
     assert parts == (0.0,) * 4 + (0.5,) * 4 + (1.5,) * 4 + (2.0,) * 4
     assert float(touched((1.0,), experts=8, top_k=2, tokens=1.0)) == pytest.approx(2.0)
+
+
+@given(st.lists(st.integers(0, 10_000), min_size=8, max_size=40).filter(lambda c: sum(c) > 0), st.floats(1.0, 500.0))
+def test_more_tokens_touch_more_and_no_popularity_touches_more_than_an_even_one(
+    counts: list[int], tokens: float
+) -> None:
+    parts, experts = popularity_parts([counts]), len(counts)
+    few, more = touched(parts, experts=experts, top_k=2, tokens=[tokens, 2.0 * tokens])
+    assert np.mean(parts) == pytest.approx(1.0, rel=1e-3)
+    assert 0.0 < few <= more + 1e-9 <= experts + 2e-9
+    assert few <= float(touched((1.0,), experts=experts, top_k=2, tokens=tokens)) * 1.001
 
 
 def test_layers_at_once_have_the_distances_they_have_alone() -> None:

@@ -47,7 +47,10 @@ class RoutingMeter:
 
     def read(self) -> ExpertSummary | None:
         """The newest full window; None where nobody counts, or none is full yet. Its age is the reader's to judge."""
-        now = read_engine(self._folder, self._pids)
+        try:
+            now = read_engine(self._folder, self._pids)
+        except ValueError:  # workers of different models say they belong to this engine
+            now = None
         if now is None:
             self._kept.clear()
             self._summary = None
