@@ -23,6 +23,7 @@ from pals.control.guard import Guard
 from pals.control.policies import build_policy
 from pals.control.static import StaticPolicy
 from pals.control.watched import Watched
+from pals.core.experts import ExpertCounts, summarise
 from pals.core.protocols import AnyController
 from pals.core.quantities import Budget, OperatingPoint, PowerSample, Slo, TelemetrySample
 from pals.experiments.scenarios import SCENARIOS
@@ -36,20 +37,25 @@ GUARD = Guard(min_limit_w=100.0, max_limit_w=400.0, boards=4, launch_sequences=6
 def main() -> int:
     """Measure and print; 1 where a target is missed."""
     profile = Profile.from_json(SCENARIOS[0].profile.read_text())
-    return paper(profile) | pals(profile, closed=False) | pals(profile, closed=True) | watch()
+    worst = paper(profile) | pals(profile, closed=False) | pals(profile, closed=True)
+    return worst | pals(profile, closed=False, routed=True) | pals(profile, closed=True, routed=True) | watch()
 
 
-def pals(profile: Profile, *, closed: bool) -> int:
-    """The pals policy under arrivals that wander, or with clients that wait for answers; 1 where the target is missed."""
+def pals(profile: Profile, *, closed: bool, routed: bool = False) -> int:
+    """The pals policy under arrivals that wander, or with clients that wait for answers; 1 where the target is missed.
+
+    `routed`: with the routing of experts measured too, counted anew for each sample.
+    """
     guard = replace(GUARD, sm_clocks_mhz=tuple(range(210, 1411, 15)))
     policy = PalsPolicy(profile.model(), guard)
     state, slo, took = policy.initial(), Slo(ttft_p95_s=2.0, tpot_p95_s=0.1), []
-    for sample in demand(STEPS // 2, closed=closed):
+    samples = demand(STEPS // 2, closed=closed)
+    for sample in counted(samples, profile) if routed else samples:
         began = time.perf_counter()
         _, state = policy.step(state, sample, Budget(), slo, sample.time_s)
         took.append(time.perf_counter() - began)
     p50, p99 = np.percentile(took[200:], [50, 99])
-    kind = "every lever and batch" if closed else "every lever"
+    kind = ("every lever and batch" if closed else "every lever") + (", routing measured" if routed else "")
     print(
         f"Controller.step, pals, {kind}: p50 {p50 * 1e6:.0f} µs, p99 {p99 * 1e6:.0f} µs, {p99 / PALS_TARGET_S:.2f} times the target of "
         f"{PALS_TARGET_S * 1e6:.0f} µs: {'pass' if p99 < PALS_TARGET_S else 'FAIL'}"
@@ -74,6 +80,22 @@ def demand(ticks: int, *, closed: bool) -> Iterator[TelemetrySample]:
             PowerSample(time_s=0.5 * i, power_w=200.0, energy_j=100.0 * i, enforced_limit_w=400.0, sm_clock_mhz=1200) for _ in range(4)
         )  # fmt: skip
         yield TelemetrySample(time_s=0.5 * i, window_s=0.5, boards=boards, power_w=800.0, engine=engine)
+
+
+def counted(samples: Iterator[TelemetrySample], profile: Profile) -> Iterator[TelemetrySample]:
+    """The same with 20000 tokens routed in each window, by a popularity that wanders over minutes."""
+    shape, rng = profile.facts.shape, np.random.default_rng(1)
+    assert shape is not None
+    weights = rng.normal(0.0, 0.5, (shape.moe_layers, shape.experts))
+    for i, sample in enumerate(samples):
+        weights += 0.005 * rng.standard_normal(weights.shape) - 0.00005 * weights
+        p = np.exp(weights)
+        routed = rng.multinomial(20000 * shape.top_k, p / p.sum(axis=1, keepdims=True))
+        window = ExpertCounts.alike(
+            time_s=0.5 * (i + 1), span_s=10.0, steps=400, tokens=20000, layers=tuple(map(str, range(shape.moe_layers))),
+            top_k=shape.top_k, routed=routed, distinct=None,
+        )  # fmt: skip
+        yield replace(sample, experts=summarise(window))
 
 
 def paper(profile: Profile) -> int:

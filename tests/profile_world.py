@@ -52,7 +52,13 @@ def points(
 
 
 def rows_at(
-    where: Sequence[OperatingPoint], *, mix: int = 0, noise: float = 0.0, seed: int = 0, truth: np.ndarray = TRUTH
+    where: Sequence[OperatingPoint],
+    *,
+    mix: int = 0,
+    noise: float = 0.0,
+    seed: int = 0,
+    truth: np.ndarray = TRUTH,
+    facts: EngineFacts = FACTS,
 ) -> tuple[ProfileRow, ...]:
     """What would be measured there; `noise` is relative, of each figure by itself."""
     blank = [
@@ -63,7 +69,7 @@ def rows_at(
         )
         for p in where
     ]  # fmt: skip
-    exact = told(values_of(truth), base_of(FACTS), conditions_of(blank, MIXES, FACTS.step_tokens))[: len(OBSERVED)]
+    exact = told(values_of(truth), base_of(facts), conditions_of(blank, MIXES, facts.step_tokens))[: len(OBSERVED)]
     seen = np.exp(exact + noise * np.random.default_rng(seed).standard_normal(exact.shape))
     return tuple(_row(b, dict(zip(OBSERVED, seen[:, i].tolist(), strict=True))) for i, b in enumerate(blank))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pals.runtime.journal import read_journal
 from pals.runtime.tick import TickRecord
 from tests.node_world import AgentWorld
 from tests.profile_world import profile
+from tests.routing_world import CountingWorker, gamma_weights
 from tests.worlds import Clock, board_info, engine_info
 
 
@@ -61,6 +63,22 @@ def test_it_steers_records_and_puts_everything_back(tmp_path: Path) -> None:
     assert len(list(read_journal(tmp_path / "j.jsonl")[1])) == 3
     assert world.engine.setpoint(0.0) is None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["j.jsonl", "p.json", "test-model-0.channel"]
+
+
+@pytest.mark.parametrize(("experts", "known"), [("auto", True), ("off", False)])
+def test_routing_that_a_worker_counts_is_in_the_records_unless_it_is_switched_off(
+    tmp_path: Path, experts: str, known: bool
+) -> None:
+    world = World(tmp_path)
+    worker = CountingWorker(tmp_path, gamma_weights(2, 16), engine_pid=os.getpid(), now_s=100.0)
+    world.clock.until_s = 112.4
+    world.node.events = {100.5 + 0.5 * i: worker.work for i in range(25)}
+    assert world.run(policy="static", experts=experts) == 0
+    seen = [r.sample.experts for r in world.records]
+    assert seen[0] is None  # no window is full yet
+    assert (seen[-1] is not None) == known
+    assert sum("first full window" in note for r in world.records for note in r.notes) == known
+    assert list(read_journal(tmp_path / "j.jsonl")[1]) == world.records
 
 
 def test_a_profile_of_another_engine_is_refused_with_the_difference(tmp_path: Path) -> None:

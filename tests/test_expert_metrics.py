@@ -21,7 +21,7 @@ def summary(**more: Any) -> ExpertSummary:
         "time_s": 50.0, "span_s": 10.0, "steps": 20, "tokens": 300, "layers": ("a", "b"), "top_k": 2, "ranks": 2,
         "routed": np.array([[300, 100, 100, 100]] * 2), "distinct": np.array([70, 60]),
     }  # fmt: skip
-    window = ExpertCounts(**given | more)
+    window = ExpertCounts.alike(**given | more)
     return summarise(window, reference=window, least_per_expert=1)
 
 

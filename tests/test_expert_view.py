@@ -75,7 +75,7 @@ def window_of(**more: Any) -> ExpertCounts:
         "time_s": 10.0, "span_s": 5.0, "steps": 10, "tokens": 100, "layers": ("m.0.moe", "m.1.moe", "m.2.moe"), "top_k": 2,
         "routed": routed, "distinct": np.array([30, 0, 80]),
     }  # fmt: skip
-    return ExpertCounts(**given | more)
+    return ExpertCounts.alike(**given | more)
 
 
 def drawn(window: ExpertCounts, width: int = 100) -> str:

@@ -19,19 +19,21 @@ from hypothesis import strategies as st
 
 from pals.cli import main
 from pals.cli.main import parser
-from pals.cli.profile import forget_if_empty, keep_file, out_of, partial_of
+from pals.cli.profile import counted_since, forget_if_empty, keep_file, out_of, partial_of, with_popularity
 from pals.cli.profile_plan import facts_of, plan_of, shape_of
 from pals.cli.profile_progress import HEADER, SweepNotes, line_of, so_far
 from pals.control.guard import Guard
 from pals.core.errors import ConfigError
 from pals.core.load import Mix
+from pals.core.routing import popularity_parts
 from pals.engines.model_zoo import shipped_config
 from pals.models.profile import MOST_BYTES, Profile
 from pals.models.row import ProfileRow
 from pals.profiler.plan import MOST_POINTS, SweepPlan
 from pals.profiler.repeats import Drift
 from pals.profiler.sweep import Progress
-from tests.profile_world import profile
+from tests.profile_world import FACTS, profile
+from tests.routing_world import CountingWorker, gamma_weights
 from tests.worlds import board_info, engine_info
 
 CLOCKS = tuple(range(210, 1411, 15))
@@ -320,3 +322,20 @@ def test_a_file_that_is_replaced_is_never_half_written(tmp_path: Path) -> None:
         keep_file(out, "\udc80")
     assert out.read_text() == "new"
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_sweep_on_an_engine_that_counts_stores_the_routing_and_the_popularity(tmp_path: Path) -> None:
+    worker = CountingWorker(tmp_path, gamma_weights(2, 16), top_k=2)
+    worker.work()
+    began = worker.counts
+    for _ in range(20):
+        worker.work()
+    counted = counted_since(began, worker.counts)
+    assert counted is not None
+    assert counted.tokens == 16000
+    facts = with_popularity(FACTS, counted)
+    assert facts.popularity == popularity_parts(counted.routed)
+    assert counted_since(worker.counts, began) is None  # another run of the engine
+    assert counted_since(None, None) is None
+    assert counted_since(worker.counts, worker.counts) is None  # nothing was routed
+    assert with_popularity(FACTS, None) == FACTS

@@ -70,6 +70,7 @@ def config_of(args: argparse.Namespace) -> Config:
             "active_sequences": args.active_sequences,
             "lowering": args.lowering,
             "objective": args.objective,
+            "experts": args.experts,
         },
         "slo": slo_of(args),
         "budget": {

@@ -22,7 +22,7 @@ from pals import __version__
 from pals.core.errors import EngineGoneError, NotPutBackError, PalsError
 from pals.core.quantities import LOWERINGS
 from pals.runtime.agent import EXIT_ENGINE_GONE, EXIT_NOT_PUT_BACK
-from pals.runtime.config import OBJECTIVES, POLICIES
+from pals.runtime.config import EXPERTS, OBJECTIVES, POLICIES
 
 
 class Parser(argparse.ArgumentParser):
@@ -229,6 +229,10 @@ def add_control_options(p: argparse.ArgumentParser, *, several_policies: bool = 
     p.add_argument("--active-sequences", type=int, metavar="N", help="static: active-sequence limit (default: launch)")
     p.add_argument("--lowering", help=f"how to get under a lowered batch: {', '.join(LOWERINGS)} (default drain)")
     p.add_argument("--objective", help=f"pals: whose joules count, one of {', '.join(OBJECTIVES)} (default node)")
+    p.add_argument(
+        "--experts",
+        help=f"use the routing of experts that the engine counts: {' or '.join(EXPERTS)} (default auto: where it does)",
+    )
     add_target_options(p)
     p.add_argument(
         "--budget",

@@ -10,7 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Protocol
@@ -25,8 +25,10 @@ from pals.control.guard import Guard
 from pals.control.static import StaticPolicy
 from pals.core.architecture import ModelShape
 from pals.core.errors import ConfigError, EngineGoneError
+from pals.core.experts import ExpertCounts, summarise
 from pals.core.load import Mix
 from pals.core.quantities import Fingerprint, OperatingPoint, fingerprint_of
+from pals.core.routing_reference import RoutingReference
 from pals.engines.closed_loop import ClosedLoop
 from pals.models.engine_facts import EngineFacts
 from pals.models.fitted import fit
@@ -39,6 +41,7 @@ from pals.profiler.visit import LEASE_S
 from pals.runtime.agent import FOUND_RECORD, Board, load_profile
 from pals.runtime.channel import run_dir
 from pals.runtime.config import ControlConfig
+from pals.runtime.expert_channel import read_engine
 from pals.runtime.files import check_folder
 from pals.runtime.group import EngineGroup
 from pals.runtime.loop import GridClock, boards_as_found, wall_clock
@@ -118,7 +121,7 @@ def measure_target(args: argparse.Namespace, target: Target) -> int:
         meters=target.boards, actuators=target.boards, engine=target.channel, setter=target.channel,
         controller=StaticPolicy(OperatingPoint(power_limit_w=guard.max_limit_w)), guard=guard, period_s=0.5,
     )  # fmt: skip
-    notes = SweepNotes()
+    notes, began = SweepNotes(), read_engine(target.folder, target.channel.pids)
     try:
         with (
             boards_as_found(target.boards, target.boards, target.folder / FOUND_RECORD),
@@ -127,6 +130,7 @@ def measure_target(args: argparse.Namespace, target: Target) -> int:
             rows = sweep(
                 rig, plan, load=target.load, facts=facts, partial=partial, clock=target.clock, fit=fit, progress=tell
             )
+            counted = counted_since(began, read_engine(target.folder, target.channel.pids))
     except Interrupted:
         say(f"interrupted: {len(partial.rows)} rows are kept; run the same command to go on")
         return EXIT_INTERRUPTED
@@ -141,7 +145,10 @@ def measure_target(args: argparse.Namespace, target: Target) -> int:
         target.channel.release()
         forget_if_empty(partial_of(out))
     source = "emulated" if target.emulated else "measured"
-    made = profile_of(args, rows, plan.mixes, facts, fingerprint=fingerprint, source=source, notes=notes.lines)
+    made = profile_of(
+        args, rows, plan.mixes, with_popularity(facts, counted), fingerprint=fingerprint, source=source, notes=notes.lines,
+        routing=RoutingReference.of(counted) if counted is not None else None,
+    )  # fmt: skip
     finish(out, made)
     partial.discard()
     return 0
@@ -156,6 +163,7 @@ def profile_of(
     fingerprint: Fingerprint,
     source: str,
     notes: Sequence[str],
+    routing: RoutingReference | None = None,
 ) -> Profile:
     """Fit the rows of a sweep that has ended.
 
@@ -169,8 +177,25 @@ def profile_of(
         )
     return Profile.of(
         rows, mixes, facts, fingerprint, source=source, made_at=date.today().isoformat(),
-        command=shlex.join(["pals", *args.given]), notes=notes,
+        command=shlex.join(["pals", *args.given]), notes=notes, routing=routing,
     )  # fmt: skip
+
+
+def counted_since(began: ExpertCounts | None, ended: ExpertCounts | None) -> ExpertCounts | None:
+    """The routing of the sweep; None where it was not counted throughout, or too little to say anything of popularity."""
+    if ended is None:
+        return None
+    try:
+        counted = ended if began is None else ended.since(began)  # counts begin with the engine's first step
+    except ValueError:  # the engine was started anew
+        return None
+    return counted if summarise(counted).popularity is not None else None
+
+
+def with_popularity(facts: EngineFacts, counted: ExpertCounts | None) -> EngineFacts:
+    """The facts, with the popularity of the experts where it was counted: the fit need not guess it then."""
+    popularity = summarise(counted).popularity if counted is not None else None
+    return facts if popularity is None else replace(facts, popularity=popularity)
 
 
 def finish(out: Path, made: Profile) -> None:

@@ -26,12 +26,13 @@ from pals.control.correction import Correction
 from pals.control.demand import Demand, observe
 from pals.control.guard import Guard
 from pals.control.lessons import learn_bias
-from pals.control.lever_table import FREE, LeverTables, Rows, key_of
+from pals.control.lever_table import FREE, STEP, LeverTables, Rows, key_of
 from pals.control.margins import NEAR, Margins, learned, spared
 from pals.control.moves import Scene, decide, moved
 from pals.control.outlook import CLOSED, FULL, OPEN, Asked, Bias, Boards, Outlook, outlook
 from pals.control.pals_state import OBJECTIVES, PalsSettings, State
 from pals.control.reasons import told_held, told_move, told_sacrifice
+from pals.control.routing import experts_told, followed
 from pals.control.trust import judge
 from pals.control.worth import EVERY_S, Worth, worth_of
 from pals.core.errors import ConfigError
@@ -47,6 +48,7 @@ LOCK_SLACK_MHZ = 30  # a lock is in force where no board runs faster
 BATCHES = 7  # levels of the active-sequence limit
 DRIFTED = 1.5  # factor on the margins while the profile has drifted
 NEARLY = 0.97  # of the most output: so much asked, with every slot taken, is more than is answered
+MATTERS = 0.03  # of a step's time, by which the measured routing must change it to be told of
 STILL_BOUND_S = 10.0  # a queue stays bounded so long after that was last needed
 SQUEEZED_S = 20.0  # requests that were inside while targets could not be kept still end for so long: no lesson
 
@@ -99,7 +101,7 @@ class PalsPolicy:
             return self._safe(state, ceiling_w, "telemetry", trust.broken, now_s)
         if sample.engine is None:
             return self._safe(state, ceiling_w, "telemetry", "the engine tells nothing", now_s)
-        state = self._learn(state, sample, sample.engine, slo, now_s)
+        state = self._learn(self._routed(state, sample), sample, sample.engine, slo, now_s)
         d = state.demand
         if d.in_flight == 0:
             idle = self._decision(state, ceiling_w, "idle", "no request is inside: the point stays")
@@ -108,12 +110,12 @@ class PalsPolicy:
             told = f"{int(d.counted.finished)} requests have ended so far: their lengths are not known yet"
             return self._safe(state, ceiling_w, "learning", told, now_s)
         key = key_of(d.prompt_tokens, d.output_tokens, d.cached_tokens, state.key)
-        rows = self._tables.rows(key, ceiling_w)
+        rows = self._tables.rows(key, ceiling_w, state.routing)
         if rows is None:
             told = f"{d.prompt_tokens:.0f} tokens in, {d.output_tokens:.0f} out lie outside what the profile measured"
             return self._safe(state._replace(key=key), ceiling_w, "outside-profile", told, now_s)
         state = state._replace(key=key)
-        wider = DRIFTED if correction.told.drift else 1.0
+        wider = DRIFTED if correction.drifted else 1.0
         asked = self._asked(d, rows, state.bias, slo, sample.window_s or PERIOD_S)
         if budget.power_w is None:
             state = state._replace(worth=Worth())
@@ -151,6 +153,17 @@ class PalsPolicy:
             return state
         return learn_bias(state, sample, engine, self._tables, s, now_s) if in_force else state._replace(window=None)
 
+    def _routed(self, state: State, sample: TelemetrySample) -> State:
+        """With the routing that is measured; where another comes into force, what it would mean is said anew."""
+        if not self.settings.use_experts or self._tables.fitted.base.experts == 0:
+            return state
+        routing = followed(state.routing, sample, self._tables.fitted.base)
+        if routing.now == state.routing.now:
+            return state._replace(routing=routing)
+        return state._replace(
+            routing=routing, window=None, why=("", state.why[1]) if state.why[0] == "hold" else state.why
+        )
+
     def _in_force(self, state: State, sample: TelemetrySample, engine: EngineSample) -> bool:
         """Whether boards and engine do what was decided: a canary's other windows, and other hands, teach nothing."""
         wanted = self._point(state, state.ceiling_w)
@@ -183,7 +196,7 @@ class PalsPolicy:
 
     def _weigh(self, state: State, a: Asked, slo: Slo, wider: float, now_s: float) -> State:
         """What watts are worth, were there no budget."""
-        rows = self._tables.rows(state.key, self._guard.max_limit_w) if state.key is not None else None
+        rows = self._tables.rows(state.key, self._guard.max_limit_w, state.routing) if state.key is not None else None
         if rows is None:
             return state._replace(worth=Worth(now_s))
         o = outlook(rows, self._batches[:1], a, state.bias, self._boards)
@@ -192,7 +205,7 @@ class PalsPolicy:
 
     def _excess(self, state: State, rows: Rows, o: Outlook, a: Asked, slo: Slo, wider: float) -> Excess:
         """What every candidate misses."""
-        found = self._tables.rows(state.key, self._guard.max_limit_w) if state.key is not None else None
+        found = self._tables.rows(state.key, self._guard.max_limit_w, state.routing) if state.key is not None else None
         inside = min(float(self._launch), a.inside) if a.kind == CLOSED else float(self._launch)
         most_found, most_now = (r.most_per_s(inside) / state.bias.step for r in (found or rows, rows))
         needed = needed_tokens_s(a, slo, most_found, most_now)
@@ -226,6 +239,8 @@ class PalsPolicy:
             tested=(bool(e.ttft[at] > -NEAR), bool(e.tpot[at] > -NEAR)),
         )
         told = self._told(state, scene, here, pick, reason, slo)
+        if state.routing.now is not None and told != state.why[1]:
+            told += self._told_experts(state, scene, pick, slo, now_s, wider)
         if move is not None and reason != "hold":
             batch = int(scene.batches[pick.batch])
             state = moved(state, scene, move, None if batch >= self._launch else batch, self.settings)
@@ -244,6 +259,24 @@ class PalsPolicy:
             )  # fmt: skip
         repeated = pick.given_up == ALL and state.why[0] == "hold"
         return state.why[1] if repeated else told_held(scene.outlook, pick, scene.asked, slo)
+
+    def _told_experts(self, state: State, scene: Scene, pick: Pick, slo: Slo, now_s: float, wider: float) -> str:
+        """What the measured routing says, where it matters: another choice without it, or steps that differ by `MATTERS`."""
+        plain = self._tables.rows(state.key, scene.rows.ceiling_w) if state.key is not None else None
+        if plain is None:
+            return ""
+        running = float(scene.outlook.running[pick.lever, pick.batch])
+        here, there = (r.of(pick.lever, running)[STEP] for r in (scene.rows, plain))
+        if abs(here / there - 1.0) <= MATTERS:
+            if pick.given_up != ALL:  # said anew each tick: a second look at every candidate would be too much
+                return ""
+            without = self._scene(state, plain, scene.asked, slo, wider, now_s)
+            move = decide(state, without, self.settings)
+            at = move.pick if move is not None else without.where(state.lever, state.batch)
+            if (at.lever, at.batch) == (pick.lever, pick.batch):
+                return ""
+        told = experts_told(state.routing, self._tables.fitted.base, running)
+        return f"; {told}" if told else ""
 
     def _bound(self, state: State, scene: Scene, pick: Pick, slo: Slo) -> tuple[int | None, State]:
         """Requests that may wait: bounded only while a budget that binds leaves TTFT no other way."""

@@ -13,6 +13,7 @@ from statistics import median
 from typing import NamedTuple
 
 from pals.control.drift_cause import Shifts, guess_cause
+from pals.control.routing import UNKNOWN, RoutingTrack
 from pals.models.forecast import Estimates, FloatArray, Forecast
 
 QUANTITIES = ("power", "step", "clock")
@@ -55,14 +56,15 @@ class Drift(NamedTuple):
     since_s: float  # when the excess began
     found_s: float
     ratio: float  # measured over predicted, mean since it began
-    cause: str  # a guess
+    cause: str  # a guess, unless it was measured
+    measured: bool = False
 
     def told(self) -> str:
         """One sentence for people, the same as long as the drift lasts."""
         name = {"power": "power", "step": "step time"}[self.quantity]
         return (
             f"profile drift: {name} is {self.ratio - 1:+.1%} against the profile and began about {self.found_s - self.since_s:.0f} s "
-            f"before it was noticed; a guess: {self.cause}"
+            f"before it was noticed; {'measured' if self.measured else 'a guess'}: {self.cause}"
         )
 
 
@@ -113,6 +115,19 @@ class Correction:
 
     tracks: dict[str, Track] = field(default_factory=lambda: {q: Track() for q in QUANTITIES})
     told: Told = field(default_factory=Told)
+    routing: RoutingTrack = UNKNOWN
+
+    @property
+    def drifted(self) -> bool:
+        """Whether the profile no longer holds, by what it predicts or by the routing it was measured under."""
+        return bool(self.told.drift) or self.routing.drift is not None
+
+    def routed(self, routing: RoutingTrack) -> Correction:
+        """The same, with the routing as it is now."""
+        if routing == self.routing:
+            return self
+        told = self.told if routing.drift == self.routing.drift else _told(self.tracks, routing)
+        return replace(self, routing=routing, told=told)
 
     def bias(self, quantity: str) -> float:
         """Factor on predictions of `quantity`; 1 before anything was measured."""
@@ -150,10 +165,12 @@ def update(
         return replace(correction, tracks=tracks), ()
     said = []
     for quantity in [q for q in full if q in SAID]:
-        track, sentence = _judged(quantity, tracks, now_s, experts=experts, temperature_c=temperature_c)
+        track, sentence = _judged(
+            quantity, tracks, now_s, experts=experts, temperature_c=temperature_c, routing=correction.routing
+        )
         tracks[quantity] = track
         said += [sentence] if sentence else []
-    return Correction(tracks=tracks, told=_told(tracks)), tuple(said)
+    return replace(correction, tracks=tracks, told=_told(tracks, correction.routing)), tuple(said)
 
 
 def _residual(seen: Observation) -> tuple[float, float] | None:
@@ -228,7 +245,13 @@ def _noise(track: Track, residual: float, sd: float, scale: float) -> Track:
 
 
 def _judged(
-    quantity: str, tracks: Mapping[str, Track], now_s: float, *, experts: bool, temperature_c: float | None
+    quantity: str,
+    tracks: Mapping[str, Track],
+    now_s: float,
+    *,
+    experts: bool,
+    temperature_c: float | None,
+    routing: RoutingTrack,
 ) -> tuple[Track, str | None]:
     """The track with its drift begun or ended, and the sentence that says so."""
     track = tracks[quantity]
@@ -244,17 +267,18 @@ def _judged(
         since_s=side.since_s,
         found_s=now_s,
         ratio=exp(side.total_log / side.minutes),
-        cause=guess_cause(quantity, shifts, experts=experts, temperature_c=temperature_c),
+        cause=guess_cause(quantity, shifts, experts=experts, temperature_c=temperature_c, routing=routing),
+        measured=quantity == "step" and routing.drift is not None,
     )
     return track._replace(drift=drift), drift.told()
 
 
-def _told(tracks: Mapping[str, Track]) -> Told:
+def _told(tracks: Mapping[str, Track], routing: RoutingTrack) -> Told:
     drifts = [t.drift for t in tracks.values() if t.drift is not None]
     return Told(
         bias={q: round(t.bias, 5) for q, t in tracks.items() if t.weight > 0},
         drift={d.quantity: round(d.ratio, 5) for d in drifts},
-        notes=tuple(d.told() for d in drifts),
+        notes=(*(d.told() for d in drifts), *((routing.drift.told(),) if routing.drift is not None else ())),
     )
 
 

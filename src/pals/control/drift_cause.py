@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pals.control.routing import UNKNOWN, RoutingTrack
+
 MOVED = 1.0  # standard deviations of the prediction
 ALONG = 0.6  # the same of what moves along with a step time that has drifted
 
@@ -16,8 +18,13 @@ class Shifts(NamedTuple):
     clock: float = 0.0
 
 
-def guess_cause(quantity: str, shifts: Shifts, *, experts: bool, temperature_c: float | None) -> str:
-    """What fits best; `quantity` is the one that drifted: "power" or "step"."""
+def guess_cause(
+    quantity: str, shifts: Shifts, *, experts: bool, temperature_c: float | None, routing: RoutingTrack = UNKNOWN
+) -> str:
+    """What fits best; `quantity` is the one that drifted: "power" or "step". A drift of routing that was measured is no guess."""
+    if quantity == "step" and routing.drift is not None:
+        return routing.drift.cause
+    experts = experts and not routing.measured
     hot = f", the hottest at {temperature_c:.0f} °C" if temperature_c is not None else ""
     if shifts.step > MOVED and shifts.clock < -MOVED:
         return f"the boards run at a lower clock (heat{hot}; another board; something else that slows them)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
+from pals.control.routing import fresh
 from pals.core.quantities import LATENCY_BOUNDS_S, Budget, Slo, StateEstimate, TelemetrySample
 
 
@@ -20,6 +21,7 @@ def estimate(window: Sequence[TelemetrySample]) -> StateEstimate:
     powers = [(s.power_w, s.window_s) for s in window[1:] if s.power_w is not None] or [
         (s.power_w, s.window_s) for s in window[-1:] if s.power_w is not None
     ]
+    known = routing_of(last)
     watched_s = sum(w for _, w in powers)
     power_w = sum(p * w for p, w in powers) / watched_s if watched_s > 0 else None
     a, b = (told[0], told[-1]) if told else (last, last)
@@ -29,7 +31,7 @@ def estimate(window: Sequence[TelemetrySample]) -> StateEstimate:
         running, waiting = (now.running, now.waiting) if now else (0, 0)
         return StateEstimate(
             tokens_per_s=0.0, arrivals_per_s=0.0, prompt_tokens_per_s=0.0, power_w=power_w, running=running,
-            waiting=waiting, idle=now is not None and running + waiting == 0, ttft_p95_s=None, tpot_p95_s=None,
+            waiting=waiting, idle=now is not None and running + waiting == 0, ttft_p95_s=None, tpot_p95_s=None, **known,
         )  # fmt: skip
     return StateEstimate(
         tokens_per_s=tokens_per_s(window),
@@ -41,7 +43,19 @@ def estimate(window: Sequence[TelemetrySample]) -> StateEstimate:
         idle=now.running + now.waiting == 0,
         ttft_p95_s=percentile_s(first.ttft_counts, now.ttft_counts, 0.95),
         tpot_p95_s=percentile_s(first.tpot_counts, now.tpot_counts, 0.95),
+        **known,
     )
+
+
+def routing_of(sample: TelemetrySample) -> dict[str, float | None]:
+    """The measured routing as an estimate holds it; empty where it is unknown or old."""
+    told = fresh(sample)
+    if told is None:
+        return {}
+    return {
+        "popularity_cv": told.variation, "distinct_experts": told.distinct_per_step, "routing_drift": told.drift,
+        "experts_age_s": max(0.0, sample.time_s - told.time_s),
+    }  # fmt: skip
 
 
 def tokens_per_s(window: Sequence[TelemetrySample]) -> float:

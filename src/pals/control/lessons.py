@@ -38,7 +38,7 @@ def learn_bias(
 
 def _taught(state: State, w: Window, engine: EngineSample, tables: LeverTables, s: PalsSettings, now_s: float) -> State:
     """What a full window teaches; nothing where the engine lacked work."""
-    rows = tables.rows(state.key, state.ceiling_w) if state.key is not None else None
+    rows = tables.rows(state.key, state.ceiling_w, state.routing) if state.key is not None else None
     position = rows.position(state.lever) if rows is not None else None
     busy_s, span_s, tokens = engine.busy_s - w.busy_s, now_s - w.since_s, engine.output_tokens - w.tokens
     if rows is None or position is None or busy_s < BUSY * span_s or tokens <= 0:

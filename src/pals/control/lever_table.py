@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pals.control.guard import Guard
+from pals.control.routing import Routing
 from pals.core.errors import OutsideProfileError
 from pals.core.load import Load, Mix
 from pals.core.quantities import OperatingPoint
@@ -68,6 +69,7 @@ class Lever(NamedTuple):
 
 
 FREE = Lever()
+PROFILED = Routing()  # as the profile has it
 
 
 #: Further columns of a table: half 90 % intervals of logarithms, and how TPOT follows the running sequences, d ln / d ln.
@@ -147,10 +149,10 @@ class LeverTables:
         self._held = len(held)
         self._figures = lru_cache(TABLES)(self._make_figures)
         self._half = lru_cache(TABLES)(self._make_half)
-        self.rows = lru_cache(ROWS)(self._make_rows)
+        self._rows = lru_cache(ROWS)(self._make_rows)
 
-    def _make_figures(self, key: MixKey) -> FloatArray:
-        told = self.fitted.told(self._points, Load(mix=key.mix))
+    def _make_figures(self, key: MixKey, routing: Routing) -> FloatArray:
+        told = self.fitted.told(self._points, routing.of(Load(mix=key.mix)))
         figures = np.exp(told).reshape(len(QUANTITIES), self._held, len(self.levels))
         figures[TOKENS] = np.maximum.accumulate(figures[TOKENS], axis=1)
         return figures
@@ -165,12 +167,15 @@ class LeverTables:
             return None
         return np.asarray(half[:-1].reshape(len(QUANTITIES), self._held, len(self.levels)))
 
-    def _make_rows(self, key: MixKey, ceiling_w: float) -> Rows | None:
+    def rows(self, key: MixKey, ceiling_w: float, routing: Routing = PROFILED) -> Rows | None:
         """Levers under a ceiling of the power limit, W per board; None where the profile may not speak of the mix."""
+        return self._rows(key, ceiling_w, routing.bare)
+
+    def _make_rows(self, key: MixKey, ceiling_w: float, routing: Routing) -> Rows | None:
         half = self._half(*(round(x * MIX_GRID / WIDTH_GRID) for x in key))
         if half is None:
             return None
-        told = self._figures(key)
+        told = self._figures(key, routing)
         elastic = (
             np.gradient(np.log(told[TPOT]), np.log(self.levels), axis=1) if len(self.levels) > 1 else 0.0 * told[TPOT]
         )

@@ -10,6 +10,7 @@ from pals.control.demand import Demand
 from pals.control.lever_table import FREE, Lever, MixKey
 from pals.control.margins import Margins
 from pals.control.outlook import Bias
+from pals.control.routing import Routing
 from pals.control.trust import Trust
 from pals.control.worth import Worth
 
@@ -42,6 +43,7 @@ class PalsSettings:
     use_bias: bool = True  # correct the profile by what is measured
     use_margins: bool = True  # stay below targets by intervals and experience
     use_queue: bool = True  # look at who waits
+    use_experts: bool = True  # predict by the routing that is measured, where it is
 
 
 class Window(NamedTuple):
@@ -108,3 +110,4 @@ class State(NamedTuple):
     )
     refusing_s: float | None = None  # when the queue last had to be bounded; None: it is not
     worth: Worth = Worth()
+    routing: Routing = Routing()

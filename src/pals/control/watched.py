@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from pals.control.correction import WINDOW_S, Correction, Observation, Told, update
 from pals.control.forecast_table import ForecastTable, PointForecaster
+from pals.control.routing import judged
 from pals.core.load import Mix
 from pals.core.protocols import AnyController, WorthOfWatts
 from pals.core.quantities import Budget, Decision, EngineSample, OperatingPoint, Slo, TelemetrySample
@@ -128,7 +129,10 @@ class Watched:
         self, state: ControllerState, sample: TelemetrySample, budget: Budget, slo: Slo, now_s: float
     ) -> tuple[Decision, ControllerState]:
         """The policy's decision; its detail also says when a drift began or ended."""
+        routing, turned = judged(state.correction.routing, sample)
+        state = state._replace(correction=state.correction.routed(routing))
         watched, said = self._watch(state, sample, now_s)
+        said = said if turned is None else (*said, turned)
         if self._corrected is not None:
             decision, inner = self._corrected.step_corrected(
                 state.inner, sample, budget, slo, now_s, watched.correction

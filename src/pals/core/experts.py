@@ -6,11 +6,14 @@ replicas that a load balancer adds change nothing here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pals.core.routing import chance_distances, distances, popularity_parts
 
 Counts = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -45,6 +48,12 @@ class ExpertCounts:
                 raise ValueError(f"{name} of shape {value.shape} does not fit {len(self.layers)} layers")
         if self.placement is not None and self.placement not in PLACEMENTS:
             raise ValueError(f"placement {self.placement!r} is none of {', '.join(PLACEMENTS)}")
+
+    @staticmethod
+    def alike(*, steps: int, tokens: int, layers: tuple[str, ...], **facts: Any) -> ExpertCounts:
+        """Counts of layers that all saw the same steps and tokens."""
+        everywhere = np.ones(len(layers), np.int64)
+        return ExpertCounts(layer_steps=steps * everywhere, layer_tokens=tokens * everywhere, layers=layers, **facts)
 
     def since(self, earlier: ExpertCounts) -> ExpertCounts:
         """The window between `earlier` and these.
@@ -98,7 +107,10 @@ class ExpertSummary:
     top_fifth_share: float | None  # of all choices, the share of the most popular 20 % of experts
     hottest_rank_over_mean: float | None  # tokens of the busiest rank over the ranks' mean; 1.0: balanced
     drift: float | None  # Jensen-Shannon distance from the reference, 0 to 1
-    unknown: Mapping[str, str]
+    unknown: dict[str, str]
+    drift_by_chance: float | None = None  # the distance that counts so few have anyway
+    drift_from: str | None = None  # what the reference is: "profile" or "start"
+    popularity: tuple[float, ...] | None = None  # by equal parts of the experts of all layers, see `core/routing.py`
 
 
 def merge(parts: Sequence[ExpertCounts]) -> ExpertCounts:
@@ -149,13 +161,13 @@ def summarise(
     steady = [(popularity_variation(c), top_share(c)) for c in routed] if few is None else []
     distinct = _distinct(window, nothing, unknown)
     hottest = _hottest(window, few, unknown)
-    drift = None
+    drift, by_chance = None, None
     if reference is None or few is not None:
         unknown["drift"] = few or "there is no reference yet"
     elif why_not := _why_no_drift(window, reference, least_per_expert):
         unknown["drift"] = why_not
     else:
-        drift = _drift(window, reference)
+        drift, by_chance = _drift(window, reference)
     if few is not None:
         unknown |= {"variation": few, "top_fifth_share": few}
     if not known.all():
@@ -166,7 +178,8 @@ def summarise(
         distinct_per_step=distinct,
         variation=float(np.mean([v for v, _ in steady])) if steady else None,
         top_fifth_share=float(np.mean([s for _, s in steady])) if steady else None,
-        hottest_rank_over_mean=hottest, drift=drift, unknown=unknown,
+        hottest_rank_over_mean=hottest, drift=drift, unknown=unknown, drift_by_chance=by_chance,
+        popularity=popularity_parts(routed) if few is None else None,
     )  # fmt: skip
 
 
@@ -268,15 +281,22 @@ def _hottest(window: ExpertCounts, few: str | None, unknown: dict[str, str]) -> 
 
 
 def _why_no_drift(window: ExpertCounts, reference: ExpertCounts, least_per_expert: float) -> str | None:
-    if (reference.layers, reference.routed.shape) != (window.layers, window.routed.shape):
+    other_experts = reference.routed.shape[1] != window.routed.shape[1]
+    if other_experts or not set(reference.layers) & set(window.layers):
         return "the reference is of another model"
     if too_few := _too_few(reference, least_per_expert):
         return f"the reference's {too_few}"
-    return None if (window.known & reference.known).any() else "no layer is known in both"
+    return None if _layers_of_both(window, reference) else "no layer is known in both"
 
 
-def _drift(window: ExpertCounts, reference: ExpertCounts) -> float:
-    """Mean over the layers that are known in both; there is one."""
-    both = window.known & reference.known
-    pairs = zip(window.routed[both], reference.routed[both], strict=True)
-    return float(np.mean([jensen_shannon_distance(a, b) for a, b in pairs]))
+def _layers_of_both(window: ExpertCounts, reference: ExpertCounts) -> list[tuple[int, int]]:
+    """Rows of each layer that both know; the reference may hold some layers only."""
+    row = {name: i for i, name in enumerate(reference.layers) if reference.known[i]}
+    return [(i, row[name]) for i, name in enumerate(window.layers) if window.known[i] and name in row]
+
+
+def _drift(window: ExpertCounts, reference: ExpertCounts) -> tuple[float, float]:
+    """Mean distance over the layers that both know, and what of it is chance."""
+    mine, theirs = (list(rows) for rows in zip(*_layers_of_both(window, reference), strict=True))
+    a, b = window.routed[mine], reference.routed[theirs]
+    return float(distances(a, b).mean()), float(chance_distances(a, b).mean())

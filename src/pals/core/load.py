@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from pals.core.quantities import Checked
 
@@ -48,7 +49,9 @@ class Load(Checked):
     running: float | None = None  # sequences now; None: as many as the point and the arrivals make it
     context_tokens: float | None = None  # mean KV tokens of a running sequence; None: the mix's
     queued_tokens: float = 0.0  # prompt tokens waiting before a new request
-    distinct_experts: float | None = None  # per layer and decode step; None: from the profile's popularity
+    distinct_experts: float | None = None  # per layer and decode step; None: from the popularity
+    popularity: tuple[float, ...] | None = None  # of experts now, by parts as in `core/routing.py`; None: the profile's
+    popularity_then: tuple[float, ...] | None = None  # under which the profile holds; None: as it says itself
 
     def __post_init__(self) -> None:
         Checked.__post_init__(self)
@@ -56,6 +59,10 @@ class Load(Checked):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"load: {name} is {value:g}, below {least:g}")
+        for name in ("popularity", "popularity_then"):
+            parts = getattr(self, name)
+            if parts is not None and (not parts or not all(0 <= x < inf for x in parts) or sum(parts) <= 0):
+                raise ValueError(f"load: {name} needs parts of 0 or more, some above; unknown is None")
         for name in ("context_tokens", "distinct_experts"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -49,9 +49,16 @@ def _dataclass(kind: Any, table: dict[str, Any], may_lack: Collection[str], at: 
         if key not in known:
             raise ValueError(f"{_below(at, key)} is unknown (a newer PALS may have written it)")
     for key in known:
-        if key not in table and key not in may_lack:
+        if key not in table and (key not in may_lack or key in _needed(kind)):
             raise ValueError(f"{_below(at, key)} is missing")
     return kind(**{k: decode(known[k], v, may_lack=may_lack, at=_below(at, k)) for k, v in table.items()})
+
+
+@cache
+def _needed(kind: Any) -> frozenset[str]:
+    """Fields without a default."""
+    bare = dataclasses.MISSING
+    return frozenset(f.name for f in dataclasses.fields(kind) if f.default is bare and f.default_factory is bare)
 
 
 @cache

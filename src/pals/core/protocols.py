@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from pals.core.experts import ExpertSummary
 from pals.core.quantities import (
     BoardInfo,
     BoardWrite,
@@ -96,6 +97,19 @@ class EngineMeter(Protocol):
 
     def read(self) -> EngineSample:
         """Return the latest counters, or raise `EngineGoneError`."""
+        ...
+
+
+class ExpertMeter(Protocol):
+    """Reads the routing of one engine's experts."""
+
+    @property
+    def note(self) -> str | None:
+        """What people should know of the figures, said once; None: nothing."""
+        ...
+
+    def read(self) -> ExpertSummary | None:
+        """The last window; None where nothing is counted, or none is full yet."""
         ...
 
 

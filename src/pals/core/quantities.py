@@ -9,6 +9,7 @@ from math import isfinite
 from operator import attrgetter
 
 from pals.core.architecture import ModelShape
+from pals.core.experts import ExpertSummary
 
 
 @cache
@@ -173,6 +174,7 @@ class TelemetrySample(Checked):
     power_w: float | None  # all boards, from the energy counters over the window; None: unknown
     engine: EngineSample | None  # None: no engine telemetry yet
     absent: tuple[int, ...] = ()  # positions of boards that could not be read
+    experts: ExpertSummary | None = None  # routing of the last seconds; None: not measured, or not to be used
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -193,6 +195,12 @@ class StateEstimate(Checked):
     idle: bool  # no unfinished request, engine alive
     ttft_p95_s: float | None
     tpot_p95_s: float | None
+    popularity_cv: float | None = (
+        None  # of the experts, coefficient of variation, measured; None like the next two: unknown or old
+    )
+    distinct_experts: float | None = None  # touched in a layer and step
+    routing_drift: float | None = None  # Jensen-Shannon distance from the reference
+    experts_age_s: float | None = None  # of these figures; None: there are none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,15 @@ class _Features(NamedTuple):
     distinct: float
 
 
+class _Kept(NamedTuple):
+    """What of a load is taken as it is."""
+
+    spread: float
+    cached_tokens: float
+    popularity: tuple[float, ...] | None
+    popularity_then: tuple[float, ...] | None
+
+
 class _Anchor(NamedTuple):
     """Logarithms of the predicted quantities there, shape (quantities, points), and their slopes by feature."""
 
@@ -64,10 +73,11 @@ class Candidates:
         """
         f = _features(load)
         anchor = _rounded(f, VALUE_GRID)
-        half: FloatArray = self._half(_rounded(f, WIDTH_GRID), load.mix.spread, load.mix.cached_tokens)  # type: ignore[attr-defined]
+        kept = _Kept(load.mix.spread, load.mix.cached_tokens, load.popularity, load.popularity_then)
+        half: FloatArray = self._half(_rounded(f, WIDTH_GRID), kept)  # type: ignore[attr-defined]
         if load.prefill_tokens_per_s is not None:  # how many run bends too much with what arrives
             return self.fitted.assembled(self.fitted.told(self.points, load), half, load)
-        near: _Anchor = self._anchor(anchor, load.mix.spread, load.mix.cached_tokens)  # type: ignore[attr-defined]
+        near: _Anchor = self._anchor(anchor, kept)  # type: ignore[attr-defined]
         here = near.here
         for distance, slope in zip(
             (a - b for a, b in zip(f, anchor, strict=True) if a != UNKNOWN), near.slopes, strict=True
@@ -76,17 +86,17 @@ class Candidates:
                 here = here + distance * slope
         return self.fitted.assembled(here, half, load)
 
-    def _make_anchor(self, at: _Features, spread: float, cached: float) -> _Anchor:
-        here = self.fitted.told(self.points, _load(at, spread, cached))
+    def _make_anchor(self, at: _Features, kept: _Kept) -> _Anchor:
+        here = self.fitted.told(self.points, _load(at, kept))
         slopes = []
         for name, value in zip(_Features._fields, at, strict=True):
             if value != UNKNOWN:
                 moved = at._replace(**{name: value - DIFFERENCE})  # downwards: `running` is rounded up, and bends there
-                slopes.append((here - self.fitted.told(self.points, _load(moved, spread, cached))) / DIFFERENCE)
+                slopes.append((here - self.fitted.told(self.points, _load(moved, kept))) / DIFFERENCE)
         return _Anchor(here, np.array(slopes))
 
-    def _make_half(self, at: _Features, spread: float, cached: float) -> FloatArray:
-        return self.fitted.half_widths(self.points, _load(at, spread, cached))
+    def _make_half(self, at: _Features, kept: _Kept) -> FloatArray:
+        return self.fitted.half_widths(self.points, _load(at, kept))
 
 
 def _features(load: Load) -> _Features:
@@ -105,13 +115,13 @@ def _rounded(f: _Features, grid: float) -> _Features:
     return near if f.running == UNKNOWN else near._replace(running=grid * math.ceil(f.running / grid))
 
 
-def _load(f: _Features, spread: float, cached: float) -> Load:
+def _load(f: _Features, kept: _Kept) -> Load:
     mix = Mix(
         name="asked",
         prompt_tokens=max(1.0, 2.0**f.prompt),
         output_tokens=max(1.0, 2.0**f.output),
-        spread=spread,
-        cached_tokens=cached,
+        spread=kept.spread,
+        cached_tokens=kept.cached_tokens,
     )
     running, arriving, distinct = (None if v == UNKNOWN else 2.0**v for v in (f.running, f.arriving, f.distinct))
     return Load(
@@ -120,6 +130,8 @@ def _load(f: _Features, spread: float, cached: float) -> Load:
         running=running,
         prefill_tokens_per_s=arriving,
         distinct_experts=distinct,
+        popularity=kept.popularity,
+        popularity_then=kept.popularity_then,
     )
 
 

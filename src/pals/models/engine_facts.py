@@ -22,11 +22,16 @@ class EngineFacts(Checked):
     step_tokens: int = 8192  # most tokens of one step (max_num_batched_tokens)
     tensor_parallel: int = 1  # boards that divide each matrix
     shape: ModelShape | None = None  # None: the model's sizes are unknown, priors are wide
+    popularity: tuple[float, ...] | None = (
+        None  # of experts while it was measured, by parts; None: not counted, so fitted
+    )
 
     def __post_init__(self) -> None:
         Checked.__post_init__(self)
         counts = (self.boards, self.launch_sequences, self.step_tokens, self.tensor_parallel)
         if min(counts) < 1 or not 0 < self.min_limit_w <= self.max_limit_w:
             raise ValueError("boards, sequences, step tokens, parallelism and limits must be above 0, limits in order")
+        if self.popularity is not None and (min(self.popularity, default=-1.0) < 0 or sum(self.popularity) <= 0):
+            raise ValueError("popularity needs parts of 0 or more, some above")
         if not 0 < self.min_sm_clock_mhz <= self.max_sm_clock_mhz:
             raise ValueError(f"no SM clocks are {self.min_sm_clock_mhz}..{self.max_sm_clock_mhz} MHz")

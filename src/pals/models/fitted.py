@@ -130,7 +130,7 @@ class Fitted:
     def told(self, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
         """Logarithms of OBSERVED and UNSEEN, shape (quantities, points), whether or not anything was measured near."""
         at = self._conditions(points, load)
-        here = told(values_of(self.x), self.base, at)
+        here = told(values_of(self.x), self.base.under(load), at)
         if load.prefill_tokens_per_s is None:
             return here
         asked = load.prefill_tokens_per_s / load.mix.prefill_per_output
@@ -161,7 +161,7 @@ class Fitted:
 
     def _told_at(self, n: FloatArray, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
         """As `told`, with so many sequences at each point."""
-        return told(values_of(self.x), self.base, self._at(n, points, load))
+        return told(values_of(self.x), self.base.under(load), self._at(n, points, load))
 
     def half_widths(self, points: Sequence[OperatingPoint], load: Load) -> FloatArray:
         """Half the 90 % intervals of the logarithms of OBSERVED, UNSEEN and tokens per joule, shape (quantities + 1, points).
@@ -170,7 +170,7 @@ class Fitted:
             OutsideProfileError: a point or the load lies more than a grid step outside what was measured.
         """
         steps = self._checked_reach(points, load)
-        slopes = jacobian(self.x, self.base, self._conditions(points, load))
+        slopes = jacobian(self.x, self.base.under(load), self._conditions(points, load))
         c = self.calibration
         slopes = np.concatenate([slopes, (slopes[_TOKENS] - slopes[0])[None]])
         noise = np.append(c.noise, math.hypot(c.noise[0], c.noise[_TOKENS]))[:, None]
@@ -270,13 +270,13 @@ class Fitted:
         """Sequences that run at each point when so much arrives: those at which output keeps up, at most `most`."""
         asked = (load.prefill_tokens_per_s or 0.0) / load.mix.prefill_per_output
         levels = np.geomspace(1.0, max(2.0, float(most.max())), 12)
-        busy = Load(mix=load.mix, context_tokens=load.context_tokens, distinct_experts=load.distinct_experts)
+        busy = replace(load, prefill_tokens_per_s=None, running=None)
         found = np.empty(len(points))
         for lever in {(p.power_limit_w, p.sm_clock_mhz) for p in points}:
             mine = [i for i, p in enumerate(points) if (p.power_limit_w, p.sm_clock_mhz) == lever]
             work, batch = self._batches(levels, busy)
             held = Conditions(work, batch, np.full(12, lever[0]), np.full(12, float(lever[1] or FREE_MHZ)))
-            rate = np.maximum.accumulate(np.exp(told(values_of(self.x), self.base, held)[_TOKENS]))
+            rate = np.maximum.accumulate(np.exp(told(values_of(self.x), self.base.under(load), held)[_TOKENS]))
             found[mine] = np.interp(asked, rate, levels)
         return np.minimum(most, found)
 

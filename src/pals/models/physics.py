@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pals.core.load import Mix
+from pals.core.load import Load, Mix
+from pals.core.routing import touched
 from pals.models.board_priors import BoardPrior, prior_of
 from pals.models.engine_facts import EngineFacts
 from pals.models.parameters import ANCHORS, Values
@@ -57,6 +58,17 @@ class Base(NamedTuple):
     clock_ghz: FloatArray  # grid, rising, shape (CLOCKS,)
     step_tokens: int
     boards: int
+    popularity: tuple[float, ...] | None = None  # of experts under the profile, by parts; None: by the fitted variation
+    now: tuple[float, ...] | None = None  # of experts now; None: as then
+    then: tuple[float, ...] | None = (
+        None  # what `now` is held against: the profile's experts count as many times more; None: they are `now`
+    )
+
+    def under(self, load: Load) -> Base:
+        """With the routing that a load brings, as far as it is known."""
+        if load.popularity is None or self.experts == 0:
+            return self
+        return self._replace(now=load.popularity, then=None if self.popularity is not None else load.popularity_then)
 
 
 def base_of(facts: EngineFacts) -> Base:
@@ -77,6 +89,7 @@ def base_of(facts: EngineFacts) -> Base:
         clock_ghz=np.geomspace(low, high, CLOCKS),
         step_tokens=facts.step_tokens,
         boards=facts.boards,
+        popularity=facts.popularity,
     )
 
 
@@ -247,13 +260,27 @@ def _correction(v: Values, tokens: FloatArray) -> FloatArray:
 
 
 def distinct_experts(v: Values, b: Base, tokens: FloatArray) -> FloatArray:
-    """Distinct experts of a layer that so many tokens touch: sum of 1 − (1 − p)^tokens over a log-normal popularity."""
+    """Distinct experts of a layer that so many tokens touch: sum of 1 − (1 − p)^tokens over the popularity, counted or log-normal.
+
+    Where only a change of the popularity was counted, the fitted figure changes as the counted ones do.
+    """
     if b.experts == 0:
         return np.zeros_like(tokens)
+
+    def by(parts: tuple[float, ...]) -> FloatArray:
+        return touched(parts, experts=b.experts, top_k=b.top_k, tokens=tokens)
+
+    if b.now is not None and b.then is None:
+        return by(b.now)
+    if b.popularity is not None:
+        return by(b.popularity)
     spread = np.sqrt(np.log1p(np.asarray(v.popularity_cv) ** 2))
     weight = np.exp(_column(spread) * _NODES)
     p = np.minimum(0.999, weight / _column(weight @ _WEIGHTS) * b.top_k / b.experts)
-    return np.asarray(b.experts * (-np.expm1(tokens[:, None] * np.log1p(-p)) @ _WEIGHTS))
+    fitted = np.asarray(b.experts * (-np.expm1(tokens[:, None] * np.log1p(-p)) @ _WEIGHTS))
+    if b.now is None or b.then is None:
+        return fitted
+    return np.asarray(np.minimum(b.experts, fitted * by(b.now) / by(b.then)))
 
 
 _hermite = np.polynomial.hermite_e.hermegauss(7)

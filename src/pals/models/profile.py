@@ -1,4 +1,4 @@
-"""A profile: measured rows, the parameters fitted to them, and how far they may be trusted; at most 8 KB of JSON.
+"""A profile: measured rows, the parameters fitted to them, and how far they may be trusted; at most 8 KB of JSON, and 1 KB for the routing of experts.
 
 Nothing is fitted when a file is read. Field by field: docs/models/profile.md.
 """
@@ -18,6 +18,7 @@ from pals.core.errors import ConfigError
 from pals.core.load import Load, Mix
 from pals.core.plain import decode
 from pals.core.quantities import FINGERPRINT_ADDED, Fingerprint, OperatingPoint
+from pals.core.routing_reference import RoutingReference
 from pals.models.engine_facts import EngineFacts
 from pals.models.fit import Calibration
 from pals.models.fitted import Fitted, fit
@@ -49,6 +50,7 @@ class Profile:
     made_at: str  # ISO date
     command: str  # how to make it anew
     notes: tuple[str, ...] = ()  # what the sweep left out, how repeats drifted
+    routing: RoutingReference | None = None  # of the sweep; None: a dense model, or its experts were not counted
     wider: float = 1.0  # factor on the intervals; of this use, not of the file
 
     @staticmethod
@@ -62,6 +64,7 @@ class Profile:
         made_at: str,
         command: str,
         notes: Sequence[str] = (),
+        routing: RoutingReference | None = None,
     ) -> Profile:
         """Fit `rows`.
 
@@ -78,7 +81,7 @@ class Profile:
         return Profile(
             fingerprint=fingerprint, facts=facts, mixes=tuple(mixes), rows=tuple(rows),
             parameters={n: _short(v) for n, v in values_by_name(fitted.x).items()}, calibration=c, source=source,
-            made_at=made_at, command=command, notes=tuple(notes),
+            made_at=made_at, command=command, notes=tuple(notes), routing=routing,
         )  # fmt: skip
 
     @property
@@ -115,6 +118,7 @@ class Profile:
                 name: [_number(values[i]) for values in self.calibration] for i, name in enumerate(_QUANTITIES)
             },
             "parameters": dict(self.parameters),
+            **({"routing": asdict(self.routing)} if self.routing is not None else {}),
             "columns": columns,
         }
         lines = [f" {json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}" for name, value in head.items()]
@@ -167,7 +171,7 @@ def _read(data: dict[str, Any], *, refit: bool) -> Profile:
         "columns",
         "rows",
     }
-    if odd := set(data) ^ known:
+    if odd := set(data) - {"routing"} ^ known:
         raise ValueError(f"{', '.join(sorted(odd))}: missing or unknown")
     columns = data["columns"]
     if unknown := set(columns) - set(COLUMNS):
@@ -182,15 +186,17 @@ def _read(data: dict[str, Any], *, refit: bool) -> Profile:
     fingerprint = decode(Fingerprint, data["fingerprint"], at="fingerprint", may_lack=FINGERPRINT_ADDED)
     source, made_at, command = (decode(str, data[k], at=k) for k in ("source", "made_at", "command"))
     notes = decode(tuple[str, ...], data["notes"], at="notes")
+    routing = decode(RoutingReference | None, data.get("routing"), at="routing")
     if refit:
         return Profile.of(
-            rows, mixes, facts, fingerprint, source=source, made_at=made_at, command=command, notes=notes
+            rows, mixes, facts, fingerprint, source=source, made_at=made_at, command=command, notes=notes, routing=routing
         )  # fmt: skip
     parameters = decode(dict[str, float], data["parameters"], at="parameters")
     deviations_of(parameters)
     found = Profile(
         fingerprint=fingerprint, facts=facts, mixes=mixes, rows=rows, parameters=parameters,
         calibration=_calibration(data["intervals"]), source=source, made_at=made_at, command=command, notes=notes,
+        routing=routing,
     )  # fmt: skip
     _refuse_mute(found)
     return found
@@ -210,7 +216,17 @@ def _refuse_mute(p: Profile) -> None:
 
 #: Fields that stand at their default where a file leaves them out.
 FACTS_LACK = frozenset(
-    {"shape", "tied", "window", "window_layers", "chunked_layers", "attention_format", "ffn_format", "expert_format"}
+    {
+        "shape",
+        "popularity",
+        "tied",
+        "window",
+        "window_layers",
+        "chunked_layers",
+        "attention_format",
+        "ffn_format",
+        "expert_format",
+    }
 )
 
 

@@ -131,7 +131,7 @@ class RoutingTally:
 
     def counts(self, time_s: float, *, ranks: int = 1, placement: str | None = "linear") -> ExpertCounts:
         """As a reader of a worker's counts gets them."""
-        return ExpertCounts(
+        return ExpertCounts.alike(
             time_s=time_s, span_s=None, steps=self.steps, tokens=self.tokens, layers=self.names,
             top_k=self.routing.top_k, routed=self.sums[:, :-1], distinct=self.sums[:, -1], ranks=ranks,
             placement=placement,

@@ -26,6 +26,7 @@ from pals.runtime.live_budget import LiveBudget
 from pals.runtime.loop import boards_as_found
 from pals.runtime.modes import WRITING
 from pals.runtime.outlets import Outlet, StatusFile, close_quietly, journal_outlet
+from pals.runtime.routing_meter import RoutingMeter
 from pals.runtime.tick import Rig, TickRecord, TickState, tick
 
 FOUND_RECORD = "limits-found.json"
@@ -237,6 +238,7 @@ def _assemble(setup: AgentSetup, config: Config, group: EngineGroup) -> tuple[Ri
         period_s=control.period_s,
         lowering=control.lowering,
         acting=mode if acts else "auto",
+        experts=_experts(setup, control, group, profile),
     )
     header = JournalHeader(
         policy=control.policy,
@@ -260,6 +262,16 @@ def _assemble(setup: AgentSetup, config: Config, group: EngineGroup) -> tuple[Ri
             "active-sequence limit drains instead"
         )
     return rig, header
+
+
+def _experts(
+    setup: AgentSetup, control: ControlConfig, group: EngineGroup, profile: Profile | None
+) -> RoutingMeter | None:
+    """What reads the engine's routing; drift is from the profile's, where it stores one. None: not to be used, or a dense model."""
+    shape = group.info.shape
+    if control.experts == "off" or (shape is not None and shape.experts == 0):
+        return None
+    return RoutingMeter(setup.folder, group.pids, reference=profile.routing if profile is not None else None)
 
 
 def policy_settings(control: ControlConfig) -> dict[str, Any]:

@@ -32,6 +32,7 @@ POLICIES = (
 )
 WITHOUT_TARGET = ("static", "pals", "vendor-preset", "bandit", "slo-clock")  # they need no throughput target
 OBJECTIVES = ("node", "gpu")
+EXPERTS = ("auto", "off")
 WRITERS = ("auto", "capd", "direct", "zeusd")
 NODE_WIDE = ("period_s", "writer")  # of [control]: all engines share them
 
@@ -51,6 +52,7 @@ class ControlConfig:
     sm_clock_mhz: int | None = None  # static only; None: no clock lock
     lowering: str = "drain"  # how the engine gets under a lowered active-sequence limit
     objective: str = "node"  # pals only: whose joules count, the whole node's or the boards' alone
+    experts: str = "auto"  # use the routing that an engine counts: auto where it does, or off
     canary_share: float = 0.1  # of windows in which the policy acts, in mode canary
     canary_window_s: float = 30.0
     canary_seed: int = 0
@@ -221,6 +223,7 @@ def checked(config: Config) -> Config:
         ("canary_baseline", c.canary_baseline, POLICIES),
         ("lowering", c.lowering, LOWERINGS),
         ("objective", c.objective, OBJECTIVES),
+        ("experts", c.experts, EXPERTS),
     ]
     for name, value, known in chosen:
         if value is not None and value not in known:

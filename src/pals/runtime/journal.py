@@ -38,6 +38,7 @@ ADDED_LATER = frozenset(
             "refused_requests",
             "arm",
             "interleaving",
+            "experts",
         ),
     }
 )

@@ -22,6 +22,7 @@ from pals.core.protocols import (
     AnyController,
     EngineActuator,
     EngineMeter,
+    ExpertMeter,
     FollowsLater,
     PowerActuator,
     PowerMeter,
@@ -75,6 +76,7 @@ class Rig:
     controller: AnyController
     guard: Guard
     period_s: float
+    experts: ExpertMeter | None = None  # None: routing is not measured, or not to be used
     lowering: str = "drain"  # how the engine gets under a lowered active-sequence limit
     acting: str = "auto"  # the mode while something may be written: "auto" or "canary"
     locks: ClockLocks = field(default_factory=ClockLocks)
@@ -183,6 +185,9 @@ def read_sample(rig: Rig, previous: TelemetrySample | None, now_s: float, notes:
     whole = previous is not None and not previous.absent and not absent
     engine = rig.engine.read()
     notes += stale_notes(engine, now_s)
+    experts = rig.experts.read() if rig.experts is not None else None
+    if rig.experts is not None and rig.experts.note is not None:
+        notes += rig.once(rig.experts.note)
     return TelemetrySample(
         time_s=now_s,
         window_s=now_s - previous.time_s if previous is not None else 0.0,
@@ -190,6 +195,7 @@ def read_sample(rig: Rig, previous: TelemetrySample | None, now_s: float, notes:
         power_w=mean_power_w(previous.boards, boards) if previous is not None and whole else None,
         engine=engine,
         absent=tuple(absent),
+        experts=experts,
     )
 
 
