@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,11 @@ from pals.cli.experts import experts
 from pals.core.architecture import ModelShape
 from pals.core.errors import ConfigError, EngineGoneError
 from pals.core.experts import ExpertCounts, ExpertSummary, jensen_shannon_distance, summarise
-from pals.core.quantities import TelemetrySample
 from pals.engines.model_zoo import read_config
 from pals.runtime.expert_channel import read_engine
 from pals.runtime.journal import Journal, JournalHeader
 from pals.views.expert_figure import draw_experts
-from pals.views.expert_history import experts_of, history
+from pals.views.expert_history import history
 from pals.views.expert_picture import binned, drift_by_chance, picture_of, short_names
 from pals.views.expert_text import (
     ASCII_BARS,
@@ -44,8 +43,7 @@ from pals.views.expert_text import (
     sparkline,
 )
 from tests.expert_world import ExpertEngine, demonstration
-from tests.test_tick import go, rig
-from tests.worlds import Board, Clock, Engine, board_info, engine_info
+from tests.worlds import board_info, engine_info
 
 
 def run(
@@ -324,22 +322,6 @@ def test_each_window_is_seen_once_and_those_that_were_filling_are_not() -> None:
     idle = summary(121.0, 0.0, tokens=0)
     assert history([full, later, idle, idle]) == (full, later, idle)
     assert history([]) == ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleWithExperts(TelemetrySample):
-    """A sample that carries a summary."""
-
-    experts: ExpertSummary | None = None
-
-
-def test_a_records_summary_is_read_back_and_one_without_has_none() -> None:
-    clock = Clock(until_s=100.6)
-    record = go(rig(clock, [Board(clock)], Engine(clock)), clock)[0]
-    assert experts_of(record) is None
-    told = {f.name: getattr(record.sample, f.name) for f in fields(TelemetrySample) if f.name != "experts"}
-    made = summary(99.0)
-    assert experts_of(replace(record, sample=SampleWithExperts(**told, experts=made))) == made
 
 
 def test_over_time_shows_highest_lowest_and_why_values_are_missing() -> None:

@@ -27,7 +27,7 @@ from pals.runtime.channel import run_dir
 from pals.runtime.expert_channel import read_engine
 from pals.runtime.group import EngineGroup, unique_name
 from pals.runtime.journal import encode, read_journal
-from pals.views.expert_history import experts_of, history
+from pals.views.expert_history import history
 from pals.views.expert_picture import ExpertPicture, picture_of
 from pals.views.expert_text import plain_experts, print_experts, print_history
 
@@ -174,7 +174,7 @@ def _summaries(path: Path) -> tuple[ExpertSummary, ...]:
         ConfigError: no journal, or none of its records says anything of experts.
     """
     _, records = read_journal(path)
-    windows = history(experts_of(record) for record in records)
+    windows = history(record.sample.experts for record in records)
     if not windows:
         raise ConfigError(
             f"{path} says nothing of experts: its engine did not count them (start it with PALS_EXPERTS=1), or the agent that "

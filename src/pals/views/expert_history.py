@@ -5,14 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pals.core.experts import ExpertSummary
-from pals.runtime.journal import encode
-from pals.runtime.tick import TickRecord
-
-
-def experts_of(record: TickRecord) -> ExpertSummary | None:
-    """What the record's sample says of experts; None where it says nothing, as those of before there were summaries."""
-    told = encode(record.sample).get("experts")
-    return None if told is None else ExpertSummary(**told)
 
 
 def history(summaries: Iterable[ExpertSummary | None]) -> tuple[ExpertSummary, ...]:

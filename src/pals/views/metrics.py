@@ -18,7 +18,6 @@ from pals.runtime.modes import MODES
 from pals.runtime.tick import TickRecord
 from pals.views.capd_metrics import CapdCollector, capd_rows
 from pals.views.endpoint import serve
-from pals.views.expert_history import experts_of
 from pals.views.expert_metrics import AGE, AGE_TEXT, EXPERT_METRICS, expert_values
 
 
@@ -156,7 +155,7 @@ class EngineMetrics:
             self._gauge("pals_profile_drift", record.drift.get(quantity), quantity)
         self._arm(record)
         self._budget(record)
-        self.show_experts(experts_of(record), now_s=sample.time_s)
+        self.show_experts(record.sample.experts, now_s=sample.time_s)
         if sample.engine is not None:
             self._engine(record, sample.engine)
         self._before = record
