@@ -87,8 +87,12 @@ def served(llm: Any, folder: Path) -> dict[str, Any]:
 
 def counted(llm: Any, *, witness: bool) -> dict[str, Any]:
     """What the worker in this process counted, and what is true; `witness` adds a listener of its own, which traced code cannot call."""
-    experts = llm.llm_engine.model_executor.driver_worker.__dict__.get("_pals_experts")
-    result: dict[str, Any] = {"installed": experts is not None, "imported": "pals.engines.expert_counts" in sys.modules}
+    worker = llm.llm_engine.model_executor.driver_worker
+    experts = vars(worker).get("_pals_experts")
+    result: dict[str, Any] = {
+        "installed": experts is not None, "imported": "pals.engines.expert_counts" in sys.modules,
+        "compiled_as": worker.vllm_config.compute_hash(),
+    }  # fmt: skip
     if experts is None:
         return result | {"outputs": answer(llm)}
     counter = experts.counter
