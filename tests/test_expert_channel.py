@@ -12,7 +12,7 @@ import pytest
 
 from pals.core.experts import Counts
 from pals.runtime.channel import find_engines
-from pals.runtime.expert_channel import ExpertChannel, ExpertFacts, ExpertReader, read_engine, read_worker
+from pals.runtime.expert_channel import ExpertChannel, ExpertFacts, read_engine, read_worker
 
 
 def facts(**more: object) -> ExpertFacts:
@@ -93,38 +93,3 @@ def test_the_agents_sweep_removes_what_killed_workers_left(tmp_path: Path) -> No
     dead, living = ExpertChannel(tmp_path, facts(pid=ended.pid)), ExpertChannel(tmp_path, facts())
     assert find_engines(tmp_path) == []
     assert (dead.path.exists(), living.path.exists()) == (False, True)
-
-
-def test_readings_are_windows_with_their_age_and_drift_from_the_first(tmp_path: Path) -> None:
-    now_s = 0.0
-    reader = ExpertReader(tmp_path, [1], window_s=10.0, clock=lambda: now_s)
-    assert reader.latest().reason.startswith("no worker of this engine counts")
-    channel = ExpertChannel(tmp_path, facts())
-    channel.publish(time_s=0.0, steps=0, tokens=0, sums=sums(0))
-    assert reader.latest().reason == ""
-
-    channel.publish(time_s=10.0, steps=100, tokens=8000, sums=sums(8000))
-    now_s = 12.0
-    first = reader.latest()
-    assert first.summary is not None
-    assert (first.age_s, first.summary.tokens, first.summary.variation) == (2.0, 8000, 0.0)
-    assert "reference" in first.summary.unknown["drift"]
-
-    channel.publish(time_s=13.0, steps=130, tokens=9000, sums=sums(9000))
-    assert reader.latest().summary == first.summary  # the next window is not full yet
-    channel.publish(time_s=20.0, steps=200, tokens=16000, sums=sums(16000, skew=4000))
-    later = reader.latest().summary
-    assert later is not None
-    assert (later.tokens, later.span_s) == (8000, 10.0)
-    assert later.drift is not None
-    assert later.drift > 0.2
-
-
-def test_an_engine_started_anew_starts_anew(tmp_path: Path) -> None:
-    reader = ExpertReader(tmp_path, [1], window_s=1.0, clock=lambda: 50.0)
-    ExpertChannel(tmp_path, facts()).publish(time_s=40.0, steps=9, tokens=800, sums=sums(800))
-    assert reader.latest().reason == ""
-    ExpertChannel(tmp_path, facts()).publish(time_s=45.0, steps=1, tokens=8, sums=sums(8))
-    summary = reader.latest().summary
-    assert summary is not None
-    assert summary.tokens == 0

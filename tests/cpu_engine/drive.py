@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from pals.runtime.channel import find_engines, run_dir
-from pals.runtime.expert_channel import ExpertReader, read_engine
+from pals.runtime.expert_channel import read_engine
+from pals.runtime.routing_meter import RoutingMeter
 from tests.cpu_engine import tiny_models
 
 OUTPUT_TOKENS = 12
@@ -69,18 +70,17 @@ class Witness:
 def served(llm: Any, folder: Path) -> dict[str, Any]:
     """What an agent reads of a living engine, and what is left of it after the engine's end."""
     channels = find_engines(folder)
-    reader = ExpertReader(folder, [c.info.pid for c in channels], window_s=0.1)
-    reading, deadline_s = reader.latest(), time.monotonic() + 60
-    while (reading.summary is None or reading.summary.tokens == 0) and time.monotonic() < deadline_s:
+    meter = RoutingMeter(folder, [c.info.pid for c in channels], window_s=0.1)
+    summary, deadline_s = meter.read(), time.monotonic() + 60
+    while (summary is None or summary.tokens == 0) and time.monotonic() < deadline_s:
         answer(llm)
-        reading = reader.latest()
+        summary = meter.read()
     counts = read_engine(folder, [c.info.pid for c in channels])
     files = len(list(folder.glob("*.experts")))
     llm.llm_engine.engine_core.shutdown()
     return {
-        "engines": len(channels), "files": files, "files_after": len(list(folder.glob("*.experts"))), "age_s": reading.age_s,
-        "reason": reading.reason, "unknown": dict(reading.summary.unknown) if reading.summary else None,
-        "distinct": reading.summary.distinct_per_step if reading.summary else None,
+        "engines": len(channels), "files": files, "files_after": len(list(folder.glob("*.experts"))), "age_s": time.monotonic() - summary.time_s if summary else None,
+        "unknown": dict(summary.unknown) if summary else None, "distinct": summary.distinct_per_step if summary else None,
         "tokens": counts.tokens if counts else 0, "chosen": counts.routed.sum(axis=1).tolist() if counts else [],
     }  # fmt: skip
 

@@ -83,7 +83,6 @@ def test_an_agent_reads_a_living_engines_counts_and_its_end_removes_them(folder:
     result = drive(folder, "served")
 
     assert (result["engines"], result["files"], result["files_after"]) == (1, 1, 0)
-    assert result["reason"] == ""
     assert result["tokens"] > TOKENS
     assert result["chosen"] == [2 * result["tokens"]] * 2
     assert 1.0 <= result["distinct"] <= 8.0

@@ -10,15 +10,14 @@ import contextlib
 import json
 import mmap
 import os
-import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from pals.core.experts import Counts, ExpertCounts, ExpertSummary, merge, summarise
+from pals.core.experts import Counts, ExpertCounts, merge
 from pals.core.plain import decode
 from pals.runtime.blocks import SEQ
 from pals.runtime.files import own_folder, replace_file
@@ -129,59 +128,6 @@ def read_engine(folder: Path, engine_pids: Collection[int]) -> ExpertCounts | No
             chosen[same] = worker
     ordered = sorted(chosen.values(), key=lambda w: (w.facts.data_rank, w.facts.pid))
     return merge([w.counts for w in ordered if w.counts is not None]) if ordered else None
-
-
-class ExpertReading(NamedTuple):
-    """The latest summary of an engine's routing, and how old it is."""
-
-    summary: ExpertSummary | None
-    age_s: float | None
-    reason: str  # why there is no summary; empty where there is one
-
-
-class ExpertReader:
-    """Windows over one engine's counts: each ends at the newest publication and is at least `window_s` long.
-
-    The first window after the start becomes the reference for drift; `reset_reference` takes the next one.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        engine_pids: Collection[int],
-        *,
-        window_s: float = 10.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._folder, self._pids, self._window_s, self._clock = folder, frozenset(engine_pids), window_s, clock
-        self._start: ExpertCounts | None = None
-        self._reference: ExpertCounts | None = None
-        self._summary: ExpertSummary | None = None
-
-    def latest(self) -> ExpertReading:
-        """The last full window; the one that is filling where there is none yet."""
-        now = read_engine(self._folder, self._pids)
-        if now is None:
-            return ExpertReading(None, None, "no worker of this engine counts its experts (PALS_EXPERTS=1 makes them)")
-        if self._start is None:
-            self._start = now
-        try:
-            window = now.since(self._start)
-        except ValueError:
-            self._start = self._reference = self._summary = None
-            return self.latest()
-        summary = self._summary
-        if summary is None or (window.span_s or 0.0) >= self._window_s:
-            summary = summarise(window, reference=self._reference)
-        if (window.span_s or 0.0) >= self._window_s and window.tokens > 0:
-            self._start, self._summary = now, summary
-            if self._reference is None and "variation" not in summary.unknown:
-                self._reference = window
-        return ExpertReading(summary, self._clock() - summary.time_s, "")
-
-    def reset_reference(self) -> None:
-        """Measure drift from the next window on."""
-        self._reference = None
 
 
 def sweep(folder: Path) -> None:
