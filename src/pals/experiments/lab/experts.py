@@ -45,7 +45,7 @@ LOAD = 0.5  # of the capacity as found, chats
 WARMUP_S, SPAN_S = 60.0, 120.0
 AT_S = 90.0
 TTFT_S, SLOWER = 2.0, 1.4  # TPOT p95 may be so many times that of `static` under standing routing: tight enough to bind
-STANDS = "stands"
+STANDS, ALL = "stands", "all"
 ROUTINGS: dict[str, RoutingSchedule] = {
     STANDS: RoutingSchedule(),
     "half swapped": RoutingSchedule(events=(RoutingEvent(time_s=AT_S, swap=0.5),)),
@@ -135,14 +135,16 @@ class Experts:
         """See `Experiment`."""
         if not rows:
             return []
-        lines = [line_of(rows, e, r) for e, r in dict.fromkeys((x["engine"], x["routing"]) for x in rows)]
+        places = list(dict.fromkeys((x["engine"], x["routing"]) for x in rows))
+        groups = [*places, *((ALL, r) for r in dict.fromkeys(r for _, r in places)), (ALL, ALL)]
+        lines = [line_of(rows, engine, routing) for engine, routing in groups]
         header = (
             "engine", "routing", "misses, knows none", *(f"{arm}: {what}" for arm in ARMS[1:] for what in ("tokens/J", "misses")),
             *(f"step off, {arm}" for arm in ARMS),
         )  # fmt: skip
         caption = (
             "**Against the same policy that knows no counts, by seed in pairs, with 95 % intervals: node tokens per joule in percent (above 0: "
-            "better), requests late in points (above 0: more); and by how much a step's time is off its prediction before correction, in the mean**"
+            'better), requests late in points (above 0: more), "all" by the mean of places in a seed; and by how much a step\'s time is off its prediction before correction, in the mean**'
         )
         return [Table(header=header, lines=lines, caption=caption)]
 
@@ -252,12 +254,13 @@ def more_misses(rows: Sequence[Row], arm: str) -> dict[Place, float]:
 
 
 def line_of(rows: Sequence[Row], engine: str, routing: str) -> list[str]:
-    """A line of the table."""
-    here = [r for r in rows if (r["engine"], r["routing"]) == (engine, routing)]
+    """A line of the table; a seed's value is the mean over places."""
+    here = [r for r in rows if engine in (r["engine"], ALL) and routing in (r["routing"], ALL)]
     line = [engine, routing, f"{100 * fmean([r['missed'] for r in here if r['policy'] == BLIND] or [0.0]):.1f} %"]
     for arm in ARMS[1:]:
-        gains = [100.0 * (g - 1.0) for g in ratios(here, "tokens_per_j_node", arm, BLIND, PLACES).values()]
-        line += [with_interval(gains), with_interval([100.0 * m for m in more_misses(here, arm).values()])]
+        gains = by_seed(ratios(here, "tokens_per_j_node", arm, BLIND, PLACES)).values()
+        more = by_seed(more_misses(here, arm)).values()
+        line += [with_interval([100.0 * (g - 1.0) for g in gains]), with_interval([100.0 * m for m in more])]
     for arm in ARMS:
         off = [100.0 * r["step_error"] for r in here if r["policy"] == arm and r["step_error"] is not None]
         line.append(f"{fmean(off):.1f} %" if off else "–")
