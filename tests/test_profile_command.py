@@ -250,6 +250,19 @@ def test_a_simulated_sweep_makes_a_small_profile_and_leaves_nothing_beside_it(
     assert told.out.count(" chat") + told.out.count(" prefill") + told.out.count(" decode") == len(made.rows)
 
 
+def test_a_simulated_engine_that_counts_its_experts_stores_their_routing(tmp_path: Path) -> None:
+    short = [*SIMULATED, "--points", "8", "--window-s", "4"]
+    made = {}
+    for name, more in (("bare", []), ("counted", ["--count-experts"])):
+        assert main([*short, *more, "--out", str(tmp_path / name)]) == 0
+        made[name] = Profile.from_json((tmp_path / name).read_text())
+    assert made["bare"].rows == made["counted"].rows
+    assert made["bare"].routing is None
+    assert made["bare"].facts.popularity is None
+    assert made["counted"].routing is not None
+    assert made["counted"].facts.popularity is not None
+
+
 def test_ctrl_c_keeps_the_rows_and_the_same_command_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pals.cli", *SIMULATED, "--out", str(tmp_path / "p.json"), "--error", "0.0001"]
     partial = tmp_path / "p.partial.jsonl"

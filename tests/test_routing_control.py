@@ -55,7 +55,7 @@ def summary(time_s: float, popularity: tuple[float, ...] | None = EVEN, **more: 
 
 def test_a_window_slides_and_its_drift_is_from_the_profile(tmp_path: Path) -> None:
     worker = CountingWorker(tmp_path, gamma_weights())
-    meter = RoutingMeter(tmp_path, [1], reference=profiled(worker))
+    meter = RoutingMeter.of_engine(tmp_path, [1], reference=profiled(worker))
     assert read_for(worker, meter, 9.5) is None  # not full yet
     first = read_for(worker, meter, 1.0)
     later = read_for(worker, meter, 0.5)
@@ -72,7 +72,7 @@ def test_a_window_slides_and_its_drift_is_from_the_profile(tmp_path: Path) -> No
 
 def test_without_a_profiles_routing_the_first_full_window_is_the_reference_and_it_is_said(tmp_path: Path) -> None:
     worker = CountingWorker(tmp_path, gamma_weights())
-    meter = RoutingMeter(tmp_path, [1])
+    meter = RoutingMeter.of_engine(tmp_path, [1])
     first = read_for(worker, meter, 10.5)
     assert first is not None
     assert "no reference" in first.unknown["drift"]
@@ -84,7 +84,7 @@ def test_without_a_profiles_routing_the_first_full_window_is_the_reference_and_i
 
 def test_an_engine_started_anew_begins_a_new_window(tmp_path: Path) -> None:
     worker = CountingWorker(tmp_path, gamma_weights())
-    meter = RoutingMeter(tmp_path, [1])
+    meter = RoutingMeter.of_engine(tmp_path, [1])
     assert meter.read() is None
     assert read_for(worker, meter, 15.0) is not None
     again = CountingWorker(tmp_path, gamma_weights())
@@ -149,7 +149,7 @@ class Watch:
 def test_a_drift_of_half_the_popular_experts_is_told_within_thirty_seconds_and_its_end_too(tmp_path: Path) -> None:
     weights = gamma_weights()
     worker = CountingWorker(tmp_path, weights)
-    watch = Watch(worker, RoutingMeter(tmp_path, [1], reference=profiled(worker)))
+    watch = Watch(worker, RoutingMeter.of_engine(tmp_path, [1], reference=profiled(worker)))
     assert watch.told(60.0) == []
     worker.weights, began_s = half_the_popular_changed(weights), worker.now_s
     ((told_s, detail),) = watch.told(40.0)  # once
@@ -167,7 +167,7 @@ def test_a_drift_of_half_the_popular_experts_is_told_within_thirty_seconds_and_i
 
 def test_ten_minutes_of_one_routing_are_no_drift_however_few_tokens_come(tmp_path: Path) -> None:
     worker = CountingWorker(tmp_path, gamma_weights(layers=2), tokens=90)
-    assert Watch(worker, RoutingMeter(tmp_path, [1])).told(600.0) == []
+    assert Watch(worker, RoutingMeter.of_engine(tmp_path, [1])).told(600.0) == []
 
 
 def test_a_drift_needs_more_than_chance_and_a_while() -> None:

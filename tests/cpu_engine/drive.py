@@ -70,7 +70,7 @@ class Witness:
 def served(llm: Any, folder: Path) -> dict[str, Any]:
     """What an agent reads of a living engine, and what is left of it after the engine's end."""
     channels = find_engines(folder)
-    meter = RoutingMeter(folder, [c.info.pid for c in channels], window_s=0.1)
+    meter = RoutingMeter.of_engine(folder, [c.info.pid for c in channels], window_s=0.1)
     summary, deadline_s = meter.read(), time.monotonic() + 60
     while (summary is None or summary.tokens == 0) and time.monotonic() < deadline_s:
         answer(llm)

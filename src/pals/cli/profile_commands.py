@@ -100,6 +100,10 @@ def add_simulate(kinds: Any) -> None:
     add_node_options(p)
     add_sweep_options(p)
     add_plant_options(p)
+    p.add_argument(
+        "--count-experts", action="store_true",
+        help="store the routing of a mixture model's experts, as of an engine started with PALS_EXPERTS=1",
+    )  # fmt: skip
     p.set_defaults(function=_simulate)
 
 

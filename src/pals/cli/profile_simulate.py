@@ -11,11 +11,12 @@ import numpy as np
 
 from pals.cli.agent import EXIT_INTERRUPTED, stopping
 from pals.cli.main import say
-from pals.cli.profile import finish, forget_if_empty, out_of, partial_of, profile_of
+from pals.cli.profile import counted_since, finish, forget_if_empty, out_of, partial_of, profile_of, with_popularity
 from pals.cli.profile_plan import plan_of
 from pals.cli.profile_progress import SweepNotes, showing
 from pals.cli.simulate import engine_of
 from pals.core.quantities import fingerprint_of
+from pals.core.routing_reference import RoutingReference
 from pals.experiments.simulated_profile import profiled_replica, simulated_sweep
 from pals.experiments.simulated_run import Simulation
 from pals.models.fitted import fit
@@ -45,9 +46,11 @@ def simulate(args: argparse.Namespace) -> int:
         forget_if_empty(kept)
     say(f"{swept.event_s:.0f} s of the engine's time in {time.monotonic() - began_s:.1f} s")
     fingerprint = fingerprint_of(sim.engine, [m.info for m in node.rig.meters])
+    counted = counted_since(None, swept.counted) if args.count_experts else None
     made = profile_of(
-        args, swept.rows, plan.mixes, swept.facts, fingerprint=fingerprint, source="simulated", notes=notes.lines
-    )
+        args, swept.rows, plan.mixes, with_popularity(swept.facts, counted), fingerprint=fingerprint, source="simulated",
+        notes=notes.lines, routing=RoutingReference.of(counted) if counted is not None else None,
+    )  # fmt: skip
     finish(out, made)
     kept.unlink(missing_ok=True)
     return 0

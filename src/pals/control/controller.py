@@ -131,6 +131,12 @@ class PalsPolicy:
         """The share that its targets need, see `WorthOfWatts`."""
         return state.worth.needed_w
 
+    def step_time_s(self, state: State, running: float) -> float | None:
+        """Mean time of a step of so many running sequences at the point decided, by profile and routing alone; None where they do not say."""
+        rows = self._tables.rows(state.key, state.ceiling_w, state.routing) if state.key is not None else None
+        position = rows.position(state.lever) if rows is not None else None
+        return None if rows is None or position is None else rows.of(position, max(1.0, running))[STEP]
+
     # ---- learning -------------------------------------------------------------------------------------------------
 
     def _learn(self, state: State, sample: TelemetrySample, engine: EngineSample, slo: Slo, now_s: float) -> State:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from pals.core.architecture import ModelShape
 from pals.core.errors import NotSupportedError
+from pals.core.experts import ExpertCounts
 from pals.core.fingerprint import shape_digest
 from pals.core.quantities import (
     BoardInfo,
@@ -22,6 +23,7 @@ from pals.core.quantities import (
 )  # fmt: skip
 from pals.plant.specs import CLOCK_STEP_MHZ, DRIVER, BoardSpec
 
+COUNTED_EVERY_S = 0.5  # as vLLM's workers publish; a draw of counts costs about a millisecond
 ENGINE, VERSION = "vllm", "simulated"  # the replica follows vLLM's scheduler, no release in particular
 
 
@@ -227,6 +229,29 @@ class SimulatedEngine:
         if (sequences, lowering) != self._set:
             self._replica.set_active_sequences(sequences, lowering)
             self._set = (sequences, lowering)
+
+
+class CountedReplica(Protocol):
+    """What is needed of `pals.plant.replica.Replica` to count its experts."""
+
+    @property
+    def now_s(self) -> float: ...
+    def expert_counts(self) -> ExpertCounts | None: ...
+
+
+class SimulatedCounts:
+    """The newest publication of workers that count: what a `RoutingMeter` reads; drawn no oftener than they publish."""
+
+    def __init__(self, replica: CountedReplica) -> None:
+        self._replica = replica
+        self._newest: ExpertCounts | None = None
+
+    def __call__(self) -> ExpertCounts | None:
+        """None for a model without experts."""
+        newest = self._newest
+        if newest is None or self._replica.now_s - newest.time_s >= COUNTED_EVERY_S - 1e-9:
+            self._newest = newest = self._replica.expert_counts()
+        return newest
 
 
 def engine_info(

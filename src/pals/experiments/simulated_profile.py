@@ -17,6 +17,7 @@ from pals.control.guard import Guard
 from pals.control.static import StaticPolicy
 from pals.core.architecture import ModelShape
 from pals.core.errors import ConfigError
+from pals.core.experts import ExpertCounts
 from pals.core.load import Mix
 from pals.core.quantities import OperatingPoint, fingerprint_of
 from pals.experiments.simulated_node import SimulatedBoard, SimulatedEngine, SimulatedGroup
@@ -170,6 +171,7 @@ class SimulatedSweep(NamedTuple):
     facts: EngineFacts
     event_s: float  # engine time it took
     told: list[Progress]
+    counted: ExpertCounts | None  # what workers would have counted in it; None: a model without experts
 
 
 def simulated_sweep(
@@ -214,7 +216,7 @@ def simulated_sweep(
         rows = sweep(
             node.rig, plan, load=node.load, facts=facts, partial=kept, clock=node.clock, fit=fit, progress=tell
         )
-    return SimulatedSweep(rows, plan.mixes, facts, node.replica.now_s, told)
+    return SimulatedSweep(rows, plan.mixes, facts, node.replica.now_s, told, node.replica.expert_counts())
 
 
 def measured_truth(

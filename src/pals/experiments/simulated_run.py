@@ -19,7 +19,7 @@ import numpy as np
 
 from pals.control.guard import Guard
 from pals.control.interleaved import Interleaving
-from pals.control.policies import build_policy
+from pals.control.policies import PALS, build_policy
 from pals.core.architecture import ModelShape
 from pals.core.errors import ConfigError
 from pals.core.fingerprint import check_fingerprint, only_flags_of
@@ -28,7 +28,13 @@ from pals.core.quantities import BoardInfo, EngineInfo, fingerprint_of
 from pals.experiments.outcome import Answers, Outcome, PeriodTally, outcome_of
 from pals.experiments.simulated_faults import TimedFaults
 from pals.experiments.simulated_files import TickFile
-from pals.experiments.simulated_node import SimulatedBoard, SimulatedEngine, SimulatedGroup, engine_info
+from pals.experiments.simulated_node import (
+    SimulatedBoard,
+    SimulatedCounts,
+    SimulatedEngine,
+    SimulatedGroup,
+    engine_info,
+)
 from pals.models.profile import Profile
 from pals.plant.faults import FaultSchedule
 from pals.plant.llm_step import StepModel
@@ -41,6 +47,7 @@ from pals.plant.workload import LengthSource, Workload
 from pals.runtime.agent import policy_settings
 from pals.runtime.config import Config, ControlConfig
 from pals.runtime.journal import Journal, JournalHeader
+from pals.runtime.routing_meter import RoutingMeter
 from pals.runtime.tick import Rig, TickRecord, TickState, tick
 
 T = TypeVar("T")
@@ -71,6 +78,7 @@ class Simulation:
     routing: RoutingSchedule = field(
         default_factory=RoutingSchedule
     )  # how popularity drifts, and the seed it begins with
+    counts_experts: bool = False  # as an engine started with PALS_EXPERTS=1
     perturb_seed: int | None = None  # other constants of the plant, drawn from this seed; None: the plant as it is
     spread: float = SPREAD
 
@@ -275,9 +283,19 @@ def rig_of(sim: Simulation, task: PolicyTask, replica: Replica, group: Simulated
         controller=policy,
         guard=guard,
         period_s=control.period_s,
+        experts=experts_of(sim, task, replica),
         lowering=control.lowering,
         acting="canary" if control.mode == "canary" else "auto",
     )
+
+
+def experts_of(sim: Simulation, task: PolicyTask, replica: Replica) -> RoutingMeter | None:
+    """What reads the routing, as the agent has it; None where nobody counts, or nobody would look."""
+    control = task.config.control
+    unused = control.experts == "off" or control.policy != PALS
+    if not sim.counts_experts or unused or not ModelShape.from_config(sim.config).experts:
+        return None
+    return RoutingMeter(SimulatedCounts(replica), reference=task.profile.routing if task.profile is not None else None)
 
 
 def interleaving_of(control: ControlConfig) -> Interleaving | None:

@@ -271,7 +271,7 @@ def _experts(
     shape = group.info.shape
     if control.experts == "off" or (shape is not None and shape.experts == 0):
         return None
-    return RoutingMeter(setup.folder, group.pids, reference=profile.routing if profile is not None else None)
+    return RoutingMeter.of_engine(setup.folder, group.pids, reference=profile.routing if profile is not None else None)
 
 
 def policy_settings(control: ControlConfig) -> dict[str, Any]:

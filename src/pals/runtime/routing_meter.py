@@ -7,7 +7,7 @@ is no summary. An engine that starts anew, or stops counting, starts the window 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,17 +23,29 @@ class RoutingMeter:
 
     def __init__(
         self,
+        counts: Callable[[], ExpertCounts | None],
+        *,
+        reference: RoutingReference | None = None,
+        window_s: float = WINDOW_S,
+    ) -> None:
+        """`counts`: the newest publication of the engine's workers, since its start; ValueError where they contradict one another."""
+        self._counts, self._window_s = counts, window_s
+        self._reference = reference.counts() if reference is not None else None
+        self._from = "profile" if reference is not None else "start"
+        self._kept: deque[ExpertCounts] = deque()
+        self._summary: ExpertSummary | None = None
+
+    @staticmethod
+    def of_engine(
         folder: Path,
         engine_pids: Collection[int],
         *,
         reference: RoutingReference | None = None,
         window_s: float = WINDOW_S,
-    ) -> None:
-        self._folder, self._pids, self._window_s = folder, frozenset(engine_pids), window_s
-        self._reference = reference.counts() if reference is not None else None
-        self._from = "profile" if reference is not None else "start"
-        self._kept: deque[ExpertCounts] = deque()
-        self._summary: ExpertSummary | None = None
+    ) -> RoutingMeter:
+        """Of the engine whose workers publish in `folder`."""
+        pids = frozenset(engine_pids)
+        return RoutingMeter(lambda: read_engine(folder, pids), reference=reference, window_s=window_s)
 
     @property
     def note(self) -> str | None:
@@ -48,7 +60,7 @@ class RoutingMeter:
     def read(self) -> ExpertSummary | None:
         """The newest full window; None where nobody counts, or none is full yet. Its age is the reader's to judge."""
         try:
-            now = read_engine(self._folder, self._pids)
+            now = self._counts()
         except ValueError:  # workers of different models say they belong to this engine
             now = None
         if now is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pals.experiments.lab.ablations import Ablations
 from pals.experiments.lab.dynamic_budget import DynamicBudget
 from pals.experiments.lab.experiment import Experiment
+from pals.experiments.lab.experts import Experts
 from pals.experiments.lab.live_check import LiveCheck
 from pals.experiments.lab.no_loss import NoLoss
 from pals.experiments.lab.open_loop import OpenLoopTraces
@@ -17,6 +18,6 @@ EXPERIMENTS: dict[str, Experiment] = {
     e.name: e
     for e in (
         PaperSingleNode(), Price(), QosBudget(), DynamicBudget(), OpenLoopTraces(), NoLoss(), Surprises(), Ablations(),
-        LiveCheck(),
+        Experts(), LiveCheck(),
     )
 }  # fmt: skip

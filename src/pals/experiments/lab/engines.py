@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from pals.core.errors import ConfigError
+from pals.core.experts import summarise
 from pals.core.quantities import fingerprint_of
+from pals.core.routing_reference import RoutingReference
 from pals.engines.model_zoo import read_config
 from pals.experiments.profile_checks.kept import digest_of
 from pals.experiments.simulated_profile import plan_of, profiled_replica, simulated_sweep
@@ -50,6 +52,7 @@ class EngineCase:
     spread: float = SPREAD  # standard deviation of the factors on the constants
     prompt_tokens: float | None = None  # of the user's own mix, which is profiled first; None: the default's
     output_tokens: float | None = None
+    counted: bool = False  # whether the sweep's profile stores the routing of experts, as of an engine that counts them
     sizes: str = ""  # digest of a folder's config, so that another one is another engine; empty: a shipped model
 
     @property
@@ -101,10 +104,14 @@ class EngineCase:
         sim = self.simulation()
         swept = simulated_sweep(sim, fit=fit, seed=self.seed, plan=self._plan(sim))
         node = profiled_replica(sim, np.random.default_rng(self.seed))
+        counted = swept.counted if self.counted else None
+        facts = swept.facts if counted is None else replace(swept.facts, popularity=summarise(counted).popularity)
         return Profile.of(
-            swept.rows, swept.mixes, swept.facts, fingerprint_of(sim.engine, [m.info for m in node.rig.meters]),
+            swept.rows, swept.mixes, facts, fingerprint_of(sim.engine, [m.info for m in node.rig.meters]),
             source="simulated", made_at=datetime.fromtimestamp(0, UTC).isoformat(timespec="seconds"),
-            command=f"{sim.how_to_profile} --seed {self.seed} --seed-boards {self.seed}{self._mix_told}",
+            command=f"{sim.how_to_profile} --seed {self.seed} --seed-boards {self.seed}{self._mix_told}"
+            + (" --count-experts" if counted is not None else ""),
+            routing=RoutingReference.of(counted) if counted is not None else None,
         )  # fmt: skip
 
     def _plan(self, sim: Simulation) -> SweepPlan:
