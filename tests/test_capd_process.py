@@ -8,7 +8,7 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -182,6 +182,26 @@ def test_a_wrong_policy_is_refused_at_start_and_not_taken_on_reload(node: Emulat
     node.policy.write_text("nonsense")
     node.policy.chmod(0o600)
     assert str(node.policy) in refused(node)
+
+
+@pytest.mark.parametrize("lose", [lambda p: p.write_text("nonsense"), lambda p: p.unlink()], ids=["wrong", "gone"])
+def test_without_its_policy_file_a_release_keeps_the_budget_that_was_in_force(
+    node: EmulatedNode, lose: Callable[[Path], object]
+) -> None:
+    node.policy.write_text(SAFE)
+    capd = start(node)
+    with leased(node, 180.0):
+        lose(node.policy)
+        capd.send_signal(signal.SIGHUP)
+        for _ in range(2):
+            node.ask(op="hello")
+        assert node.limits_w() == (180.0, 180.0), "the policy before holds on"
+        killed(capd)
+
+    code, said = released(node)
+    assert (code, node.limits_w()) == (0, BOTH_SAFE), said
+    assert "the policy that was in force before is used" in said
+    assert str(node.policy) in refused(node), "and without it no capd starts"
 
 
 def test_the_kill_switch_releases_everything_and_refuses_until_it_is_gone(node: EmulatedNode) -> None:
