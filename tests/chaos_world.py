@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,18 +29,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pals.cli.emulate_nvml import environment
-from pals.cli.shared_bank import shared_bank
 from pals.engines.openai_client import RequestResult, RequestSpec, complete, open_session, token_ids
 from pals.hardware.nvml_double.build import library
 from pals.plant.boards import BoardBank
-from pals.plant.keeper import kept_fresh
-from pals.plant.specs import parse_boards
 from pals.runtime.channel import find_engines
 from pals.runtime.processes import process_alive
+from tests.emulated_node import BOARDS, boards_in
 from tests.service_manager import ServiceManager
 from tests.test_emulated_engine import MODEL, Server, start
 
-BOARDS = "2xa100-sxm4-80gb"
 TTL_S = 1.0
 LOOK_S = 0.04
 ANSWER_S = 0.5  # a capd that does not answer for so long is taken for one that hangs
@@ -133,16 +130,11 @@ class Node:
 def node(cache: str) -> Iterator[Node]:
     """Boards at their default limits in a run directory of their own; at the end nothing of it may be left."""
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-    spec, count = parse_boards(BOARDS)
-    with ExitStack() as exits:
-        exits.callback(shutil.rmtree, folder, ignore_errors=True)
-        path = exits.enter_context(shared_bank(folder, spec, count, (), seed=0, writable=True))
-        exits.enter_context(kept_fresh(path))
-        bank = BoardBank.open(path)
-        exits.callback(bank.close)
-        made = Node(folder, cache, bank, path)
-        exits.callback(kill_left, folder)
-        yield made
+    with boards_in(folder) as (bank, path):
+        try:
+            yield Node(folder, cache, bank, path)
+        finally:
+            kill_left(folder)
 
 
 class Load:

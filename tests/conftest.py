@@ -9,9 +9,13 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from tests.emulated_node import EmulatedNode
 
 # The same examples every time, and no judgement of how fast a shared machine is; HYPOTHESIS_PROFILE=explore looks further.
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -35,6 +39,21 @@ def olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pals.engines.model_zoo import local_folder
 
     return local_folder("OLMoE-1B-7B", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def nvml_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the C library of the emulated boards is built, once."""
+    return tmp_path_factory.mktemp("nvml")
+
+
+@pytest.fixture
+def node(nvml_cache: Path) -> Iterator[EmulatedNode]:
+    """Two emulated boards, for a capd of their own; a test file may have nodes of another kind."""
+    from tests.emulated_node import emulated_node
+
+    with emulated_node(nvml_cache) as made:
+        yield made
 
 
 @pytest.fixture

@@ -94,13 +94,8 @@ def python(module: str, *options: str) -> Sequence[str]:
 
 
 @contextmanager
-def emulated_node(cache: Path | None) -> Iterator[EmulatedNode]:
-    """The boards at their default limits; nothing of it is left at the end.
-
-    The library is built in `cache` where it is not yet; None: in the node's folder.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="capd-"))
-    folder.chmod(0o755)
+def boards_in(folder: Path) -> Iterator[tuple[BoardBank, Path]]:
+    """The boards of a run directory, kept fresh, and their file; the folder is gone afterwards."""
     spec, count = parse_boards(BOARDS)
     with ExitStack() as exits:
         exits.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -108,6 +103,19 @@ def emulated_node(cache: Path | None) -> Iterator[EmulatedNode]:
         exits.enter_context(kept_fresh(path))
         bank = BoardBank.open(path)
         exits.callback(bank.close)
+        yield bank, path
+
+
+@contextmanager
+def emulated_node(cache: Path | None) -> Iterator[EmulatedNode]:
+    """The boards at their default limits; nothing of it is left at the end.
+
+    The library is built in `cache` where it is not yet; None: in the node's folder.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="capd-"))
+    folder.chmod(0o755)
+    with ExitStack() as exits:
+        bank, path = exits.enter_context(boards_in(folder))
         outside = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
         built = library(cache or folder, os.environ)
         made = EmulatedNode(folder, bank, {**outside, **environment(built, path, outside)})

@@ -12,23 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.capd_process import files, killed, leased, released, run, start, stopped, until
-from tests.emulated_node import EmulatedNode, emulated_node, python
+from tests.emulated_node import EmulatedNode, python
 from tests.leasing_client import Talk
 
 pytest.importorskip("pynvml")
 LOW, SAFE = (200.0, 200.0), (220.0, 220.0)
 NOBODY = 65534
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("nvml")
-
-
-@pytest.fixture
-def node(cache: Path) -> Iterator[EmulatedNode]:
-    with emulated_node(cache) as made:
-        yield made
 
 
 def may_mount() -> bool:

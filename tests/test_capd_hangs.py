@@ -5,30 +5,17 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.capd_process import files, killed, leased, start, stopped, until
-from tests.emulated_node import EmulatedNode, emulated_node, python
+from tests.emulated_node import EmulatedNode, python
 from tests.unsteady_nvml import Unsteady
 
 pytest.importorskip("pynvml")
 LOW = (200.0, 200.0)
 WATCHDOG_S = 2.0
 HANGS_S = 4.0
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("nvml")
-
-
-@pytest.fixture
-def node(cache: Path) -> Iterator[EmulatedNode]:
-    with emulated_node(cache) as made:
-        yield made
 
 
 def test_a_capd_that_was_stopped_for_longer_than_its_watchdog_allows_goes_on(node: EmulatedNode) -> None:

@@ -8,30 +8,19 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.capd_process import files, killed, leased, released, run, start, stopped, until
-from tests.emulated_node import EmulatedNode, emulated_node, python
+from tests.emulated_node import EmulatedNode, python
 from tests.leasing_client import Talk
 
 pytest.importorskip("pynvml")
 SAFE = "[node]\nbudget_w = 500\nsafe_w = 220\n"
 BOTH_LOW, BOTH_SAFE = (200.0, 200.0), (220.0, 220.0)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("nvml")
-
-
-@pytest.fixture
-def node(cache: Path) -> Iterator[EmulatedNode]:
-    with emulated_node(cache) as made:
-        yield made
 
 
 def refused(node: EmulatedNode) -> str:

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.capd_process import leased, start, stopped, until
-from tests.emulated_node import EmulatedNode, emulated_node
+from tests.emulated_node import EmulatedNode
 from tests.unsteady_nvml import Unsteady
 
 pynvml = pytest.importorskip("pynvml")
 TWO_POLLS = 2
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("nvml")
-
-
-@pytest.fixture
-def node(cache: Path) -> Iterator[EmulatedNode]:
-    with emulated_node(cache) as made:
-        yield made
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.emulated_node import ROOT, EmulatedNode, emulated_node, python, until
+from tests.emulated_node import ROOT, EmulatedNode, python, until
 
 pytest.importorskip("pynvml")
 UNIT = ROOT / "deploy/systemd/pals-capd.service"
@@ -24,17 +24,6 @@ sandboxed = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("systemd-analyze") or not ctypes.util.find_library("seccomp"),
     reason="a sandbox needs root, systemd-analyze (which system calls a group has) and libseccomp",
 )
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("nvml")
-
-
-@pytest.fixture
-def node(cache: Path) -> Iterator[EmulatedNode]:
-    with emulated_node(cache) as made:
-        yield made
 
 
 def in_sandbox(node: EmulatedNode, *command: str) -> list[str]:

@@ -8,21 +8,22 @@ from pathlib import Path
 import pytest
 
 from pals.core.experts import ExpertCounts, summarise
+from pals.engines.emulated_world import emulating
 from pals.engines.openai_client import RequestSpec
 from pals.plant.specs import parse_boards
 from pals.runtime.expert_channel import SUFFIX, read_engine
 
 pytest.importorskip("vllm")
 from pals.engines.virtual_engine import VirtualTrace
-from pals.experiments.virtual_run import LiveNode, VirtualNode, running
+from pals.experiments.virtual_run import BANK_FILE, LiveNode, VirtualNode, running
 
 LOAD = [RequestSpec(at_s=0.0, prompt_tokens=32, output_tokens=900) for _ in range(16)]
 
 
-def serve(node: VirtualNode, *looks_s: float) -> list[ExpertCounts | None]:
+def serve(node: VirtualNode, *looks_s: float, experts: bool, routing: str = "") -> list[ExpertCounts | None]:
     """What the channel says at these times, while a full batch decodes."""
     told: list[ExpertCounts | None] = []
-    with running(node) as live:
+    with emulating("moe", node.folder, node.folder / BANK_FILE, routing, experts=experts), running(node) as live:
         VirtualTrace(live.engine, LOAD, seed=1, start_s=live.clock.now_s())
         for at_s in looks_s:
             serve_until(live, at_s)
@@ -43,13 +44,8 @@ def node(olmoe: Path) -> VirtualNode:
     )  # fmt: skip
 
 
-def test_an_emulated_moe_tells_its_experts_where_real_workers_would_and_drifts(
-    node: VirtualNode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PALS_EXPERTS", "1")
-    monkeypatch.setenv("PALS_EMU_ROUTING", "1.6:swap=1,cv=0")
-
-    a, b, c, d = (t for t in serve(node, 0.6, 1.6, 2.2, 3.2))
+def test_an_emulated_moe_tells_its_experts_where_real_workers_would_and_drifts(node: VirtualNode) -> None:
+    a, b, c, d = serve(node, 0.6, 1.6, 2.2, 3.2, experts=True, routing="1.6:swap=1,cv=0")
 
     assert a is not None
     assert b is not None
@@ -70,7 +66,5 @@ def test_an_emulated_moe_tells_its_experts_where_real_workers_would_and_drifts(
     assert pace[1] > 1.06 * pace[0]  # the context that grows makes up 3 %
 
 
-def test_nobody_counts_who_is_not_asked_to(node: VirtualNode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PALS_EXPERTS", raising=False)
-
-    assert serve(node, 0.6) == [None]
+def test_nobody_counts_who_is_not_asked_to(node: VirtualNode) -> None:
+    assert serve(node, 0.6, experts=False) == [None]

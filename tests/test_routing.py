@@ -328,11 +328,8 @@ def test_a_drift_that_cannot_be_is_refused_before_anything_starts(
     command: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
 ) -> None:
     pytest.importorskip("vllm")
-    monkeypatch.setenv("PALS_RUN_DIR", str(tmp_path))
 
     assert main(command) == 2
 

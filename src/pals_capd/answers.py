@@ -10,6 +10,7 @@ from pals_capd import __version__
 from pals_capd.board import SAME_W, SMALL_RAISE_W, Ask, Board, Write, standing
 from pals_capd.driver import DriverError
 from pals_capd.keeper import Keeper
+from pals_capd.permits import fence, leasable, permit
 from pals_capd.policy import SHORTEST_TTL_S
 from pals_capd.protocol import OPERATIONS
 from pals_capd.refused import Refused
@@ -62,8 +63,10 @@ def _read(keeper: Keeper, peer: Peer, request: Request, now_s: float) -> Reply:
 
 def _set(keeper: Keeper, peer: Peer, request: Request, now_s: float) -> Reply:
     ask, admin = _asked(keeper, peer, request), keeper.policy.may(peer.uid, "admin")
-    _look(keeper, keeper.ledger.permit(ask, uid=peer.uid, admin=admin), now_s)  # which costs time, so not for everybody
-    before = keeper.ledger.leasable(ask.uuid).lease
+    _look(
+        keeper, permit(keeper.ledger, ask, uid=peer.uid, admin=admin), now_s
+    )  # which costs time, so not for everybody
+    before = leasable(keeper.ledger, ask.uuid).lease
     b = keeper.ledger.grant(ask, uid=peer.uid, admin=admin, now_s=now_s)
     done = keeper.reconcile(now_s).get(ask.uuid)
     if done is None and not _obeyed(b):
@@ -127,9 +130,9 @@ def _outcome(b: Board, ask: Ask, done: Write | Exception | None) -> str:
 
 
 def _release(keeper: Keeper, peer: Peer, request: Request, now_s: float) -> Reply:
-    b = keeper.ledger.leasable(request["uuid"])
+    b = leasable(keeper.ledger, request["uuid"])
     _own_epoch(peer, request)
-    keeper.ledger.fence(b, peer.uid, request["epoch"], request["seq"], admin=keeper.policy.may(peer.uid, "admin"))
+    fence(b, peer.uid, request["epoch"], request["seq"], admin=keeper.policy.may(peer.uid, "admin"))
     b.epoch, b.seq = request["epoch"], request["seq"]
     keeper.ledger.release(b, "released")
     done = keeper.reconcile(now_s).get(b.uuid)

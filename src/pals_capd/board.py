@@ -82,6 +82,13 @@ class Board:
         """Whether anything of ours may be in force."""
         return bool(self.ours_w) or self.locked is not None
 
+    def clocks_within(self, clocks: Clocks | None) -> Clocks | None:
+        """What the board takes of a range that an operator names for boards of all kinds."""
+        if clocks is None or self.clock_range is None:
+            return None
+        low, high = self.clock_range
+        return min(max(clocks[0], low), high), min(max(clocks[1], low), high)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
@@ -101,6 +108,10 @@ class Write:
     lock: Clocks | None = None
     unlock: bool = False
     why: str
+
+    def does_as(self, other: Write) -> bool:
+        """Whether both would leave the board alike."""
+        return (self.watts, self.lock, self.unlock) == (other.watts, other.lock, other.unlock)
 
 
 def standing(b: Board) -> str:

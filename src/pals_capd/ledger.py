@@ -31,6 +31,7 @@ from pals_capd.board import (
     Write,
     standing,
 )  # fmt: skip
+from pals_capd.permits import permit, refuse_others_boards, stop_word
 from pals_capd.policy import Policy
 from pals_capd.refused import Refused
 
@@ -53,7 +54,7 @@ class Ledger:
         Raises:
             Refused: why; the lease that was there lives on.
         """
-        b = self.permit(ask, uid=uid, admin=admin)
+        b = permit(self, ask, uid=uid, admin=admin)
         if ask.watts is not None and (room := self.headroom_w(b)) < ask.watts - 0.5:
             raise Refused(
                 "budget",
@@ -72,64 +73,6 @@ class Ledger:
         )  # fmt: skip
         b.epoch, b.seq, b.left_alone = ask.epoch, ask.seq, b.left_alone and ask.watts is None
         return b
-
-    def permit(self, ask: Ask, *, uid: int, admin: bool) -> Board:
-        """The board, if this user may ask that of it, as it stood when last read.
-
-        Raises:
-            Refused: why not.
-        """
-        b = self.leasable(ask.uuid)
-        self.fence(b, uid, ask.epoch, ask.seq, admin=admin)
-        self._in_range(b, ask)
-        return b
-
-    def leasable(self, uuid: str) -> Board:
-        """The board, if anybody may lease it now."""
-        b = self.boards.get(uuid)
-        if b is None:
-            raise Refused("board", f"there is no board {uuid!r} on this node; boards are named by UUID (see `read`)")
-        if self.stopped is not None:
-            raise Refused(self._stop_word(), f"{self.stopped}. {standing(b)}")
-        if b.refusal is not None:
-            raise Refused("board", f"{b.refusal}. {standing(b)}")
-        if b.lost is not None:
-            raise Refused("lost", f"{b.lost}. Its limit is unknown; reset the board or restart the node")
-        return b
-
-    def _stop_word(self) -> str:
-        return "off" if (self.stopped or "").startswith("kill switch") else "state"
-
-    def fence(self, b: Board, uid: int, epoch: int, seq: int, *, admin: bool) -> None:
-        """Refuse who is late, and whoever would take a board that another user holds."""
-        if b.lease is not None and b.lease.uid != uid and not admin:
-            raise Refused(
-                "leased",
-                f"{b.uuid} is leased by user {b.lease.uid}; {standing(b)}. Try again when that lease has ended",
-            )
-        if epoch < b.epoch or (epoch == b.epoch and seq <= b.seq):
-            raise Refused(
-                "stale",
-                f"{b.uuid}: epoch {epoch}, sequence {seq} come after epoch {b.epoch}, sequence {b.seq}: another client, or a "
-                f"later request, was here first. {standing(b)}; say hello again to take over",
-            )
-
-    def _in_range(self, b: Board, ask: Ask) -> None:
-        if ask.watts is not None and not b.min_w <= ask.watts <= b.found_w + 0.5:
-            whose = "another hand set" if b.other_hand_w is not None else "found"
-            raise Refused(
-                "range",
-                f"{b.uuid}: {ask.watts:.0f} W lies outside {b.min_w:.0f}..{b.found_w:.0f} W (the limit {whose} is the "
-                f"highest; the board takes up to {b.max_w:.0f} W). {standing(b)}",
-                ceiling_w=b.found_w,
-            )
-        if ask.sm_clock_mhz is None:
-            return
-        if b.clock_range is None:
-            raise Refused("not_supported", f"{b.uuid}: this board takes no clock lock. {standing(b)}")
-        low, high = b.clock_range
-        if not low <= ask.sm_clock_mhz[0] <= ask.sm_clock_mhz[1] <= high:
-            raise Refused("range", f"{b.uuid}: {ask.sm_clock_mhz} MHz lies outside {low}..{high} MHz. {standing(b)}")
 
     def release(self, b: Board, why: str) -> None:
         """End a board's lease, if it has one."""
@@ -164,8 +107,8 @@ class Ledger:
         if unknown := sorted(named - set(self.boards)):
             raise Refused("board", f"there is no board {unknown[0]!r} on this node; the budget is as it was")
         if watts is not None and self.stopped is not None:
-            raise Refused(self._stop_word(), f"{self.stopped}. The budget is as it was")
-        self._refuse_others_boards(named, uid, admin=admin)
+            raise Refused(stop_word(self.stopped), f"{self.stopped}. The budget is as it was")
+        refuse_others_boards((self.boards[u] for u in named), uid, admin=admin)
         before = self.budget
         looser = before is not None and (watts is None or watts > before.watts or not named >= before.uuids)
         if before is not None and before.uid != uid and looser and not admin:
@@ -186,15 +129,6 @@ class Ledger:
         keeps = before is not None and not admin  # who tightens another's budget does not own it for that
         self.restore_budget(watts, named, before.uid if before is not None and keeps else uid)
         self.cut()
-
-    def _refuse_others_boards(self, named: Iterable[str], uid: int, *, admin: bool) -> None:
-        for b in (self.boards[u] for u in named):
-            if b.lease is not None and b.lease.uid != uid and not admin:
-                raise Refused(
-                    "leased",
-                    f"{b.uuid} is leased by user {b.lease.uid}, whom a budget of it would cut; name other boards, or ask an admin. "
-                    "The budget is as it was",
-                )
 
     def restore_budget(self, watts: float, uuids: Iterable[str], uid: int = 0) -> None:
         """Take a budget as it was before a crash, whether or not it can be kept now."""
@@ -275,7 +209,7 @@ class Ledger:
         if watts is None and lock is None and not unlock:
             return None
         w = Write(uuid=b.uuid, watts=watts, lock=lock, unlock=unlock, why=why)
-        return None if now_s < b.retry_s and b.missed is not None and _same(w, b.missed) else w
+        return None if now_s < b.retry_s and b.missed is not None and w.does_as(b.missed) else w
 
     def target(self, b: Board) -> tuple[float | None, Clocks | None, str]:
         """Where the board should stand, W and MHz, and why; None: its limit is left."""
@@ -285,7 +219,11 @@ class Ledger:
             return lease.watts, lease.sm_clock_mhz, lease.reason
         kind = self.exit_kind(b)
         clocks = (
-            lease.sm_clock_mhz if lease is not None else b.locked if kind == "hold" else _within(chosen.sm_clock_mhz, b)
+            lease.sm_clock_mhz
+            if lease is not None
+            else b.locked
+            if kind == "hold"
+            else b.clocks_within(chosen.sm_clock_mhz)
         )
         if lease is None and not b.touched:
             clocks = None
@@ -373,7 +311,7 @@ class Ledger:
 
     def missed(self, b: Board, w: Write, why: Exception, now_s: float) -> None:
         """A write did not do what it should; the same one is tried again later, and ever later."""
-        b.misses = b.misses + 1 if b.missed is not None and _same(w, b.missed) else 1
+        b.misses = b.misses + 1 if b.missed is not None and w.does_as(b.missed) else 1
         b.missed, b.trouble = w, why
         b.retry_s = now_s + min(SLOWEST_RETRY_S, RETRY_S * 2.0 ** min(b.misses - 1, 16))
 
@@ -491,15 +429,3 @@ class Ledger:
             elif written and abs(b.limit_w - float(left["found_w"])) >= SAME_W:
                 self._note("other-hand", b, ours_w=written[-1], limit_w=b.limit_w, policy="left so after a crash")
                 b.other_hand_w = b.limit_w
-
-
-def _same(one: Write, other: Write) -> bool:
-    return (one.watts, one.lock, one.unlock) == (other.watts, other.lock, other.unlock)
-
-
-def _within(clocks: Clocks | None, b: Board) -> Clocks | None:
-    """What the board takes of the lock to leave on exit: the operator names one for boards of all kinds."""
-    if clocks is None or b.clock_range is None:
-        return None
-    low, high = b.clock_range
-    return min(max(clocks[0], low), high), min(max(clocks[1], low), high)

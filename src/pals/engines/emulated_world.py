@@ -44,8 +44,11 @@ def clock_of(vllm_config: Any) -> Clock:
 
 
 @contextmanager
-def emulating(name: str, folder: Path, bank: Path, routing: str = "") -> Iterator[None]:
-    """The environment that vLLM and the plugin read in this process; as it was afterwards. `routing` is a schedule's text."""
+def emulating(name: str, folder: Path, bank: Path, routing: str = "", *, experts: bool | None = None) -> Iterator[None]:
+    """The environment that vLLM and the plugin read in this process; as it was afterwards.
+
+    `routing` is a schedule's text; `experts`: whether they are counted, None: as asked for outside.
+    """
     before = dict(os.environ)
     os.environ |= {
         "PALS_EMU": "1",
@@ -57,6 +60,7 @@ def emulating(name: str, folder: Path, bank: Path, routing: str = "") -> Iterato
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1",  # ids draw the texts
+        "PALS_EXPERTS": os.environ.get("PALS_EXPERTS", "0") if experts is None else str(int(experts)),
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
     }
     try:

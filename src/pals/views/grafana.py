@@ -198,33 +198,30 @@ def rows() -> list[tuple[str, list[Panel]]]:
     ]  # fmt: skip
 
 
+def pair(title: str, *named: tuple[str, str]) -> Panel:
+    """A panel of two metrics of each engine, each with its name in the legend."""
+    return Panel(
+        title=title,
+        queries=tuple(Query(of(metric), f"{{{{engine}}}} {name}") for metric, name in named),
+        unit="short",
+        text=". ".join(text_of(metric) for metric, _ in named),
+        width=8,
+    )
+
+
 def expert_panels() -> list[Panel]:
     """Of engines that count their experts (PALS_EXPERTS=1); empty for all others."""
     return [
         plain("Experts touched in a layer and step", "pals_experts_distinct_per_step", width=8),
-        Panel(
-            title="Experts' popularity",
-            queries=(
-                Query(of("pals_experts_popularity_cv"), "{{engine}} variation"),
-                Query(of("pals_experts_top20_share"), "{{engine}} share of the top 20 %"),
-            ),
-            unit="short",
-            text=f"{text_of('pals_experts_popularity_cv')}. {text_of('pals_experts_top20_share')}",
-            width=8,
+        pair(
+            "Experts' popularity",
+            ("pals_experts_popularity_cv", "variation"),
+            ("pals_experts_top20_share", "share of the top 20 %"),
         ),
         plain("Drift of the routing", "pals_experts_drift", width=8),
         # A ratio above one: the unit that its name suggests would end the axis at 100 %.
         replace(plain("Hottest rank over mean", "pals_experts_hottest_rank_ratio", width=8), unit="short"),
-        Panel(
-            title="Layers with experts",
-            queries=(
-                Query(of("pals_experts_layers"), "{{engine}} all"),
-                Query(of("pals_experts_layers_known"), "{{engine}} counted"),
-            ),
-            unit="short",
-            text=f"{text_of('pals_experts_layers')}. {text_of('pals_experts_layers_known')}",
-            width=8,
-        ),
+        pair("Layers with experts", ("pals_experts_layers", "all"), ("pals_experts_layers_known", "counted")),
         plain("Tokens of the window", "pals_experts_tokens", width=4),
         plain("Age of the window", "pals_experts_age_seconds", width=4),
     ]
